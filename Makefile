@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it creates. `make help` lists the targets.
+PYTHON ?= python3
+DATA ?= digits
+DATA_ROOT ?=
+ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
+	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
+	@echo 'make test         run the tests; make test-all: the slow ones too'
+	@echo 'make lint         ruff, mypy, clang-format'
+	@echo 'make bench        time one training step against masked dense'
+	@echo 'make clean        remove .venv, built files and caches'
+	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
+
+demo: .venv/.installed-demo
+	$(VENV_PYTHON) -m bench.demo --data '$(DATA)' --data-root '$(DATA_ROOT)' $(ARGS)
+
+test: .venv/.installed-test
+	$(VENV_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
+
+test-all: .venv/.installed-test
+	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+lint: .venv/.installed-lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+bench: .venv/.installed-demo
+	$(VENV_PYTHON) -m bench.step $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find dendrite_kernels bench tests -name __pycache__ -exec rm -rf {} +
+	find dendrite_kernels -name '*.so' -delete
+
+# An editable install only needs repeating when what pip builds has changed; % is the extra.
+.venv/.installed-%: $(VENV_PYTHON) $(BUILD_INPUTS)
+	@$(VENV_PYTHON) -m pip install -c constraints.txt -e '.[$*]' || \
+	  { echo 'pip could not install the package and its extras [$*]: its last lines say what is missing' \
+	         '(a package index it can reach? a C++ compiler, if DENDRITE_KERNELS_REQUIRE asks for one?)' >&2; exit 1; }
+	@touch $@
+
+$(VENV_PYTHON):
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo '"$(PYTHON) -m venv .venv" failed. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
