@@ -1,0 +1,589 @@
+"""Which inputs each dendrite sees and which dendrites each soma owns: block-structured CSR.
+
+A `Connectivity` is an immutable description of sparse structure. It knows no rule that draws one
+(`dendrite_kernels.connectivity` does) and no backend that computes with it: backends keep what
+they derive from it in its per-object cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+import threading
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SIZE_LIMIT = 2**31  # every size and index must fit int32
+_BLOCK_ROWS = 1024  # dendrites per block of the transposed plan: their q tile stays in L2
+_PARALLEL_NNZ = 1 << 20  # below this, starting threads costs more than it saves
+_ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
+_FORMAT = "dendrite_kernels.Connectivity"
+_FORMAT_VERSION = 1
+_UNREADABLE = (
+    EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class TransposedPlan:
+    """The synapses of each block of dendrites, grouped by input column (read-only arrays).
+
+    Backward gathers the gradient of an input from its column's slots, block after block, without
+    atomics. Slots of a block run column by column in the order of `column`, and by ascending row
+    within a column. The pads that fill a column's last group repeat the column's first row; those
+    at the end of a block are 0.
+    """
+
+    block_rows: int  # dendrites per block; the last block may be shorter
+    group: int  # 4 or 1: a column's slots within a block are padded to a multiple of it
+    column_ptr: Array  # int64 [blocks + 1]: block b visits column[column_ptr[b]:column_ptr[b + 1]]
+    column: Array  # uint16 or int32 [C]: ascending in a block, only columns with a synapse there
+    groups: Array  # uint16 [C]: groups of slots of that column in that block
+    slot_ptr: Array  # int64 [blocks + 1], multiples of 16: block b owns slot_ptr[b]:slot_ptr[b + 1]
+    row: Array  # uint16 [slots]: dendrite counted from its block's first; see below for pads
+    slot: Array  # int32 [nnz]: CSR position -> slot counted from its block's first
+
+
+class Connectivity:
+    """Block-structured CSR: R dendrites over N inputs; consecutive dendrites form S somas.
+
+    Immutable, validated once, inputs copied. Treat the index tensors as read-only too.
+
+    Two connectivities are equal (and hash alike) if they connect the same inputs, dendrites and
+    somas. `in_shape` only says how to draw the inputs and takes no part in that.
+
+    Args:
+        crow_indices: [R + 1] integers from 0 to nnz, not decreasing; row r owns
+            col_indices[crow_indices[r]:crow_indices[r + 1]].
+        col_indices: [nnz] integers in [0, N), strictly increasing in a row; rows may be empty.
+        soma_ptr: [S + 1] integers from 0 to R, not decreasing; soma s owns dendrites
+            soma_ptr[s]:soma_ptr[s + 1], possibly none.
+        in_features: N.
+        in_shape: (H, W) or (H, W, C), channels last, with product N, if the inputs are an image.
+
+    Raises:
+        TypeError: an index array or a size is not of an integer type.
+        ValueError: a size, pointer or column breaks the rules above; names the first offender.
+    """
+
+    in_features: int  # N
+    num_dendrites: int  # R
+    num_somas: int  # S
+    nnz: int
+    density: float  # nnz / (R * N)
+    in_shape: tuple[int, ...] | None
+    fan_in: int | None  # synapses of every dendrite, None if that varies
+    dendrites_per_soma: int | None  # dendrites of every soma, None if that varies
+    is_dense: bool
+    crow_indices: torch.Tensor  # int32 [R + 1]
+    col_indices: torch.Tensor  # int32 [nnz]
+    soma_ptr: torch.Tensor  # int32 [S + 1]
+    _cache: dict[Hashable, Any]
+    _lock: threading.RLock
+
+    def __init__(
+        self,
+        crow_indices: Any,
+        col_indices: Any,
+        soma_ptr: Any,
+        in_features: SupportsIndex,
+        in_shape: Sequence[int] | None = None,
+    ) -> None:
+        n = check_size("in_features", in_features)
+        col = _integers("col_indices", col_indices)
+        if col.size >= SIZE_LIMIT:
+            raise ValueError(f"Expected fewer than 2**31 synapses, got {col.size}")
+        crow = _pointer("crow_indices", crow_indices, "row", col.size, "length of col_indices")
+        col = _columns(col, crow, n)
+        soma = _pointer("soma_ptr", soma_ptr, "soma", crow.size - 1, "number of dendrites")
+        rows, somas = crow.size - 1, soma.size - 1
+        values: dict[str, Any] = {
+            "in_features": n,
+            "num_dendrites": rows,
+            "num_somas": somas,
+            "nnz": col.size,
+            "density": col.size / (rows * n),
+            "in_shape": _image_shape(in_shape, n),
+            "fan_in": _constant_step(crow),
+            "dendrites_per_soma": _constant_step(soma),
+            "is_dense": col.size == rows * n,
+            "crow_indices": torch.from_numpy(crow),
+            "col_indices": torch.from_numpy(col),
+            "soma_ptr": torch.from_numpy(soma),
+            "_cache": {},
+            "_lock": threading.RLock(),  # re-entrant: a factory may ask for another cached value
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_csr(
+        cls,
+        crow: Any,
+        col: Any,
+        in_features: SupportsIndex,
+        soma_ptr: Any = None,
+        dendrites_per_soma: SupportsIndex | None = None,
+        in_shape: Sequence[int] | None = None,
+    ) -> Connectivity:
+        """From CSR arrays (lists, numpy arrays or tensors): see the class for shapes and errors.
+
+        Give `soma_ptr` [S + 1], or `dendrites_per_soma` (a divisor of R), or neither, for one
+        dendrite per soma.
+        """
+        rows = max(_integers("crow_indices", crow).size - 1, 0)
+        soma_ptr = _soma_pointer(rows, soma_ptr, dendrites_per_soma)
+        return cls(crow, col, soma_ptr, in_features, in_shape)
+
+    @classmethod
+    def from_scipy(
+        cls,
+        m: Any,
+        soma_ptr: Any = None,
+        dendrites_per_soma: SupportsIndex | None = None,
+        in_shape: Sequence[int] | None = None,
+    ) -> Connectivity:
+        """From the pattern of a scipy.sparse matrix [R, N], whose values are ignored.
+
+        Every stored entry is a synapse, a stored zero too. Indices may be unsorted.
+
+        Raises:
+            TypeError: not a scipy.sparse matrix or array.
+            ValueError: not two-dimensional, or an entry is stored twice.
+        """
+        if not all(hasattr(m, name) for name in ("tocsr", "nnz", "format")):
+            raise TypeError(f"Expected a scipy.sparse matrix, got {type(m).__name__}")
+        if len(m.shape) != 2:
+            raise ValueError(f"Expected a matrix of shape [R, N], got shape {list(m.shape)}")
+        csr = m.tocsr()
+        if m.format == "coo" and csr.nnz != m.nnz:  # the conversion sums duplicates
+            raise ValueError(f"Expected no duplicate entries, got {m.nnz - csr.nnz}")
+        if not csr.has_sorted_indices:
+            csr = csr.sorted_indices()  # a copy
+        pattern = csr.indptr, csr.indices, m.shape[1]
+        return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Any,
+        soma_ptr: Any = None,
+        dendrites_per_soma: SupportsIndex | None = None,
+        in_shape: Sequence[int] | None = None,
+    ) -> Connectivity:
+        """From a boolean mask [R, N] (tensor, numpy array, lists): True where a synapse is."""
+        array = _numpy(mask)
+        if array.dtype != np.bool_:
+            raise TypeError(f"Expected a boolean mask, got dtype {array.dtype}")
+        if array.ndim != 2:
+            raise ValueError(f"Expected a mask of shape [R, N], got shape {list(array.shape)}")
+        crow = np.zeros(array.shape[0] + 1, np.int64)
+        np.cumsum(np.count_nonzero(array, axis=1), out=crow[1:])
+        col = np.nonzero(array)[1]
+        return cls.from_csr(crow, col, array.shape[1], soma_ptr, dendrites_per_soma, in_shape)
+
+    @staticmethod
+    def stack(networks: Iterable[Connectivity]) -> Connectivity:
+        """Several networks on the same inputs as one: their dendrites and somas in order.
+
+        `in_shape` is kept if all agree on it.
+
+        Raises:
+            ValueError: no network, or in_features differ.
+        """
+        parts = _networks(networks)
+        sizes = [part.in_features for part in parts]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"Expected networks with the same in_features, got {sizes}")
+        shapes = {part.in_shape for part in parts}
+        shape = shapes.pop() if len(shapes) == 1 else None
+        return _concatenate(parts, [0] * len(parts), sizes[0], shape)
+
+    @staticmethod
+    def block_diagonal(networks: Iterable[Connectivity]) -> Connectivity:
+        """Several networks side by side, each on its own inputs; `in_shape` is dropped.
+
+        Raises:
+            ValueError: no network.
+        """
+        parts = _networks(networks)
+        ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
+        return _concatenate(parts, [0, *ends[:-1]], ends[-1], None)
+
+    def to_scipy(self, data: Any = None) -> Any:
+        """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
+        from scipy.sparse import csr_array
+
+        if data is None:
+            values = np.ones(self.nnz, np.float32)
+        else:
+            values = np.array(_numpy(data))
+            if values.shape != (self.nnz,):
+                raise ValueError(f"Expected data of shape [{self.nnz}], got {list(values.shape)}")
+        col, crow = self.col_indices.numpy().copy(), self.crow_indices.numpy().copy()
+        return csr_array((values, col, crow), shape=(self.num_dendrites, self.in_features))
+
+    def to_mask(self) -> torch.Tensor:
+        """The dense boolean mask [R, N]: True where a synapse is."""
+        mask = np.zeros((self.num_dendrites, self.in_features), np.bool_)
+        rows = np.repeat(np.arange(self.num_dendrites), np.diff(self.crow_indices.numpy()))
+        mask[rows, self.col_indices.numpy()] = True
+        return torch.from_numpy(mask)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file."""
+        path = Path(path)
+        shape = [] if self.in_shape is None else list(self.in_shape)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "xb") as file:
+                np.savez(
+                    file,
+                    format=np.array(_FORMAT),
+                    version=np.array(_FORMAT_VERSION),
+                    in_features=np.array(self.in_features),
+                    in_shape=np.array(shape, np.int64),
+                    crow_indices=self.crow_indices.numpy(),
+                    col_indices=self.columns,
+                    soma_ptr=self.soma_ptr.numpy(),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Connectivity:
+        """Read what `save` wrote; validates again and never unpickles.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: not such a file, damaged, or of a newer format version.
+        """
+        with open(path, "rb") as file:
+            try:
+                archive = np.load(file, allow_pickle=False)
+                found = str(archive["format"]), int(archive["version"])
+                if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
+                    raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
+                crow, col, soma = (archive[name] for name in _ARRAYS)
+                shape = archive["in_shape"].tolist() or None
+                return Connectivity(crow, col, soma, int(archive["in_features"]), shape)
+            except _UNREADABLE as error:
+                expected = "Expected a file written by Connectivity.save"
+                raise ValueError(f"{expected}, got {os.fspath(path)}: {error}") from error
+
+    def cached(self, key: Hashable, factory: Callable[[], T]) -> T:
+        """What a backend keeps for this object under `key`, made by `factory()` at the first call.
+
+        Thread-safe; not pickled or compared. `factory` runs under this object's lock, so it must
+        not wait for another thread that calls `cached`.
+        """
+        if key not in self._cache:
+            with self._lock:
+                if key not in self._cache:
+                    self._cache[key] = factory()
+        value: T = self._cache[key]
+        return value
+
+    @property
+    def columns(self) -> Array:
+        """Columns for kernels, read-only [nnz]: uint16 if in_features <= 65536, else int32."""
+        return self.cached("columns", self._make_columns)
+
+    def _make_columns(self) -> Array:
+        columns: Array = self.col_indices.numpy()
+        columns = columns.astype(np.uint16) if self.in_features <= 65536 else columns.view()
+        columns.flags.writeable = False
+        return columns
+
+    @property
+    def transposed(self) -> TransposedPlan:
+        """The synapses grouped by input column within blocks of dendrites, for backward."""
+        return self.cached("transposed", self._make_transposed)
+
+    def _make_transposed(self) -> TransposedPlan:
+        return build_transposed_plan(self.crow_indices.numpy(), self.columns)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digest of the structure (not of in_shape), the same in every process."""
+        return self.cached("digest", self._make_digest)
+
+    def _make_digest(self) -> str:
+        digest = hashlib.blake2b(str(self.in_features).encode(), digest_size=16)
+        for tensor in (self.crow_indices, self.col_indices, self.soma_ptr):
+            array = tensor.numpy().astype("<i4", copy=False)
+            digest.update(array.size.to_bytes(8, "little"))  # so that no two networks read alike
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"Connectivity is immutable, cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Connectivity is immutable, cannot delete {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Connectivity):
+            return NotImplemented
+        return self is other or (
+            self.in_features == other.in_features
+            and torch.equal(self.crow_indices, other.crow_indices)
+            and torch.equal(self.soma_ptr, other.soma_ptr)
+            and torch.equal(self.col_indices, other.col_indices)
+        )
+
+    def __hash__(self) -> int:
+        return int(self.digest[:15], 16)
+
+    def __copy__(self) -> Connectivity:
+        return self  # immutable: copies of a layer share it, its plan and its device caches
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Connectivity:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = [getattr(self, name).numpy() for name in _ARRAYS]
+        return Connectivity, (*arrays, self.in_features, self.in_shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"Connectivity(in_features={self.in_features}, num_dendrites={self.num_dendrites}, "
+            f"num_somas={self.num_somas}, nnz={self.nnz}, density={self.density:.3g}, "
+            f"fan_in={self.fan_in}, dendrites_per_soma={self.dendrites_per_soma}, "
+            f"in_shape={self.in_shape})"
+        )
+
+    def plot(
+        self,
+        somas: Iterable[int] | None = None,
+        *,
+        image: Any = None,
+        figure: Figure | None = None,
+    ) -> Figure:
+        """Draw the receptive fields of some somas: a panel for each, a colour for each dendrite.
+
+        Every synapse is one mark; dendrites that share a pixel split it between them. A pixel is
+        marked if the dendrite sees any of its channels.
+
+        Args:
+            somas: which ones; default: the first eight.
+            image: [H, W] or [H, W, C] to show in grey underneath.
+            figure: draw into this one, say `plt.figure()`; default: a new one unknown to pyplot.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: the connectivity has no in_shape, or there is no such soma.
+        """
+        from ._plot import plot
+
+        return plot(self, somas, image, figure)
+
+
+def build_transposed_plan(
+    crow: Array, columns: Array, block_rows: int = _BLOCK_ROWS
+) -> TransposedPlan:
+    """Group CSR synapses (crow [R + 1], columns uint16 or int32 [nnz]) by column in blocks."""
+    rows, nnz = crow.size - 1, columns.size
+    starts = np.append(np.arange(0, rows, block_rows), rows)  # first row of each block, and the end
+    edges = crow[starts].astype(np.int64)
+    slot = np.empty(nnz, np.int32)
+
+    def rank(b: int) -> tuple[Array, Array]:
+        """Write slots as if without pads; return the block's columns and their counts."""
+        part = columns[edges[b] : edges[b + 1]]
+        order = _stable_argsort(part)
+        part = part[order]
+        slot[edges[b] : edges[b + 1]][order] = np.arange(part.size, dtype=np.int32)
+        is_first = np.ones(part.size, np.bool_)
+        np.not_equal(part[1:], part[:-1], out=is_first[1:])
+        first = np.flatnonzero(is_first)
+        return part[first], np.diff(first, append=part.size).astype(np.uint16)
+
+    def fill(b: int) -> None:
+        """Write the rows of block b, having shifted each column's slots to make room for pads."""
+        slots, out = slot[edges[b] : edges[b + 1]], row[slot_ptr[b] : slot_ptr[b + 1]]
+        local_crow = crow[starts[b] : starts[b + 1] + 1]
+        local_row = np.repeat(np.arange(local_crow.size - 1, dtype=np.uint16), np.diff(local_crow))
+        if group > 1:
+            lengths, begin = groups[b] * group, np.cumsum(counts[b], dtype=np.int64) - counts[b]
+            shift = np.cumsum(lengths, dtype=np.int64) - lengths - begin
+            by_column = np.empty_like(local_row)
+            by_column[slots] = local_row
+            out[: lengths.sum(dtype=np.int64)] = np.repeat(by_column[begin], lengths)  # the pads
+            slots += np.repeat(shift.astype(np.int32), counts[b])[slots]
+        out[slots] = local_row
+
+    with ThreadPoolExecutor(torch.get_num_threads() if nnz > _PARALLEL_NNZ else 1) as pool:
+        blocks = range(starts.size - 1)
+        found = list(pool.map(rank, blocks))
+        columns_of, counts = [part for part, _ in found], [count for _, count in found]
+        in_fours = sum(int(((count + 3) // 4).sum(dtype=np.int64)) for count in counts) * 4
+        group = 4 if in_fours <= 1.5 * nnz else 1
+        groups = [(count + (group - 1)) // group for count in counts]
+        totals = [int(part.sum(dtype=np.int64)) * group for part in groups]
+        slot_ptr = _offsets([-(-total // 16) * 16 for total in totals])
+        row = np.zeros(slot_ptr[-1], np.uint16)
+        list(pool.map(fill, blocks))
+    plan = TransposedPlan(
+        block_rows, group, _offsets([part.size for part in columns_of]), np.concatenate(columns_of),
+        np.concatenate(groups), slot_ptr, row, slot,
+    )  # fmt: skip
+    for array in (plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot):
+        array.flags.writeable = False
+    return plan
+
+
+def _stable_argsort(columns: Array) -> Array:
+    """Stable order by radix passes over 16 bits, where numpy's sort takes linear time."""
+    if columns.dtype == np.uint16:
+        return np.argsort(columns, kind="stable")
+    low = np.argsort(columns.astype(np.uint16), kind="stable")
+    high = (columns >> 16).astype(np.uint16)[low]
+    return low[np.argsort(high, kind="stable")]
+
+
+def _offsets(sizes: Sequence[int]) -> Array:
+    """[n] sizes -> [n + 1] int64 offsets."""
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def check_size(name: str, value: SupportsIndex) -> int:
+    """`value` as an int if it is an integer from 1 to 2**31 - 1; else TypeError or ValueError."""
+    if isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be an integer, got {value}")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"Expected {name} to be an integer, got {value!r}") from None
+    if not 1 <= size < SIZE_LIMIT:
+        raise ValueError(f"Expected {name} from 1 to 2**31 - 1, got {size}")
+    return size
+
+
+def _numpy(values: Any) -> Array:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _integers(name: str, values: Any) -> Array:
+    """A one-dimensional array of some integer type; no copy where none is needed."""
+    array = _numpy(values)
+    if array.size == 0 and not hasattr(values, "dtype"):
+        array = array.astype(np.int64)  # an empty list has no type of its own
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"Expected {name} of an integer type, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"Expected {name} to be one-dimensional, got shape {list(array.shape)}")
+    return array
+
+
+def _pointer(name: str, values: Any, item: str, end: int, end_name: str) -> Array:
+    """An int32 copy of a valid pointer array."""
+    pointer = _integers(name, values)
+    if not 2 <= pointer.size <= SIZE_LIMIT:
+        raise ValueError(f"Expected {name} to have 2 to 2**31 entries, got {pointer.size}")
+    if pointer[0] != 0:
+        raise ValueError(f"Expected {name} to start at 0, got {pointer[0]}")
+    falls = pointer[1:] < pointer[:-1]
+    if falls.any():
+        i = int(falls.argmax())
+        raise ValueError(
+            f"Expected {name} not to decrease, got {pointer[i]} then {pointer[i + 1]} at {item} {i}"
+        )
+    if pointer[-1] != end:
+        raise ValueError(f"Expected {name} to end at the {end_name}, {end}, got {pointer[-1]}")
+    return pointer.astype(np.int32)
+
+
+def _columns(columns: Array, crow: Array, in_features: int) -> Array:
+    """An int32 copy of valid column indices."""
+    if columns.size == 0:
+        return columns.astype(np.int32)
+    if columns.min() < 0 or columns.max() >= in_features:
+        i = int(((columns < 0) | (columns >= in_features)).argmax())
+        row = int(np.searchsorted(crow, i, side="right")) - 1
+        raise ValueError(f"Expected columns in [0, {in_features}), got {columns[i]} in row {row}")
+    columns = columns.astype(np.int32)
+    falls = columns[1:] <= columns[:-1]
+    inner = crow[(crow > 0) & (crow < columns.size)]
+    falls[inner - 1] = False  # a new row may start anywhere
+    if falls.any():
+        i = int(falls.argmax())
+        row = int(np.searchsorted(crow, i, side="right")) - 1
+        what = "a duplicate" if columns[i] == columns[i + 1] else "unsorted"
+        raise ValueError(
+            "Expected columns to increase strictly within a row, "
+            f"got {columns[i]} then {columns[i + 1]} ({what}) in row {row}"
+        )
+    return columns
+
+
+def _constant_step(pointer: Array) -> int | None:
+    step = int(pointer[1])
+    return step if (np.diff(pointer) == step).all() else None
+
+
+def _image_shape(shape: Sequence[int] | None, in_features: int) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    sizes = tuple(check_size("every size in in_shape", size) for size in shape)
+    if len(sizes) not in (2, 3) or np.prod(sizes, dtype=np.int64) != in_features:
+        raise ValueError(
+            f"Expected in_shape (H, W) or (H, W, C) with product {in_features}, got {sizes}"
+        )
+    return sizes
+
+
+def _soma_pointer(rows: int, soma_ptr: Any, dendrites_per_soma: SupportsIndex | None) -> Any:
+    if soma_ptr is not None:
+        if dendrites_per_soma is not None:
+            raise ValueError("Expected soma_ptr or dendrites_per_soma, got both")
+        return soma_ptr
+    step = 1 if dendrites_per_soma is None else check_size("dendrites_per_soma", dendrites_per_soma)
+    if rows % step:
+        raise ValueError(f"Expected dendrites_per_soma to divide {rows} dendrites, got {step}")
+    return np.arange(0, rows + 1, step)
+
+
+def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
+    parts = list(networks)
+    if not parts:
+        raise ValueError("Expected at least one Connectivity, got none")
+    for part in parts:
+        if not isinstance(part, Connectivity):
+            raise TypeError(f"Expected Connectivity objects, got {type(part).__name__}")
+    return parts
+
+
+def _concatenate(
+    parts: list[Connectivity], column_offsets: list[int], in_features: int, in_shape: Any
+) -> Connectivity:
+    """One network of all dendrites and somas, the columns of each part moved by its offset."""
+
+    def chain(name: str) -> Array:
+        steps = [np.diff(getattr(part, name).numpy()) for part in parts]
+        return np.cumsum(np.concatenate([[0], *steps]), dtype=np.int64)
+
+    columns = [part.col_indices.numpy() for part in parts]
+    moved = [c + np.int64(offset) for c, offset in zip(columns, column_offsets, strict=True)]
+    crow, soma = chain("crow_indices"), chain("soma_ptr")
+    return Connectivity(crow, np.concatenate(moved), soma, in_features, in_shape)
