@@ -1,0 +1,256 @@
+// Python module _cpu: checks every argument, picks the ISA, runs the kernels on torch's thread pool
+// without the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensor.h"
+#include "workspace.h"
+
+namespace py = pybind11;
+
+namespace dk {
+namespace {
+
+// ---- ISA ----
+
+std::vector<const KernelTable*> supported_tables() {
+  std::vector<const KernelTable*> tables{&kernels_base};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx2) tables.push_back(&kernels_avx2);
+  if (avx512) tables.push_back(&kernels_avx512);
+#endif
+  return tables;
+}
+
+// The best supported table, or the one that DENDRITE_KERNELS_ISA names (empty counts as unset).
+const KernelTable* pick_table() {
+  const std::vector<const KernelTable*> tables = supported_tables();
+  const char* wanted = std::getenv("DENDRITE_KERNELS_ISA");
+  if (!wanted || !*wanted) return tables.back();
+  std::string names;
+  for (const KernelTable* table : tables) {
+    if (std::string(table->isa) == wanted) return table;
+    names += (names.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw py::import_error("DENDRITE_KERNELS_ISA: Expected one of " + names +
+                         " on this machine, got " + wanted);
+}
+
+const KernelTable* table = nullptr;
+
+// ---- threads ----
+
+using PoolBody = void (*)(int64_t, int64_t, void*);
+int32_t (*pool_for)(int64_t begin, int64_t end, int64_t grain, PoolBody body,
+                    void* context) = nullptr;
+
+void run_on_pool(int64_t n, PoolBody body, void* context) {
+  if (pool_for(0, n, 1, body, context)) throw std::runtime_error("torch_parallel_for failed");
+}
+
+Runtime runtime(int threads, Workspace& workspace) {
+  return {threads, run_on_pool, Workspace::get, &workspace};
+}
+
+void configure(const py::capsule& exchange_api, uintptr_t parallel_for) {
+  const auto* api = static_cast<const DLExchangeAbi*>(
+      PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->major > 1) api = api->previous;
+  if (!api || api->major != 1 || !api->borrow)
+    throw py::import_error(
+        "Expected torch to offer version 1 of the DLPack exchange table, got none");
+  exchange = api;
+  pool_for = reinterpret_cast<decltype(pool_for)>(parallel_for);
+}
+
+// ---- connectivity ----
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// Borrows the arrays of a (validated, immutable) Connectivity and keeps them alive.
+class BoundTopology {
+ public:
+  BoundTopology(int64_t in_features, const Array<int32_t>& crow, const py::array& columns,
+                const Array<int32_t>& soma_ptr, int64_t fan_in) {
+    net.in_features = in_features;
+    net.rows = crow.size() - 1;
+    net.somas = soma_ptr.size() - 1;
+    net.nnz = columns.size();
+    net.fan_in = fan_in;
+    net.crow = keep(crow);
+    net.soma_ptr = keep(soma_ptr);
+    net.narrow = columns.itemsize() == 2;
+    net.columns = keep_any(columns);
+  }
+  void set_transposed(int64_t block_rows, int64_t group, const Array<int64_t>& column_ptr,
+                      const py::array& column, const Array<uint16_t>& groups,
+                      const Array<int64_t>& slot_ptr, const Array<uint16_t>& row,
+                      const Array<int32_t>& slot) {
+    if (column.itemsize() != (net.narrow ? 2 : 4))
+      throw py::type_error(
+          "Expected plan columns as wide as the connectivity's, got another width");
+    net.plan_column_ptr = keep(column_ptr);
+    net.plan_slot_ptr = keep(slot_ptr);
+    net.plan_column = keep_any(column);
+    net.plan_groups = keep(groups);
+    net.plan_row = keep(row);
+    net.plan_slot = keep(slot);
+    net.block_rows = block_rows;
+    net.group = group;
+    net.blocks = column_ptr.size() - 1;
+  }
+  Topology net{};
+
+ private:
+  const void* keep_any(const py::array& array) {
+    arrays_.push_back(array);
+    return array.data();
+  }
+  template <class T>
+  const T* keep(const Array<T>& array) {
+    return static_cast<const T*>(keep_any(array));
+  }
+  std::vector<py::array> arrays_;
+};
+
+// ---- calls ----
+
+template <class T>
+void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
+             py::handle cable, py::handle soma_bias, double slope, py::handle y, py::handle signs,
+             int64_t batch, int threads,
+             void (*kernel)(const Topology&, const ForwardCall<T>&, const Runtime&)) {
+  const Topology& net = bound.net;
+  ForwardCall<T> call{};
+  call.batch = batch;
+  call.x = pointer<T>(x, "x", {batch, net.in_features});
+  call.weight = pointer<T>(weight, "synapse_weight", {net.nnz});
+  call.dendrite_bias = pointer_or_null<T>(dendrite_bias, "dendrite_bias", {net.rows});
+  call.cable = pointer_or_null<T>(cable, "cable_weight", {net.rows});
+  call.soma_bias = pointer_or_null<T>(soma_bias, "soma_bias", {net.somas});
+  call.slope = T(slope);
+  call.y = pointer<T>(y, "y", {batch, call.cable ? net.somas : net.rows});
+  if (!signs.is_none())
+    call.signs =
+        static_cast<uint32_t*>(checked(signs, "signs", Type::i32, {(batch + 31) / 32, net.rows}));
+  if (batch == 0) return;
+  py::gil_scoped_release release;
+  Workspace workspace;
+  kernel(net, call, runtime(threads, workspace));
+}
+
+template <class T>
+void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::handle y,
+              py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
+              double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
+              py::handle dcable, py::handle dsoma_bias, int64_t batch, int threads,
+              void (*kernel)(const Topology&, const BackwardCall<T>&, const Runtime&)) {
+  const Topology& net = bound.net;
+  const bool somas = !cable.is_none();
+  const int64_t outputs = somas ? net.somas : net.rows;
+  BackwardCall<T> call{};
+  call.batch = batch;
+  call.grad = pointer<T>(grad, "grad", {batch, outputs});
+  call.x = pointer<T>(x, "x", {batch, net.in_features});
+  call.weight = pointer<T>(weight, "synapse_weight", {net.nnz});
+  call.dendrite_bias = pointer_or_null<T>(dendrite_bias, "dendrite_bias", {net.rows});
+  call.slope = T(slope);
+  call.dx = pointer_or_null<T>(dx, "grad of x", {batch, net.in_features});
+  call.dweight = pointer<T>(dweight, "grad of synapse_weight", {net.nnz});
+  call.ddendrite_bias = pointer<T>(ddendrite_bias, "grad of dendrite_bias", {net.rows});
+  if (somas) {
+    call.y = pointer<T>(y, "y", {batch, outputs});
+    call.signs =
+        static_cast<uint32_t*>(checked(signs, "signs", Type::i32, {(batch + 31) / 32, net.rows}));
+    call.cable = pointer<T>(cable, "cable_weight", {net.rows});
+    call.dcable = pointer<T>(dcable, "grad of cable_weight", {net.rows});
+    call.dsoma_bias = pointer<T>(dsoma_bias, "grad of soma_bias", {net.somas});
+  }
+  if (call.dx && !net.plan_column_ptr)
+    throw py::value_error("Expected a transposed plan for the gradient of x, got none");
+  if (batch == 0) throw py::value_error("Expected a batch of at least one sample, got 0");
+  py::gil_scoped_release release;
+  Workspace workspace;
+  kernel(net, call, runtime(threads, workspace));
+}
+
+// Runs f(T(), batch) for the dtype and length of x.
+template <class F>
+void dispatch(py::handle x, const F& f) {
+  const DLTensorAbi t = borrow(x, "x");
+  if (t.ndim != 2) throw py::value_error("x: Expected 2 dimensions, got " + std::to_string(t.ndim));
+  if (has_type(t, Type::f32))
+    f(float(), t.shape[0]);
+  else if (has_type(t, Type::f64))
+    f(double(), t.shape[0]);
+  else
+    throw py::type_error("x: Expected dtype float32 or float64, got another dtype");
+}
+
+void any_forward(const BoundTopology& bound, py::handle x, py::handle weight,
+                 py::handle dendrite_bias, py::handle cable, py::handle soma_bias, double slope,
+                 py::handle y, py::handle signs, int threads) {
+  dispatch(x, [&](auto zero, int64_t batch) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 4)
+      forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, y, signs, batch, threads,
+                 table->forward_f32);
+    else
+      forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, y, signs, batch, threads,
+                 table->forward_f64);
+  });
+}
+
+void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py::handle y,
+                  py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
+                  double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
+                  py::handle dcable, py::handle dsoma_bias, int threads) {
+  dispatch(x, [&](auto zero, int64_t batch) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 4)
+      backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
+                  ddendrite_bias, dcable, dsoma_bias, batch, threads, table->backward_f32);
+    else
+      backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
+                  ddendrite_bias, dcable, dsoma_bias, batch, threads, table->backward_f64);
+  });
+}
+
+}  // namespace
+}  // namespace dk
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  using namespace dk;
+  table = pick_table();
+  m.def("configure", &configure,
+        "Hands over torch's DLPack exchange table and the address of torch_parallel_for.");
+  m.def("isa", [] { return table->isa; });
+  m.def("supported_isas", [] {
+    std::vector<const char*> names;
+    for (const KernelTable* t : supported_tables()) names.push_back(t->isa);
+    py::list list;
+    for (const char* name : names) list.append(name);
+    return list;
+  });
+  py::class_<BoundTopology>(m, "Topology")
+      .def(py::init<int64_t, const Array<int32_t>&, const py::array&, const Array<int32_t>&,
+                    int64_t>())
+      .def("set_transposed", &BoundTopology::set_transposed);
+  m.def(
+      "poison_workspaces", [](bool on) { poison_workspaces = on; },
+      "For tests: NaN in every workspace.");
+  m.def("forward", &any_forward);
+  m.def("backward", &any_backward);
+}

@@ -1,0 +1,69 @@
+// What the binding hands to the kernels: raw pointers and sizes, no torch, no Python. B samples, N
+// inputs, R dendrites (rows), S somas. One table of functions per ISA unit; the binding picks a
+// table once, at import.
+#pragma once
+
+#include <stdint.h>
+
+namespace dk {
+
+// CSR connectivity and, for the input gradient, its blocked transpose (TransposedPlan in
+// topology.py says what each field means).
+struct Topology {
+  int64_t in_features, rows, somas, nnz;
+  int64_t fan_in;           // constant number of synapses per dendrite, 0 if it varies
+  const int32_t* crow;      // [R + 1]
+  const int32_t* soma_ptr;  // [S + 1]
+  const void* columns;      // [nnz] uint16 if in_features <= 65536, else int32
+  bool narrow;              // columns (and plan_column) are uint16
+  int64_t blocks, block_rows, group;
+  const int64_t* plan_column_ptr;  // [blocks + 1]
+  const int64_t* plan_slot_ptr;    // [blocks + 1]
+  const void* plan_column;
+  const uint16_t* plan_groups;
+  const uint16_t* plan_row;
+  const int32_t* plan_slot;  // [nnz]
+};
+
+// Threads and memory come from the caller, so that the kernels share torch's pool and allocate
+// nothing themselves.
+struct Runtime {
+  int threads;
+  // Runs body(begin, end, context) over disjoint ranges that cover [0, n).
+  void (*parallel)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
+  // At least `bytes` of 64-byte aligned, uninitialised memory that lives until the call returns.
+  void* (*workspace)(void* context, int64_t bytes);
+  void* workspace_context;
+};
+
+// cable == nullptr: no soma stage, y is u [B, R] (a sparse linear layer).
+template <class T>
+struct ForwardCall {
+  int64_t batch;
+  const T *x, *weight, *dendrite_bias, *cable, *soma_bias;  // biases may be null
+  T* y;                                                     // [B, S] or [B, R]
+  uint32_t* signs;                                          // [ceil(B / 32), R] or null
+  T slope;
+};
+
+template <class T>
+struct BackwardCall {
+  int64_t batch;
+  const T *grad, *x, *y, *weight, *dendrite_bias, *cable;  // cable, y null: sparse linear
+  const uint32_t* signs;
+  T slope;
+  T *dx, *dweight, *ddendrite_bias, *dcable,
+      *dsoma_bias;  // dx null: not needed; dcable, dsoma_bias null: sparse linear
+};
+
+struct KernelTable {
+  const char* isa;
+  void (*forward_f32)(const Topology&, const ForwardCall<float>&, const Runtime&);
+  void (*forward_f64)(const Topology&, const ForwardCall<double>&, const Runtime&);
+  void (*backward_f32)(const Topology&, const BackwardCall<float>&, const Runtime&);
+  void (*backward_f64)(const Topology&, const BackwardCall<double>&, const Runtime&);
+};
+
+extern const KernelTable kernels_base, kernels_avx2, kernels_avx512;
+
+}  // namespace dk

@@ -1,0 +1,2 @@
+#define DK_ISA base
+#include "table.inl"

@@ -1,0 +1,239 @@
+// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. The only intrinsics
+// are the two that move comparison results between lanes and bits. Everything sits in an unnamed
+// namespace: each ISA unit gets its own copy and no weak symbol can leak from one unit into
+// another.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define DK_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float vec __attribute__((vector_size(kVectorBytes)));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Simd<double> {
+  typedef double vec __attribute__((vector_size(kVectorBytes)));
+  typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using vec = typename Simd<T>::vec;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+constexpr int kBlockLanes =
+    16 / int(sizeof(T));  // lanes of a 128-bit block, the unit of cheap shuffles
+
+// unroll<N>(f) calls f(constant 0) ... f(constant N-1). A pragma would leave arrays of vectors in
+// memory (GCC 12).
+template <class F, int... I>
+DK_INLINE void unroll_impl(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+DK_INLINE void unroll(F&& f) {
+  unroll_impl(f, std::make_integer_sequence<int, N>{});
+}
+
+template <class T>
+DK_INLINE vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::unaligned*>(p);
+}
+template <class T>
+DK_INLINE void store(T* p, vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::unaligned*>(p) = v;
+}
+template <class T, int... I>
+DK_INLINE vec<T> splat_impl(T x, std::integer_sequence<int, I...>) {
+  return vec<T>{((void)I, x)...};
+}
+template <class T>
+DK_INLINE vec<T> splat(T x) {
+  return splat_impl<T>(x, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// ---- bits <-> lanes ----
+
+// Bit i of the result is set where lane i of u is positive.
+template <class T>
+DK_INLINE uint32_t positive_bits(vec<T> u) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)u, _mm512_setzero_ps(), _CMP_GT_OQ);
+  else
+    return _mm512_cmp_pd_mask((__m512d)u, _mm512_setzero_pd(), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm256_movemask_ps((__m256)(u > vec<T>{})));
+  else
+    return uint32_t(_mm256_movemask_pd((__m256d)(u > vec<T>{})));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm_movemask_ps((__m128)(u > vec<T>{})));
+  else
+    return uint32_t(_mm_movemask_pd((__m128d)(u > vec<T>{})));
+#else
+  uint32_t bits = 0;
+  typename Simd<T>::mask m = u > vec<T>{};
+  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(m[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <class T, int... I>
+DK_INLINE typename Simd<T>::mask lane_bits_impl(std::integer_sequence<int, I...>) {
+  return typename Simd<T>::mask{(1 << I)...};
+}
+// Lane i is `set` where bit i is 1, `clear` where it is 0. Bits past the lanes are ignored.
+template <class T>
+DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm512_mask_blend_ps(__mmask16(bits), (__m512)clear, (__m512)set);
+  else
+    return (vec<T>)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)clear, (__m512d)set);
+#else
+  using mask = typename Simd<T>::mask;
+  const mask lane = lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
+  return ((mask{} + int32_t(bits)) & lane) != 0 ? set : clear;
+#endif
+}
+
+// ---- shuffles ----
+
+template <class V, class F, int... I>
+DK_INLINE V shuffle_impl(V a, V b, F, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, F::source(I)...);
+}
+// Low/high halves of each 128-bit block of a and b, interleaved in units of W lanes.
+template <class T, int W, bool High>
+struct Unpack {
+  static constexpr int L = kBlockLanes<T>, V = kLanes<T>;
+  static constexpr int source(int i) {
+    const int block = i / L, unit = (i % L) / W, lane = i % W;
+    return (unit % 2 ? V : 0) + block * L + (High ? L / 2 : 0) + (unit / 2) * W + lane;
+  }
+};
+// The even/odd 128-bit blocks of a, then those of b.
+template <class T, int Odd>
+struct Blocks {
+  static constexpr int L = kBlockLanes<T>, V = kLanes<T>;
+  static constexpr int source(int i) {
+    const int block = (i / L) * 2 + Odd;
+    return block * L + i % L;  // blocks past a's last one are b's
+  }
+};
+template <class T, class F>
+DK_INLINE vec<T> shuffle(vec<T> a, vec<T> b, F f) {
+  return shuffle_impl(a, b, f, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Sums of adjacent units: the building blocks of transposing reductions.
+template <class T, int W>
+DK_INLINE vec<T> fold_units(vec<T> a, vec<T> b) {
+  return shuffle<T>(a, b, Unpack<T, W, false>{}) + shuffle<T>(a, b, Unpack<T, W, true>{});
+}
+template <class T>
+DK_INLINE vec<T> fold_blocks(vec<T> a, vec<T> b) {
+  return shuffle<T>(a, b, Blocks<T, 0>{}) + shuffle<T>(a, b, Blocks<T, 1>{});
+}
+
+// Reduces kBlockLanes vectors: lane i of every 128-bit block of the result holds the partial sum of
+// v[i] in that block.
+template <class T>
+DK_INLINE vec<T> fold_group(const vec<T>* v) {
+  if constexpr (sizeof(T) == 4)
+    return fold_units<T, 2>(fold_units<T, 1>(v[0], v[1]), fold_units<T, 1>(v[2], v[3]));
+  else
+    return fold_units<T, 1>(v[0], v[1]);
+}
+// Finishes kLanes / kBlockLanes group folds: lane i of the result is the whole sum of the i-th
+// vector.
+template <class T>
+DK_INLINE vec<T> fold_groups(const vec<T>* g) {
+  constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
+  if constexpr (kGroups == 1)
+    return g[0];
+  else if constexpr (kGroups == 2)
+    return fold_blocks<T>(g[0], g[1]);
+  else
+    return fold_blocks<T>(fold_blocks<T>(g[0], g[1]), fold_blocks<T>(g[2], g[3]));
+}
+// Lane i of the result is the sum of the lanes of v[i].
+template <class T>
+DK_INLINE vec<T> lane_sums(const vec<T>* v) {
+  constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
+  vec<T> g[kGroups];
+  unroll<kGroups>([&](auto i) { g[i] = fold_group<T>(v + i * L); });
+  return fold_groups<T>(g);
+}
+template <class T>
+DK_INLINE T lane_sum(vec<T> v) {
+  T s = 0;
+  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
+  return s;
+}
+
+// In-register transpose of a kLanes x kLanes matrix: 128-bit blocks inside, then the blocks among
+// themselves.
+template <class T>
+DK_INLINE void transpose(vec<T>* r) {
+  constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
+  unroll<kGroups>([&](auto g) {
+    vec<T>* q = r + g * L;
+    vec<T> lo = shuffle<T>(q[0], q[1], Unpack<T, 1, false>{}),
+           hi = shuffle<T>(q[0], q[1], Unpack<T, 1, true>{});
+    if constexpr (L == 2) {
+      q[0] = lo, q[1] = hi;
+    } else {
+      vec<T> lo2 = shuffle<T>(q[2], q[3], Unpack<T, 1, false>{}),
+             hi2 = shuffle<T>(q[2], q[3], Unpack<T, 1, true>{});
+      q[0] = shuffle<T>(lo, lo2, Unpack<T, 2, false>{}),
+      q[1] = shuffle<T>(lo, lo2, Unpack<T, 2, true>{});
+      q[2] = shuffle<T>(hi, hi2, Unpack<T, 2, false>{}),
+      q[3] = shuffle<T>(hi, hi2, Unpack<T, 2, true>{});
+    }
+  });
+  const auto even = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 0>{}); };
+  const auto odd = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 1>{}); };
+  if constexpr (kGroups == 2) {
+    unroll<L>([&](auto j) {
+      vec<T> a = r[j], b = r[L + j];
+      r[j] = even(a, b), r[L + j] = odd(a, b);
+    });
+  } else if constexpr (kGroups == 4) {
+    unroll<L>([&](auto j) {
+      vec<T> e0 = even(r[j], r[L + j]), o0 = odd(r[j], r[L + j]);
+      vec<T> e1 = even(r[2 * L + j], r[3 * L + j]), o1 = odd(r[2 * L + j], r[3 * L + j]);
+      r[j] = even(e0, e1), r[2 * L + j] = odd(e0, e1);
+      r[L + j] = even(o0, o1), r[3 * L + j] = odd(o0, o1);
+    });
+  }
+}
+
+}  // namespace

@@ -1,0 +1,13 @@
+// The body of every ISA unit: instantiates all kernels under the unit's compiler flags and names
+// their table.
+#include "backward.h"
+#include "forward.h"
+
+#define DK_STRING_(x) #x
+#define DK_STRING(x) DK_STRING_(x)
+#define DK_JOIN_(a, b) a##b
+#define DK_JOIN(a, b) DK_JOIN_(a, b)
+
+const dk::KernelTable dk::DK_JOIN(kernels_, DK_ISA) = {
+    DK_STRING(DK_ISA), forward<float>, forward<double>, backward<float>, backward<double>,
+};

@@ -1,0 +1,103 @@
+// Tensors from Python without linking to torch: the few structures of the DLPack exchange ABI
+// (dlpack.org, version 1.x) that borrowing a tensor needs, and the checks that stand between a
+// Python object and a raw pointer.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace dk {
+
+struct DLTensorAbi {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DLExchangeAbi {
+  uint32_t major, minor;
+  const DLExchangeAbi* previous;
+  void *allocate, *from_object, *to_object;
+  int (*borrow)(void* object, DLTensorAbi* out);  // fills a view of a live tensor, owns nothing
+  void* current_stream;
+};
+
+enum class Type { f32, f64, i32 };
+
+inline const char* type_name(Type type) {
+  return type == Type::f32 ? "float32" : type == Type::f64 ? "float64" : "int32";
+}
+
+inline bool has_type(const DLTensorAbi& t, Type type) {
+  constexpr uint8_t kInt = 0, kFloat = 2;
+  const uint8_t code = type == Type::i32 ? kInt : kFloat, bits = type == Type::f64 ? 64 : 32;
+  return t.type_code == code && t.type_bits == bits && t.type_lanes == 1;
+}
+
+// The table that torch.Tensor.__dlpack_c_exchange_api__ publishes; set once by configure().
+inline const DLExchangeAbi* exchange = nullptr;
+
+inline DLTensorAbi borrow(pybind11::handle object, const char* name) {
+  DLTensorAbi t;
+  if (!exchange || !PyObject_HasAttrString(object.ptr(), "__dlpack__"))
+    throw pybind11::type_error(std::string(name) + ": Expected a torch.Tensor, got " +
+                               Py_TYPE(object.ptr())->tp_name);
+  if (exchange->borrow(object.ptr(), &t)) throw pybind11::error_already_set();
+  return t;
+}
+
+inline std::string shape_text(const int64_t* shape, int64_t ndim) {
+  std::string text = "[";
+  for (int64_t i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// Pointer to a contiguous CPU tensor of exactly this type and shape.
+inline void* checked(pybind11::handle object, const char* name, Type type,
+                     std::initializer_list<int64_t> shape) {
+  constexpr int32_t kCpu = 1;
+  const DLTensorAbi t = borrow(object, name);
+  if (t.device_type != kCpu)
+    throw pybind11::value_error(std::string(name) + ": Expected a CPU tensor, got another device");
+  if (!has_type(t, type))
+    throw pybind11::type_error(std::string(name) + ": Expected dtype " + type_name(type) +
+                               ", got another dtype");
+  bool same = t.ndim == int32_t(shape.size());
+  for (int32_t i = 0; same && i < t.ndim; ++i) same = t.shape[i] == shape.begin()[i];
+  if (!same)
+    throw pybind11::value_error(std::string(name) + ": Expected shape " +
+                                shape_text(shape.begin(), int64_t(shape.size())) + ", got " +
+                                shape_text(t.shape, t.ndim));
+  int64_t stride = 1, elements = 1;
+  bool contiguous = true;
+  for (int32_t i = t.ndim; i-- > 0;) {
+    if (t.strides && t.shape[i] != 1 && t.strides[i] != stride) contiguous = false;
+    stride *= t.shape[i];
+    elements *= t.shape[i];
+  }
+  if (!contiguous && elements > 0)
+    throw pybind11::value_error(std::string(name) +
+                                ": Expected a contiguous tensor, got a strided one");
+  return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+template <class T>
+T* pointer(pybind11::handle object, const char* name, std::initializer_list<int64_t> shape) {
+  constexpr Type type = sizeof(T) == 8 ? Type::f64 : Type::f32;
+  return static_cast<T*>(checked(object, name, type, shape));
+}
+
+template <class T>
+T* pointer_or_null(pybind11::handle object, const char* name,
+                   std::initializer_list<int64_t> shape) {
+  return object.is_none() ? nullptr : pointer<T>(object, name, shape);
+}
+
+}  // namespace dk

@@ -1,0 +1,30 @@
+"""Dendritic neural network layers for PyTorch, computed on the synapses that exist.
+
+    import dendrite_kernels as dk
+
+    fields = dk.connectivity.local_receptive_fields((28, 28), somas=64, dendrites=16, synapses=16)
+    layer = dk.DendriticLayer(fields)  # [..., 784] -> [..., 64]
+
+Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
+"""
+
+from . import connectivity, functional, interop, models, reference
+from .backends import BackendUnavailable, backend_info, use_backend
+from .nn import DendriticLayer, SparseLinear
+from .topology import Connectivity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Connectivity",
+    "DendriticLayer",
+    "SparseLinear",
+    "backend_info",
+    "connectivity",
+    "functional",
+    "interop",
+    "models",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,178 @@
+"""Who computes: one module per backend with the same few functions, never chosen silently.
+
+cpp: C++ on the CPU. numba: the same on a machine without a compiler. cuda: NVIDIA GPUs.
+reference: plain PyTorch, slow, dense, on any device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from ..topology import Connectivity
+
+_NAMES = ("cpp", "cuda", "numba", "reference")
+_BY_DEVICE = {"cpu": ("cpp", "numba"), "cuda": ("cuda",)}  # best first
+_SERVES = {"cpp": "cpu", "numba": "cpu", "cuda": "cuda"}  # reference serves every device
+
+Maybe = torch.Tensor | None
+
+
+class Backend(Protocol):
+    """The functions of a backend. B samples, N inputs, R dendrites, S somas; contiguous tensors."""
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot serve here, or None if it can."""
+
+    def info(self) -> dict[str, Any]:
+        """What it runs on: ISA, threads, versions."""
+
+    def dendritic_forward(
+        self,
+        x: torch.Tensor,  # [B, N]
+        synapse_weight: torch.Tensor,  # [nnz]
+        dendrite_bias: Maybe,  # [R]
+        cable_weight: torch.Tensor,  # [R]
+        soma_bias: Maybe,  # [S]
+        connectivity: Connectivity,
+        negative_slope: float,
+        save_signs: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [B, S] and sign words int32 [ceil(B / 32), R] ([0, R] unless save_signs).
+
+        Bit i of signs[t, r] says that u[32 t + i, r] > 0; bits past B are unspecified.
+        """
+
+    def dendritic_backward(
+        self,
+        grad: torch.Tensor,  # [B, S]
+        x: torch.Tensor,
+        y: torch.Tensor,
+        signs: torch.Tensor,
+        synapse_weight: torch.Tensor,
+        dendrite_bias: Maybe,
+        cable_weight: torch.Tensor,
+        connectivity: Connectivity,
+        negative_slope: float,
+        need_x: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dx [B, N] ([0, N] unless need_x), dw [nnz], dbd [R], dc [R], dbs [S]."""
+
+    def sparse_forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    ) -> torch.Tensor:
+        """u [B, R]."""
+
+    def sparse_backward(
+        self,
+        grad: torch.Tensor,  # [B, R]
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        connectivity: Connectivity,
+        need_x: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dx [B, N] ([0, N] unless need_x), dw [nnz], db [R]."""
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for, or every one for a device, cannot serve; says why."""
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __name__)
+
+
+def _require(name: str) -> Backend:
+    backend: Backend = _module(name)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendUnavailable(f"Expected backend {name!r} to be available, got: {reason}")
+    return backend
+
+
+_chosen: str | None = None
+
+
+class use_backend:
+    """Choose the backend for all later calls; as a context manager, until its end.
+
+    Args:
+        name: "cpp", "cuda", "numba" or "reference"; None: the best one for each tensor's device.
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailable: it cannot serve here; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _chosen
+        if name is not None:
+            if name not in _NAMES:
+                raise ValueError(f"Expected a backend of {list(_NAMES)}, got {name!r}")
+            _require(name)
+        self._previous = _chosen
+        _chosen = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+_selected: dict[tuple[str | None, str], Backend] = {}
+
+
+def select(device: torch.device) -> Backend:
+    """The chosen backend, or the best one for the device; raises rather than fall back unasked."""
+    key = _chosen, device.type
+    found = _selected.get(key)
+    if found is None:
+        found = _selected[key] = _select(*key)
+    return found
+
+
+def _select(chosen: str | None, device: str) -> Backend:
+    if chosen is not None:
+        if _SERVES.get(chosen, device) != device:
+            raise BackendUnavailable(
+                f"Expected tensors on {_SERVES[chosen]} for backend {chosen!r}, got {device}"
+            )
+        return _require(chosen)
+    if device not in _BY_DEVICE:
+        raise BackendUnavailable(
+            f"Expected tensors on one of {sorted(_BY_DEVICE)}, got {device};"
+            " use_backend('reference') serves any device, slowly"
+        )
+    reasons = []
+    for name in _BY_DEVICE[device]:
+        reason = _module(name).unavailable()
+        if reason is None:
+            return _require(name)
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable(
+        f"Expected a backend for {device} tensors, got none. " + "; ".join(reasons)
+    )
+
+
+def backend_info() -> dict[str, dict[str, Any]]:
+    """What each backend can do here: available, reason if not, ISA, threads, versions."""
+    report = {}
+    for name in _NAMES:
+        backend: Backend = _module(name)
+        reason = backend.unavailable()
+        details = backend.info() if reason is None else {}
+        report[name] = {"available": reason is None, "reason": reason, **details}
+        report[name]["torch"] = torch.__version__
+        report[name]["platform"] = platform.platform()
+    return report

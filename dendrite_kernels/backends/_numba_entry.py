@@ -1,0 +1,74 @@
+"""From the name of a task to machine code that torch's thread pool can call."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import types
+
+from . import _numba_backward, _numba_kernels
+from ._numba_kernels import JOB
+from ._numba_token import Spec
+
+_SIGNATURE = types.void(types.int64, types.int64, JOB)
+_SOURCES = "_numba_token.py", "_numba_vector.py", "_numba_kernels.py", "_numba_backward.py"
+_TASKS = {
+    "forward": _numba_kernels.forward_tasks,
+    "prepare": _numba_backward.prepare_tasks,
+    "gather": _numba_backward.gather_tasks,
+    "rows": _numba_backward.rows_tasks,
+    "output": _numba_backward.output_tasks,
+    "collect": _numba_backward.collect_tasks,
+}
+
+_compiled: dict[tuple[str, Spec], Any] = {}
+_lock = threading.Lock()
+_uncached: str | None = None  # why compiled code is not kept on disk, None as long as it is
+
+
+def address(task: str, spec: Spec) -> int:
+    """Of the native function that does tasks [begin, end) of a job; compiled at the first call."""
+    key = task, spec
+    if key not in _compiled:
+        with _lock:
+            if key not in _compiled:
+                _compiled[key] = _compile(task, replace(spec, build=_fingerprint()))
+    function: int = _compiled[key].address
+    return function
+
+
+def cache_state() -> str:
+    """Whether compiled code is kept for later processes."""
+    return "on" if _uncached is None else f"off: {_uncached}"
+
+
+def _compile(task: str, spec: Spec) -> Any:
+    """Load from Numba's cache or compile; without the cache where that cannot be had: a read-only
+    installation and an unwritable home, a full disk, a damaged file.
+    """
+    global _uncached
+    # The cache tells entries apart by their code and by the variable they close over: spec.
+    entry = _TASKS[task](spec)
+    options = {"boundscheck": False, "error_model": "numpy"}
+    if _uncached is None:
+        try:
+            return numba.cfunc(_SIGNATURE, cache=True, **options)(entry)
+        except Exception as error:
+            _uncached = f"{type(error).__name__}: {error}"
+    return numba.cfunc(_SIGNATURE, **options)(entry)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of the sources: Numba's cache looks only at the file of the outermost function."""
+    folder = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for name in _SOURCES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""The C++ backend: extension module _cpu, compiled per ISA, on torch's own thread pool."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+from ..topology import Connectivity
+from . import _pool
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """The extension and None, or None and the reason. A broken extension raises its own error."""
+    try:
+        from dendrite_kernels import _cpu  # type: ignore[attr-defined]
+    except ImportError as error:
+        if _is_built():
+            raise
+        return (
+            None,
+            (
+                f"the extension dendrite_kernels._cpu was not built ({error});"
+                " install a C++ compiler and reinstall"
+            ),
+        )
+    _cpu.configure(torch.Tensor.__dlpack_c_exchange_api__, _pool.torch_parallel_for_address())
+    return _cpu, None
+
+
+def _is_built() -> bool:
+    folder = os.path.dirname(os.path.dirname(__file__))
+    return any(name.startswith("_cpu.") for name in os.listdir(folder))
+
+
+def _threads() -> int:
+    return 1 if _pool.forked() else torch.get_num_threads()
+
+
+def unavailable() -> str | None:
+    return _load()[1]
+
+
+def info() -> dict[str, Any]:
+    extension = _load()[0]
+    return {
+        "isa": extension.isa(),
+        "supported_isas": extension.supported_isas(),
+        "threads": _threads(),
+    }
+
+
+def _bind(connectivity: Connectivity) -> Any:
+    return _load()[0].Topology(
+        connectivity.in_features,
+        connectivity.crow_indices.numpy(),
+        connectivity.columns,
+        connectivity.soma_ptr.numpy(),
+        connectivity.fan_in or 0,
+    )
+
+
+def _bind_transposed(connectivity: Connectivity) -> Any:
+    topology, plan = _bind(connectivity), connectivity.transposed
+    topology.set_transposed(
+        plan.block_rows,
+        plan.group,
+        plan.column_ptr,
+        plan.column,
+        plan.groups,
+        plan.slot_ptr,
+        plan.row,
+        plan.slot,
+    )
+    return topology
+
+
+def _topology(connectivity: Connectivity, transposed: bool) -> Any:
+    if transposed:
+        return connectivity.cached("cpp transposed", lambda: _bind_transposed(connectivity))
+    return connectivity.cached("cpp", lambda: _bind(connectivity))
+
+
+def dendritic_forward(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: torch.Tensor | None,
+    cable_weight: torch.Tensor,
+    soma_bias: torch.Tensor | None,
+    connectivity: Connectivity,
+    negative_slope: float,
+    save_signs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = x.shape[0]
+    words = (batch + 31) // 32 if save_signs else 0
+    y = x.new_empty((batch, connectivity.num_somas))
+    signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
+    _load()[0].forward(
+        _topology(connectivity, False),
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
+        y, signs if save_signs else None, _threads(),
+    )  # fmt: skip
+    return y, signs
+
+
+def dendritic_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    signs: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: torch.Tensor | None,
+    cable_weight: torch.Tensor,
+    connectivity: Connectivity,
+    negative_slope: float,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, inputs = x.shape
+    new = x.new_empty if batch else x.new_zeros  # no sample, no kernel: gradients are zero
+    dx = x.new_empty((batch if need_x else 0, inputs))
+    dw, dbd, dc = new(synapse_weight.shape), new(cable_weight.shape), new(cable_weight.shape)
+    dbs = new((connectivity.num_somas,))
+    if batch:
+        _load()[0].backward(
+            _topology(connectivity, need_x),
+            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, negative_slope,
+            dx if need_x else None, dw, dbd, dc, dbs, _threads(),
+        )  # fmt: skip
+    return dx, dw, dbd, dc, dbs
+
+
+def sparse_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
+) -> torch.Tensor:
+    u = x.new_empty((x.shape[0], connectivity.num_dendrites))
+    topology = _topology(connectivity, False)
+    _load()[0].forward(topology, x, weight, bias, None, None, 1.0, u, None, _threads())
+    return u
+
+
+def sparse_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    connectivity: Connectivity,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, inputs = x.shape
+    new = x.new_empty if batch else x.new_zeros
+    dx = x.new_empty((batch if need_x else 0, inputs))
+    dw, db = new(weight.shape), new((connectivity.num_dendrites,))
+    if batch:
+        _load()[0].backward(
+            _topology(connectivity, need_x),
+            grad, x, None, None, weight, None, None, 1.0,
+            dx if need_x else None, dw, db, None, None, _threads(),
+        )  # fmt: skip
+    return dx, dw, db

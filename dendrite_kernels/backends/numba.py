@@ -1,0 +1,285 @@
+"""The Numba backend: the whole package on machines without a C++ compiler or a wheel.
+
+Kernels are compiled for the host when first called and kept in Numba's cache. They run on torch's
+own threads (`_pool.py`): no Numba threading layer is ever started and no thread setting changed.
+Numba is a core dependency, not an extra: whoever cannot build the C++ kernels gets this backend,
+and `pip install` must be all they need to do. Importing this file does not import Numba.
+
+Every function takes torch tensors (CPU) or numpy arrays and returns the same kind; memory is
+shared, never copied. Without torch autograd, say from numpy and scipy:
+
+    from dendrite_kernels.backends import numba as kernels
+    y, signs = kernels.forward(x, weight, dendrite_bias, cable, soma_bias, connectivity,
+                               save_signs=True)
+    dx, dweight, ddendrite_bias, dcable, dsoma_bias = kernels.backward(
+        grad, x, y, signs, weight, dendrite_bias, cable, connectivity)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import sys
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..topology import Connectivity
+from . import _pool
+
+Array = TypeVar("Array", torch.Tensor, "np.ndarray[Any, Any]")
+
+_OLDEST = (0, 61)
+_SIGN_BITS = 32  # samples per word of `signs`
+
+
+# --- what is there ---
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot serve, or None. Does not import Numba."""
+    try:
+        version = importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
+        return "numba is not installed"
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return f"Expected numba >= {oldest}, got {version}"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
+    if sys.byteorder != "little":
+        return "sign bits are laid out for little-endian machines"
+    try:
+        _pool.torch_parallel_for_address()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def info() -> dict[str, Any]:
+    """Vector width, threads, versions and the state of the cache. Imports Numba."""
+    from . import _numba_entry, _numba_token
+
+    return {
+        "isa": _numba_token.isa(),
+        "threads": 1 if _pool.forked() else torch.get_num_threads(),
+        "numba": importlib.metadata.version("numba"),
+        "llvmlite": importlib.metadata.version("llvmlite"),
+        "cache": _numba_entry.cache_state(),
+    }
+
+
+@functools.cache
+def _launcher() -> ModuleType:
+    """What needs Numba, imported at the first call."""
+    from . import _numba_launch
+
+    return _numba_launch
+
+
+# --- the operations; callers guarantee shapes, one dtype, contiguous memory ---
+
+
+def dendritic_forward(
+    x: Array,
+    synapse_weight: Array,
+    dendrite_bias: Array | None,
+    cable_weight: Array,
+    soma_bias: Array | None,
+    connectivity: Connectivity,
+    negative_slope: float,
+    save_signs: bool,
+) -> tuple[Array, Array]:
+    """Dendrites, their sums at the somas, leaky ReLU after both.
+
+    x [B, N], synapse_weight [nnz], dendrite_bias [R], cable_weight [R], soma_bias [S], float32 or
+    float64 -> y [B, S] and signs int32 [ceil(B / 32), R], or [0, R] unless save_signs. Bit i of
+    signs[t, r] says whether dendrite r was above 0 for sample 32 t + i.
+    """
+    launch = _launcher()
+    batch, rows = x.shape[0], connectivity.num_dendrites
+    words = -(-batch // _SIGN_BITS) if save_signs else 0
+    y = launch.empty(x, (batch, connectivity.num_somas))
+    signs = launch.empty_signs(x, (words, rows))
+    job = launch.make_job(
+        connectivity, negative_slope, x=x, y=y, signs=signs if save_signs else None,
+        weight=synapse_weight, dendrite_bias=dendrite_bias, cable=cable_weight,
+        soma_bias=soma_bias,
+    )  # fmt: skip
+    launch.forward(job, connectivity, x, linear=False)
+    return y, signs
+
+
+def dendritic_backward(
+    grad: Array,
+    x: Array,
+    y: Array,
+    signs: Array,
+    synapse_weight: Array,
+    dendrite_bias: Array | None,
+    cable_weight: Array,
+    connectivity: Connectivity,
+    negative_slope: float,
+    need_x: bool,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """From grad [B, S] and what `dendritic_forward` took and returned: dx [B, N] ([0, N] unless
+    need_x), and the gradients of synapse_weight, dendrite_bias, cable_weight and soma_bias.
+    """
+    launch = _launcher()
+    batch, rows = x.shape[0], connectivity.num_dendrites
+    new = launch.empty if batch else launch.zeros  # no sample, no kernel, zero gradients
+    dx = launch.empty(x, (batch if need_x else 0, x.shape[1]))
+    dw, d_soma = new(x, (connectivity.nnz,)), new(x, (connectivity.num_somas,))
+    d_dendrite, d_cable = new(x, (rows,)), new(x, (rows,))
+    job = launch.make_job(
+        connectivity, negative_slope, grad=grad, x=x, y=y, signs=signs, weight=synapse_weight,
+        dendrite_bias=dendrite_bias, cable=cable_weight, dx=dx, dw=dw, d_dendrite_bias=d_dendrite,
+        d_cable=d_cable, d_soma_bias=d_soma,
+    )  # fmt: skip
+    if batch:
+        launch.backward(job, connectivity, x, need_x, linear=False)
+    return dx, dw, d_dendrite, d_cable, d_soma
+
+
+def sparse_forward(
+    x: Array, weight: Array, bias: Array | None, connectivity: Connectivity
+) -> Array:
+    """x [B, N], weight [nnz], bias [R] -> [B, R]; the somas of the connectivity do not matter."""
+    launch = _launcher()
+    y = launch.empty(x, (x.shape[0], connectivity.num_dendrites))
+    job = launch.make_job(connectivity, 1.0, x=x, y=y, weight=weight, dendrite_bias=bias)
+    launch.forward(job, connectivity, x, linear=True)
+    return y
+
+
+def sparse_backward(
+    grad: Array, x: Array, weight: Array, connectivity: Connectivity, need_x: bool
+) -> tuple[Array, Array, Array]:
+    """From grad [B, R]: dx [B, N] ([0, N] unless need_x), dweight [nnz], dbias [R]."""
+    launch = _launcher()
+    batch = x.shape[0]
+    new = launch.empty if batch else launch.zeros
+    dx = launch.empty(x, (batch if need_x else 0, x.shape[1]))
+    dw, d_bias = new(x, (connectivity.nnz,)), new(x, (connectivity.num_dendrites,))
+    job = launch.make_job(
+        connectivity, 1.0, grad=grad, x=x, weight=weight, dx=dx, dw=dw, d_soma_bias=d_bias
+    )
+    if batch:
+        launch.backward(job, connectivity, x, need_x, linear=True)
+    return dx, dw, d_bias
+
+
+# --- the same, checked, for direct use ---
+
+
+def forward(
+    x: Array,
+    synapse_weight: Array,
+    dendrite_bias: Array | None,
+    cable_weight: Array,
+    soma_bias: Array | None,
+    connectivity: Connectivity,
+    *,
+    negative_slope: float = 0.1,
+    save_signs: bool = False,
+) -> tuple[Array, Array]:
+    """`dendritic_forward` for numpy arrays or torch tensors of any origin: checks them first.
+
+    Raises TypeError or ValueError for other kinds, dtypes, shapes or memory layouts than
+    `dendritic_forward` says, RuntimeError where the backend is unavailable.
+    """
+    rows, somas = connectivity.num_dendrites, connectivity.num_somas
+    batch = _checked_batch(x, connectivity)
+    _check_slope(negative_slope)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
+    _check("dendrite_bias", dendrite_bias, x, (rows,))
+    _check("cable_weight", cable_weight, x, (rows,))
+    _check("soma_bias", soma_bias, x, (somas,))
+    return dendritic_forward(
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, negative_slope,
+        save_signs,
+    )  # fmt: skip
+
+
+def backward(
+    grad: Array,
+    x: Array,
+    y: Array,
+    signs: Array,
+    synapse_weight: Array,
+    dendrite_bias: Array | None,
+    cable_weight: Array,
+    connectivity: Connectivity,
+    *,
+    negative_slope: float = 0.1,
+    need_x: bool = True,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """`dendritic_backward`, with the checks and errors of `forward`."""
+    rows, somas = connectivity.num_dendrites, connectivity.num_somas
+    batch = _checked_batch(x, connectivity)
+    _check_slope(negative_slope)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("grad", grad, x, (batch, somas))
+    _check("y", y, x, (batch, somas))
+    _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), "int32")
+    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
+    _check("dendrite_bias", dendrite_bias, x, (rows,))
+    _check("cable_weight", cable_weight, x, (rows,))
+    return dendritic_backward(
+        grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
+        negative_slope, need_x,
+    )  # fmt: skip
+
+
+def _checked_batch(x: Any, connectivity: Connectivity) -> int:
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"the Numba backend is unavailable: {reason}")
+    if not isinstance(x, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"Expected x to be a torch tensor or numpy array, got {type(x).__name__}")
+    if _dtype(x) not in ("float32", "float64"):
+        raise TypeError(f"Expected x of dtype float32 or float64, got {_dtype(x)}")
+    if x.ndim != 2:
+        raise ValueError(
+            f"Expected x of shape [B, {connectivity.in_features}], got {list(x.shape)}"
+        )
+    return int(x.shape[0])
+
+
+def _check_slope(negative_slope: float) -> None:
+    if not negative_slope >= 0:
+        raise ValueError(f"Expected negative_slope >= 0, got {negative_slope}")
+
+
+def _check(
+    name: str, array: Any, like: Any, shape: tuple[int, ...], dtype: str | None = None
+) -> None:
+    if array is None and name.endswith("_bias"):
+        return
+    kind = torch.Tensor if isinstance(like, torch.Tensor) else np.ndarray
+    if not isinstance(array, kind):
+        raise TypeError(f"Expected {name} to be a {kind.__name__}, got {type(array).__name__}")
+    if _dtype(array) != (dtype or _dtype(like)):
+        raise TypeError(f"Expected {name} of dtype {dtype or _dtype(like)}, got {_dtype(array)}")
+    if tuple(array.shape) != shape:
+        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(array.shape)}")
+    if isinstance(array, torch.Tensor):
+        if array.device.type != "cpu" or array.layout != torch.strided:
+            raise TypeError(
+                f"Expected {name} to be a dense CPU tensor, got {array.layout} on {array.device}"
+            )
+        contiguous = array.is_contiguous()
+    else:
+        contiguous = array.flags.c_contiguous
+    if not contiguous:
+        raise ValueError(f"Expected {name} to be contiguous in row-major order, got other strides")
+
+
+def _dtype(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")

@@ -1,0 +1,175 @@
+"""The paper's twelve families of networks, sparse wherever a mask was and dense wherever none was.
+
+                    synapses (N -> D S)          dendrites -> somas (D S -> S)
+    dANN-R/LRF/GRF  random / receptive fields    cable: each dendrite feeds its own soma
+    pdANN           dense                        cable
+    sANN(-R/..)     random / receptive fields    random positions
+    psANN           dense                        random positions
+    vANN            dense                        dense
+    vANN-R/LRF/GRF  random / receptive fields    dense
+
+Source: Chavlis & Poirazi (2025), paper.md section 1, items 1-12 and 18.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from . import connectivity
+from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
+from .topology import Connectivity
+
+# kind -> (rule of the synapses, rule of the dendrite -> soma stage)
+_KINDS = {
+    "dANN-R": ("random", "cable"),
+    "dANN-LRF": ("local", "cable"),
+    "dANN-GRF": ("global", "cable"),
+    "pdANN": ("dense", "cable"),
+    "sANN": ("random", "random"),
+    "sANN-LRF": ("local", "random"),
+    "sANN-GRF": ("global", "random"),
+    "psANN": ("dense", "random"),
+    "vANN": ("dense", "dense"),
+    "vANN-R": ("random", "dense"),
+    "vANN-LRF": ("local", "dense"),
+    "vANN-GRF": ("global", "dense"),
+}
+_NEGATIVE_SLOPE = 0.1
+
+
+def _synapses(
+    rule: str,
+    in_shape: tuple[int, int],
+    channels: int,
+    somas: int,
+    dendrites: int,
+    synapses: int,
+    rng: np.random.Generator,
+) -> Connectivity:
+    inputs = math.prod(in_shape) * channels
+    if rule == "random":
+        return connectivity.random(inputs, somas, dendrites, synapses, seed=rng)
+    if rule == "dense":
+        return connectivity.all_to_all(inputs, somas, dendrites)
+    fields = {
+        "local": connectivity.local_receptive_fields,
+        "global": connectivity.global_receptive_fields,
+    }[rule]
+    return fields(in_shape, somas, dendrites, synapses, channels=channels, seed=rng)
+
+
+def _linear(inputs: int, outputs: int, init: Init) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    if init == "paper":
+        nn.init.uniform_(
+            linear.weight, -glorot_bound(inputs, outputs), glorot_bound(inputs, outputs)
+        )
+    else:
+        nn.init.kaiming_uniform_(linear.weight, a=_NEGATIVE_SLOPE)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _sparse_or_dense(connections: Connectivity, init: Init) -> nn.Module:
+    if connections.is_dense:
+        return _linear(connections.in_features, connections.num_dendrites, init)
+    return SparseLinear(connections, init=init, negative_slope=_NEGATIVE_SLOPE)
+
+
+def _stage(
+    synapses: Connectivity, soma_rule: str, init: Init, rng: np.random.Generator
+) -> list[nn.Module]:
+    """One dendrosomatic layer: the modules from its inputs to its somas' activation."""
+    if soma_rule == "cable":
+        return [DendriticLayer(synapses, init=init, negative_slope=_NEGATIVE_SLOPE)]
+    rows, somas = synapses.num_dendrites, synapses.num_somas
+    if soma_rule == "random":  # D * S positions out of (D * S) x S
+        to_soma = _sparse_or_dense(
+            connectivity.random(rows, somas, 1, rows // somas, seed=rng), init
+        )
+    else:
+        to_soma = _linear(rows, somas, init)
+    return [
+        _sparse_or_dense(synapses, init),
+        nn.LeakyReLU(_NEGATIVE_SLOPE),
+        to_soma,
+        nn.LeakyReLU(_NEGATIVE_SLOPE),
+    ]
+
+
+def build(
+    kind: str,
+    in_shape: Sequence[int],
+    somas: int,
+    dendrites: int,
+    synapses: int,
+    classes: int,
+    *,
+    channels: int = 1,
+    layers: int = 1,
+    seed: int | np.random.Generator | None = None,
+    init: Init = "paper",
+) -> nn.Sequential:
+    """A network of the paper: `layers` dendrosomatic layers and a dense output layer.
+
+    Args:
+        kind: dANN-R, dANN-LRF, dANN-GRF, pdANN, sANN, sANN-LRF, sANN-GRF, psANN, vANN, vANN-R,
+            vANN-LRF or vANN-GRF.
+        in_shape: (H, W) of the images, which arrive flattened as [..., H * W * channels].
+        somas, dendrites, synapses: S per layer, D per soma, K per dendrite. Receptive fields count
+            pixels: K * channels synapses. Families with dense synapses ignore K.
+        classes: number of outputs.
+        channels: of the images, channels last.
+        layers: 1 to 10. From the second on, the somas below form a pseudo-image
+            (connectivity.pseudo_image).
+        seed: of the connectivity, drawn layer by layer from one generator. Parameters come from
+            torch's generator (torch.manual_seed).
+        init: "paper" or "fan_in", see DendriticLayer.
+
+    Returns:
+        nn.Sequential that maps [..., H * W * channels] to logits [..., classes].
+
+    Raises:
+        ValueError: an unknown kind, or sizes that do not fit.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"Expected a kind of {list(_KINDS)}, got {kind!r}")
+    if not 1 <= layers <= 10:
+        raise ValueError(f"Expected 1 to 10 layers, got {layers}")
+    if len(in_shape) != 2 or classes < 1:
+        raise ValueError(
+            f"Expected in_shape (H, W) and classes >= 1, got {tuple(in_shape)}, {classes}"
+        )
+    _check_init(init)
+    synapse_rule, soma_rule = _KINDS[kind]
+    rng = np.random.default_rng(seed)
+    shape = (int(in_shape[0]), int(in_shape[1]))
+    modules: list[nn.Module] = []
+    for _ in range(layers):
+        drawn = _synapses(synapse_rule, shape, channels, somas, dendrites, synapses, rng)
+        modules += _stage(drawn, soma_rule, init, rng)
+        shape, channels = connectivity.pseudo_image(somas), 1
+    return nn.Sequential(*modules, _linear(somas, classes, init))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers, each stored once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_dense_parameters(model: nn.Module) -> int:
+    """What the same network stores as dense layers under masks."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, (DendriticLayer, SparseLinear)):
+            c = module.connectivity
+            total += (c.in_features + 1) * c.num_dendrites
+            if isinstance(module, DendriticLayer):
+                total += (c.num_dendrites + 1) * c.num_somas
+        elif isinstance(module, nn.Linear):
+            total += sum(p.numel() for p in module.parameters())
+    return total

@@ -1,0 +1,217 @@
+"""Modules: parameters on the synapses that exist, their initialisation, their state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from . import functional
+from .topology import Connectivity
+
+Init = Literal["fan_in", "paper"]
+_STRUCTURE = ("crow_indices", "col_indices", "soma_ptr")
+
+
+def _check_init(init: str) -> None:
+    if init not in get_args(Init):
+        raise ValueError(f"Expected init of {sorted(get_args(Init))}, got {init!r}")
+
+
+def _fan_in_bound(counts: torch.Tensor, negative_slope: float) -> torch.Tensor:
+    """He et al. (2015) uniform bound of each row, sqrt(6 / ((1 + slope^2) fan_in)); counts [R]."""
+    return (6 / ((1 + negative_slope**2) * counts.clamp(min=1).double())).sqrt()
+
+
+def glorot_bound(fan_in: int, fan_out: int) -> float:
+    """Glorot & Bengio (2010) uniform bound of a dense [fan_out, fan_in] matrix."""
+    return math.sqrt(6 / (fan_in + fan_out))
+
+
+@torch.no_grad()
+def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
+    if not weight.is_meta:
+        weight.uniform_(-1, 1).mul_(
+            torch.as_tensor(bound, dtype=weight.dtype, device=weight.device)
+        )
+
+
+@torch.no_grad()
+def _init_rows(weight: torch.Tensor, pointer: torch.Tensor, negative_slope: float) -> None:
+    """Uniform in each row's own bound; `pointer` says which weights form a row."""
+    counts = pointer.long().diff()
+    _uniform(weight, _fan_in_bound(counts, negative_slope).repeat_interleave(counts))
+
+
+class _Sparse(nn.Module):
+    """What both layers share: the connectivity, and its place in the state dict."""
+
+    def __init__(self, connectivity: Connectivity, init: Init) -> None:
+        super().__init__()
+        if not isinstance(connectivity, Connectivity):
+            raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+        _check_init(init)
+        self.connectivity = connectivity
+        self.init = init
+
+    def get_extra_state(self) -> dict[str, torch.Tensor]:
+        """The connectivity, as tensors: weights mean nothing without it."""
+        c = self.connectivity
+        state = {name: getattr(c, name) for name in _STRUCTURE}
+        return {**state, "in_features": torch.tensor(c.in_features)}
+
+    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        """RuntimeError unless `state` describes this layer's connectivity."""
+        saved = Connectivity.from_csr(
+            state["crow_indices"],
+            state["col_indices"],
+            int(state["in_features"]),
+            state["soma_ptr"],
+        )
+        if saved != self.connectivity:
+            raise RuntimeError(f"Expected a state of {self.connectivity}, got one of {saved}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # First the connectivity: a mismatch must leave the parameters untouched.
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            self.set_extra_state(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DendriticLayer(_Sparse):
+    """A layer of dendritic neurons: sparse synapses -> dendrites -> cable -> somas.
+
+    Stands where a masked pair of Linear layers stood; parameters exist only for synapses that do.
+
+    Parameters:
+        synapse_weight [nnz], dendrite_bias [R], cable_weight [R], soma_bias [S].
+
+    Args:
+        connectivity: N inputs, R dendrites, S somas.
+        bias: whether dendrites and somas have one.
+        activation, negative_slope: of dendrites and somas, see functional.dendritic_layer.
+        init: "fan_in": uniform with the true fan-in of each dendrite and soma (He et al. 2015), so
+            that activations keep their scale. "paper": Glorot uniform with the fans of the dense
+            matrices, then masked, as the official code does (paper.md section 1, item 12):
+            small activations and a slow start. Biases start at 0.
+        device, dtype: of the parameters; float32 or float64.
+
+    Shape: [..., N] -> [..., S].
+
+    Raises:
+        TypeError, ValueError: an argument or an input does not fit.
+    """
+
+    def __init__(
+        self,
+        connectivity: Connectivity,
+        *,
+        bias: bool = True,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+        init: Init = "fan_in",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(connectivity, init)
+        functional.check_activation(activation, negative_slope)
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
+        c = connectivity
+
+        def parameter(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.synapse_weight = parameter(c.nnz)
+        self.dendrite_bias = parameter(c.num_dendrites) if bias else None
+        self.cable_weight = parameter(c.num_dendrites)
+        self.soma_bias = parameter(c.num_somas) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew from torch's generator."""
+        c = self.connectivity
+        if self.init == "paper":
+            _uniform(self.synapse_weight, glorot_bound(c.in_features, c.num_dendrites))
+            _uniform(self.cable_weight, glorot_bound(c.num_dendrites, c.num_somas))
+        else:
+            slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
+            _init_rows(self.synapse_weight, c.crow_indices, slope)
+            _init_rows(self.cable_weight, c.soma_ptr, slope)
+        for bias in (self.dendrite_bias, self.soma_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., S]
+        return functional.dendritic_layer(
+            x,
+            self.synapse_weight,
+            self.dendrite_bias,
+            self.cable_weight,
+            self.soma_bias,
+            self.connectivity,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+        )
+
+    def extra_repr(self) -> str:
+        slope = f"({self.negative_slope:g})" if self.activation == "leaky_relu" else ""
+        bias = self.dendrite_bias is not None
+        options = f"bias={bias}, activation={self.activation}{slope}, init={self.init}"
+        return f"{self.connectivity}, {options}"
+
+
+class SparseLinear(_Sparse):
+    """A linear layer whose weight has only the synapses of a connectivity (its somas play no part).
+
+    Parameters:
+        weight [nnz], bias [R].
+
+    Args:
+        connectivity: N inputs, R outputs.
+        bias: whether outputs have one.
+        init: "fan_in" or "paper", see DendriticLayer.
+        negative_slope: of the leaky ReLU that follows, for the scale of "fan_in".
+        device, dtype: of the parameters; float32 or float64.
+
+    Shape: [..., N] -> [..., R].
+
+    Raises:
+        TypeError, ValueError: an argument or an input does not fit.
+    """
+
+    def __init__(
+        self,
+        connectivity: Connectivity,
+        *,
+        bias: bool = True,
+        init: Init = "fan_in",
+        negative_slope: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(connectivity, init)
+        self.negative_slope = float(negative_slope)
+        rows = connectivity.num_dendrites
+        self.weight = nn.Parameter(torch.empty(connectivity.nnz, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew from torch's generator."""
+        c = self.connectivity
+        if self.init == "paper":
+            _uniform(self.weight, glorot_bound(c.in_features, c.num_dendrites))
+        else:
+            _init_rows(self.weight, c.crow_indices, self.negative_slope)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., R]
+        return functional.sparse_linear(x, self.weight, self.bias, self.connectivity)
+
+    def extra_repr(self) -> str:
+        return f"{self.connectivity}, bias={self.bias is not None}, init={self.init}"

@@ -1,0 +1,76 @@
+"""Shared fixtures: the backends under test, poisoned memory, random networks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import dendrite_kernels as dk
+
+REQUIRED = set(filter(None, os.environ.get("DENDRITE_KERNELS_REQUIRE", "").split(",")))
+_BACKEND_OF = {"cpu": "cpp", "cuda": "cuda"}
+
+
+def pytest_report_header() -> list[str]:
+    report = dk.backend_info()
+    return [
+        f"backend {name}: {'available' if entry['available'] else entry['reason']}"
+        for name, entry in report.items()
+    ]
+
+
+def pytest_sessionstart() -> None:
+    """What DENDRITE_KERNELS_REQUIRE names must be there: a broken build fails, it is not skipped."""
+    for extension in REQUIRED:
+        dk.use_backend(_BACKEND_OF[extension])
+    dk.use_backend(None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> None:
+    """Enough to run threaded code; more would wait for each other on a shared machine."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["cpp", "numba", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each backend in turn; skips one that is missing, with its reason."""
+    name: str = request.param
+    entry = dk.backend_info()[name]
+    if not entry["available"]:
+        pytest.skip(f"backend {name}: {entry['reason']}")
+    with dk.use_backend(name):
+        yield name
+
+
+def cpp_extension() -> Any:
+    """The compiled module, or None where it was not built."""
+    try:
+        return importlib.import_module("dendrite_kernels._cpu")
+    except ImportError:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors are filled with NaN, so that a kernel that leaves a hole is seen."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    extension = cpp_extension()
+    if extension is not None:
+        extension.poison_workspaces(True)
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,60 @@
+"""The float64 oracle, written once more from the equations, and the measure of error.
+
+Independent of dendrite_kernels.reference: synapse by synapse, no dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dendrite_kernels import Connectivity
+
+Maybe = torch.Tensor | None
+
+
+def leaky_relu(u: torch.Tensor, slope: float) -> torch.Tensor:
+    return torch.where(u > 0, u, slope * u)
+
+
+def segment_sum(values: torch.Tensor, pointer: torch.Tensor) -> torch.Tensor:
+    """values [B, pointer[-1]] -> [B, segments]: sums of the stretches that `pointer` delimits."""
+    segments = pointer.numel() - 1
+    owner = torch.repeat_interleave(torch.arange(segments), pointer.long().diff())
+    return values.new_zeros(values.shape[0], segments).index_add(1, owner, values)
+
+
+def sparse_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, c: Connectivity
+) -> torch.Tensor:
+    """x [B, N] -> u [B, R], synapse by synapse."""
+    u = segment_sum(x.index_select(1, c.col_indices.long()) * weight, c.crow_indices)
+    return u if bias is None else u + bias
+
+
+def dendritic_layer(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    soma_bias: Maybe,
+    c: Connectivity,
+    slope: float,
+) -> torch.Tensor:
+    """x [B, N] -> y [B, S]."""
+    a = leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, c), slope)
+    v = segment_sum(a * cable_weight, c.soma_ptr)
+    return leaky_relu(v if soma_bias is None else v + soma_bias, slope)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the difference over that of `expected` (float64); 0 for two zeros."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    difference = (actual.double() - expected.double()).norm().item()
+    scale = expected.double().norm().item()
+    return difference / scale if scale else difference
+
+
+def errors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:
+    return [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
