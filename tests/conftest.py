@@ -25,7 +25,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_sessionstart() -> None:
-    """What DENDRITE_KERNELS_REQUIRE names must be there: a broken build fails, it is not skipped."""
+    """What DENDRITE_KERNELS_REQUIRE names must be there: a broken build fails the run."""
     for extension in REQUIRED:
         dk.use_backend(_BACKEND_OF[extension])
     dk.use_backend(None)
