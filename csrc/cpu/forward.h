@@ -13,17 +13,28 @@ constexpr int kForwardTile = 32;
 template <class T>
 constexpr int kStrip = kForwardTile / kLanes<T> < 4 ? kForwardTile / kLanes<T> : 4;
 
-// acc[d] += sum_k w * x for ND dendrites that have `count` synapses each.
-template <class T, int ND, int V, class Column>
+// acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded a
+// 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
+// ports from the gathered rows.
+template <class T, int FanIn, int ND, int V, class Column>
 DK_INLINE void gather_synapses(const T* const* weight, const Column* const* column, int64_t count,
                                const T* x, vec<T>* acc) {
-  constexpr int L = kLanes<T>;
-  for (int64_t k = 0; k < count; ++k)
-    unroll<ND>([&](auto d) {
-      const vec<T> w = splat(weight[d][k]);
-      const T* row = x + int64_t(column[d][k]) * kForwardTile;
-      unroll<V>([&](auto t) { acc[d * V + t] = w * load(row + t * L) + acc[d * V + t]; });
+  constexpr int L = kLanes<T>, BL = kBlockLanes<T>;
+  const auto synapse = [&](auto d, int64_t k, vec<T> w) DK_LAMBDA {
+    const T* row = x + int64_t(column[d][k]) * kForwardTile;
+    unroll<V>([&](auto t) DK_LAMBDA { acc[d * V + t] = w * load(row + t * L) + acc[d * V + t]; });
+  };
+  int64_t k = 0;
+  for (; k + BL <= count; k += BL) {
+    vec<T> block[ND];
+    unroll<ND>([&](auto d) DK_LAMBDA { block[d] = load_block(weight[d] + k); });
+    unroll<BL>([&](auto j) DK_LAMBDA {
+      unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k + j, splat_lane<T, j>(block[d])); });
     });
+  }
+  if constexpr (FanIn == 0 || FanIn % BL != 0)
+    for (; k < count; ++k)
+      unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k, splat(weight[d][k])); });
 }
 
 // Pre-activations u of ND neighbouring dendrites. FanIn > 0 fixes the trip count at compile time.
@@ -33,22 +44,22 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
   const T* weight[ND];
   const Column* column[ND];
   int64_t count[ND];
-  unroll<ND>([&](auto d) {
+  unroll<ND>([&](auto d) DK_LAMBDA {
     const int64_t begin = FanIn ? (r + d) * FanIn : int64_t(net.crow[r + d]);
     count[d] = FanIn ? FanIn : net.crow[r + d + 1] - begin;
     weight[d] = call.weight + begin;
     column[d] = static_cast<const Column*>(net.columns) + begin;
     const vec<T> bias = splat(call.dendrite_bias ? call.dendrite_bias[r + d] : T(0));
-    unroll<V>([&](auto t) { u[d * V + t] = bias; });
+    unroll<V>([&](auto t) DK_LAMBDA { u[d * V + t] = bias; });
   });
   int64_t common = count[0];
-  unroll<ND>([&](auto d) { common = min64(common, count[d]); });
-  gather_synapses<T, ND, V, Column>(weight, column, FanIn ? FanIn : common, x, u);
+  unroll<ND>([&](auto d) DK_LAMBDA { common = min64(common, count[d]); });
+  gather_synapses<T, FanIn, ND, V, Column>(weight, column, FanIn ? FanIn : common, x, u);
   if constexpr (FanIn == 0 && ND > 1) {
-    unroll<ND>([&](auto d) {
+    unroll<ND>([&](auto d) DK_LAMBDA {
       const T* w = weight[d] + common;
       const Column* c = column[d] + common;
-      gather_synapses<T, 1, V, Column>(&w, &c, count[d] - common, x, u + d * V);
+      gather_synapses<T, 0, 1, V, Column>(&w, &c, count[d] - common, x, u + d * V);
     });
   }
 }
@@ -58,7 +69,7 @@ template <class T, int V>
 DK_INLINE void store_signs(uint32_t* word, int strip, const vec<T>* u) {
   constexpr int kBits = V * kLanes<T>;
   uint32_t bits = 0;
-  unroll<V>([&](auto t) { bits |= positive_bits<T>(u[t]) << (t * kLanes<T>); });
+  unroll<V>([&](auto t) DK_LAMBDA { bits |= positive_bits<T>(u[t]) << (t * kLanes<T>); });
   memcpy(reinterpret_cast<char*>(word) + strip * kBits / 8, &bits, kBits / 8);
 }
 
@@ -79,11 +90,11 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
   for (int64_t s = s0; s < s1; ++s) {
     vec<T> v[V];
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
-    unroll<V>([&](auto t) { v[t] = bias; });
-    const auto cable = [&](int64_t r, const vec<T>* u) {
+    unroll<V>([&](auto t) DK_LAMBDA { v[t] = bias; });
+    const auto cable = [&](int64_t r, const vec<T>* u) DK_LAMBDA {
       if (signs) store_signs<T, V>(signs + r, strip, u);
       const vec<T> c = splat(call.cable[r]);
-      unroll<V>([&](auto t) { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
+      unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
     };
     int64_t r = net.soma_ptr[s];
     const int64_t end = net.soma_ptr[s + 1];
@@ -99,7 +110,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
       cable(r, u);
     }
     T* out = y + (s - s0) * kForwardTile;
-    unroll<V>([&](auto t) { store(out + t * L, leaky_relu<T>(v[t], slope)); });
+    unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, leaky_relu<T>(v[t], slope)); });
   }
 }
 
@@ -115,14 +126,15 @@ __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::F
   for (; r + 2 <= r1; r += 2) {
     vec<T> u[2 * V];
     dendrites<T, FanIn, 2, V, Column>(net, call, x, r, u);
-    unroll<2>([&](auto d) {
-      unroll<V>([&](auto t) { store(y + (r + d - r0) * kForwardTile + t * L, u[d * V + t]); });
+    unroll<2>([&](auto d) DK_LAMBDA {
+      unroll<V>([&](auto t)
+                    DK_LAMBDA { store(y + (r + d - r0) * kForwardTile + t * L, u[d * V + t]); });
     });
   }
   if (r < r1) {
     vec<T> u[V];
     dendrites<T, FanIn, 1, V, Column>(net, call, x, r, u);
-    unroll<V>([&](auto t) { store(y + (r - r0) * kForwardTile + t * L, u[t]); });
+    unroll<V>([&](auto t) DK_LAMBDA { store(y + (r - r0) * kForwardTile + t * L, u[t]); });
   }
 }
 

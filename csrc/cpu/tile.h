@@ -89,12 +89,13 @@ __attribute__((noinline)) void transpose_in(const Source& source, int64_t sample
       vec<T> r[L];
       const int64_t present = samples - t * L;
       if (present >= L)
-        unroll<L>([&](auto i) { r[i] = source.vector(t * L + i, c); });
+        unroll<L>([&](auto i) DK_LAMBDA { r[i] = source.vector(t * L + i, c); });
       else
-        unroll<L>([&](auto i) { r[i] = i < present ? source.vector(t * L + i, c) : vec<T>{}; });
+        unroll<L>([&](auto i)
+                      DK_LAMBDA { r[i] = i < present ? source.vector(t * L + i, c) : vec<T>{}; });
       transpose<T>(r);
       T* out = tile + (c - c0) * kTile + t * L;
-      unroll<L>([&](auto i) { store(out + i * kTile, r[i]); });
+      unroll<L>([&](auto i) DK_LAMBDA { store(out + i * kTile, r[i]); });
     }
   }
   for (; c < c1; ++c)
@@ -111,14 +112,14 @@ __attribute__((noinline)) void transpose_out(const T* tile, int64_t columns, int
   for (; c + L <= columns; c += L) {
     for (int t = 0; t < V && t * L < samples; ++t) {
       vec<T> r[L];
-      unroll<L>([&](auto i) { r[i] = load(tile + (c + i) * kTile + t * L); });
+      unroll<L>([&](auto i) DK_LAMBDA { r[i] = load(tile + (c + i) * kTile + t * L); });
       transpose<T>(r);
       const int64_t present = samples - t * L;
       T* rows = out + int64_t(t) * L * stride + c;
       if (present >= L)
-        unroll<L>([&](auto i) { store(rows + i * stride, r[i]); });
+        unroll<L>([&](auto i) DK_LAMBDA { store(rows + i * stride, r[i]); });
       else
-        unroll<L>([&](auto i) {
+        unroll<L>([&](auto i) DK_LAMBDA {
           if (i < present) store(rows + i * stride, r[i]);
         });
     }
