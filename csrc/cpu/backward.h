@@ -227,10 +227,13 @@ void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
 template <class T>
 void backward(const dk::Topology& net, const dk::BackwardCall<T>& call,
               const dk::Runtime& runtime) {
+  dk::Runtime useful = runtime;
+  useful.threads =
+      int(useful_threads(runtime, ceil_div(call.batch, 32) * (net.nnz + 4 * net.rows)));
   if (net.narrow)
-    backward_columns<T, uint16_t>(net, call, runtime);
+    backward_columns<T, uint16_t>(net, call, useful);
   else
-    backward_columns<T, int32_t>(net, call, runtime);
+    backward_columns<T, int32_t>(net, call, useful);
 }
 
 }  // namespace

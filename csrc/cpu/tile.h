@@ -27,6 +27,12 @@ DK_INLINE void parallel(const dk::Runtime& runtime, int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
+// Threads worth waking for `work` gathered tile rows, each of which takes about a nanosecond.
+DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
+  constexpr int64_t kWorkPerThread = 8192;
+  return max64(1, min64(runtime.threads, work / kWorkPerThread));
+}
+
 // Cuts one workspace into 64-byte aligned arrays: first add up the sizes, then take the pieces in
 // the same order.
 class Carver {
