@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import functional
+from . import functional, ops
 from .topology import Connectivity
 
 Init = Literal["fan_in", "paper"]
@@ -56,12 +56,20 @@ class _Sparse(nn.Module):
         _check_init(init)
         self.connectivity = connectivity
         self.init = init
+        ops.index_tensors(connectivity)  # compiled code cannot mark them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        ops.index_tensors(self.connectivity)
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """The connectivity, as tensors: weights mean nothing without it."""
+        """The connectivity, as tensors: weights mean nothing without it.
+
+        Copies: torch.distributed.checkpoint reads into the tensors of a state dict.
+        """
         c = self.connectivity
-        state = {name: getattr(c, name) for name in _STRUCTURE}
-        return {**state, "in_features": torch.tensor(c.in_features)}
+        state = {name: getattr(c, name).clone() for name in _STRUCTURE}
+        return {**state, "in_features": torch.tensor(c.in_features, device="cpu")}
 
     def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
         """RuntimeError unless `state` describes this layer's connectivity."""
@@ -98,7 +106,7 @@ class DendriticLayer(_Sparse):
             that activations keep their scale. "paper": Glorot uniform with the fans of the dense
             matrices, then masked, as the official code does (paper.md section 1, item 12):
             small activations and a slow start. Biases start at 0.
-        device, dtype: of the parameters; float32 or float64.
+        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
 
     Shape: [..., N] -> [..., S].
 
@@ -176,7 +184,7 @@ class SparseLinear(_Sparse):
         bias: whether outputs have one.
         init: "fan_in" or "paper", see DendriticLayer.
         negative_slope: of the leaky ReLU that follows, for the scale of "fan_in".
-        device, dtype: of the parameters; float32 or float64.
+        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
 
     Shape: [..., N] -> [..., R].
 
