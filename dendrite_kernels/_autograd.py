@@ -26,11 +26,6 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _differentiating_backward() -> bool:
-    """Whether a backward pass is recorded in turn (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _add(a: Maybe, b: Maybe) -> Maybe:
     if a is None or b is None:
         return b if a is None else a
@@ -52,7 +47,8 @@ class SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         x, weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
-        run = SparseLinearBackward.apply if _differentiating_backward() else ops.run_sparse_backward
+        recorded = torch.is_grad_enabled()  # create_graph=True
+        run = SparseLinearBackward.apply if recorded else ops.run_sparse_backward
         dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
         return dx if need_x else None, dw, db if ctx.has_bias else None, None
 
@@ -223,27 +219,26 @@ class DendriticLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        if _differentiating_backward():
-            dx, dw, dbd, dc, dbs = _composed_backward(
-                grad, x, y, synapse_weight, dendrite_bias, cable_weight,
-                ctx.connectivity, ctx.slope, need_x,
-            )  # fmt: skip
+        x, y, signs, *parameters = ctx.saved_tensors
+        options = ctx.connectivity, ctx.slope, ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
+            gradients = _composed_backward(grad, x, y, *parameters, *options)
         else:
-            dx, dw, dbd, dc, dbs = ops.run_dendritic_backward(
-                grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight,
-                ctx.connectivity, ctx.slope, need_x,
-            )  # fmt: skip
-        return (
-            dx if need_x else None,
-            dw,
-            None if dendrite_bias is None else dbd,
-            dc,
-            dbs if ctx.has_soma_bias else None,
-            None,
-            None,
-        )
+            gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
+        return *_wanted(ctx, gradients, parameters[1]), None, None
+
+
+def _wanted(
+    ctx: Any, gradients: tuple[torch.Tensor, ...], dendrite_bias: Maybe
+) -> tuple[Maybe, ...]:
+    dx, dw, dbd, dc, dbs = gradients
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dw,
+        None if dendrite_bias is None else dbd,
+        dc,
+        dbs if ctx.has_soma_bias else None,
+    )
 
 
 def _composed_backward(
@@ -272,6 +267,63 @@ def _composed_backward(
     return dx, dw, dbd, dc, grad_v.sum(0)
 
 
+# ---- the operators' own derivatives: for compiled and exported programs ----
+
+
+def _setup_dendritic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices, ctx.slope, saved = inputs
+    y, signs = output
+    ctx.has_soma_bias, ctx.saved_signs = soma_bias is not None, saved
+    ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices)
+
+
+def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Maybe, ...]:
+    if not ctx.saved_signs:
+        raise RuntimeError(
+            "Expected a program traced with gradients enabled, got one that saves no signs"
+        )
+    x, y, signs, *parameters = ctx.saved_tensors[:6]
+    indices = ctx.saved_tensors[6:]
+    options = ctx.slope, ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        gradients = _composed_backward(grad, x, y, *parameters, connectivity, *options)
+    else:
+        gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
+    return *_wanted(ctx, gradients, parameters[1]), *(None,) * 5
+
+
+def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias, *indices = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, *indices)
+
+
+def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+    x, weight, *indices = ctx.saved_tensors
+    need_x = ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        dx, dw, db = SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
+    else:
+        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 3
+
+
+torch.library.register_autograd(
+    "dendrite_kernels::dendritic_forward",
+    _differentiate_dendritic,
+    setup_context=_setup_dendritic,
+    lib=ops.library,
+)
+torch.library.register_autograd(
+    "dendrite_kernels::sparse_forward",
+    _differentiate_sparse,
+    setup_context=_setup_sparse,
+    lib=ops.library,
+)
+
+
 def _needs_grad(*tensors: Maybe) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -284,7 +336,7 @@ def sparse_linear(
     if transforms_active():
         compiling = torch.compiler.is_compiling()
         run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
-    elif _needs_grad(x, weight, bias):
+    elif not torch.compiler.is_compiling() and _needs_grad(x, weight, bias):
         run = SparseLinear.apply
     return run(x, weight, bias, connectivity)
 
@@ -302,11 +354,12 @@ def dendritic_layer(
     if transforms_active():
         a = F.leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, connectivity), slope)
         return F.leaky_relu(cable(a, cable_weight, soma_bias, connectivity), slope)
-    if _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias):
+    needs_grad = _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
+    if needs_grad and not torch.compiler.is_compiling():
         y: torch.Tensor = DendriticLayer.apply(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
         )
         return y
     return ops.run_dendritic_forward(
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, False
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, needs_grad
     )[0]

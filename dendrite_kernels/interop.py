@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
-from .nn import DendriticLayer
-from .reference import cable_matrix, dense_weight
+from .nn import DendriticLayer, SparseLinear
+from .reference import activation_function, cable_matrix, dense_weight
 from .topology import Connectivity
+
+Maybe = torch.Tensor | None
 
 
 def _check_mask(name: str, mask: torch.Tensor, linear: nn.Linear) -> None:
@@ -102,3 +106,82 @@ def to_masked_dense(
     dendrite_mask = c.to_mask().to(dendrite.weight.device)
     soma_mask = cable_matrix(torch.ones_like(layer.cable_weight), c) != 0
     return dendrite, dendrite_mask, soma, soma_mask
+
+
+class _PaddedRows(nn.Module):
+    """Rows of unequal length as a rectangle: index [rows, width], weight 0 where a row is short.
+
+    A pad points past the end of the input, where forward appends a zero.
+    """
+
+    index: torch.Tensor
+
+    def __init__(
+        self, pointer: torch.Tensor, columns: torch.Tensor, weight: torch.Tensor, inputs: int
+    ) -> None:
+        super().__init__()
+        counts = pointer.long().diff()  # [rows]
+        rows, width = counts.numel(), max(1, int(counts.max()))
+        taken = torch.arange(width) < counts[:, None]  # [rows, width]
+        index = torch.full((rows, width), inputs)
+        index[taken] = columns.long()
+        padded = weight.new_zeros((rows, width))
+        padded[taken.to(weight.device)] = weight.detach()
+        self.padded = not bool(taken.all())
+        self.register_buffer("index", index.flatten().to(weight.device))
+        self.weight = nn.Parameter(padded)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., inputs] -> [..., rows]
+        if self.padded:
+            x = nn.functional.pad(x, (0, 1))
+        gathered = x.index_select(-1, self.index).unflatten(-1, self.weight.shape)
+        return (gathered * self.weight).sum(-1)
+
+
+class _PortableSparseLinear(nn.Module):
+    def __init__(self, connectivity: Connectivity, weight: torch.Tensor, bias: Maybe) -> None:
+        super().__init__()
+        c = connectivity
+        self.rows = _PaddedRows(c.crow_indices, c.col_indices, weight, c.in_features)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u: torch.Tensor = self.rows(x)
+        return u if self.bias is None else u + self.bias
+
+
+class _PortableDendriticLayer(nn.Module):
+    def __init__(self, layer: DendriticLayer) -> None:
+        super().__init__()
+        c = layer.connectivity
+        self.synapses = _PortableSparseLinear(c, layer.synapse_weight, layer.dendrite_bias)
+        dendrites = torch.arange(c.num_dendrites)
+        self.cable = _PaddedRows(c.soma_ptr, dendrites, layer.cable_weight, c.num_dendrites)
+        self.bias = None if layer.soma_bias is None else nn.Parameter(layer.soma_bias.clone())
+        self.activation, self.negative_slope = layer.activation, layer.negative_slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        phi = activation_function(self.activation, self.negative_slope)
+        v = self.cable(phi(self.synapses(x)))
+        return phi(v if self.bias is None else v + self.bias)
+
+
+def portable(model: nn.Module) -> nn.Module:
+    """A copy of a model for runtimes without this package: ONNX, AOTInductor from C++, ...
+
+    Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
+    B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
+
+    Example:
+        torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)
+    """
+    if isinstance(model, DendriticLayer):
+        return _PortableDendriticLayer(model).train(model.training)
+    if isinstance(model, SparseLinear):
+        plain = _PortableSparseLinear(model.connectivity, model.weight, model.bias)
+        return plain.train(model.training)
+    model = copy.copy(model)  # shallow: what is replaced below belongs to the copy alone
+    model._modules = {
+        name: None if child is None else portable(child) for name, child in model._modules.items()
+    }
+    return model

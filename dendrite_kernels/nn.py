@@ -62,12 +62,16 @@ class _Sparse(nn.Module):
         super().__setstate__(state)
         ops.index_tensors(self.connectivity)
 
+    def described(self) -> Connectivity:
+        """The connectivity that a state dict holds: of the whole layer, where this is a shard."""
+        return self.connectivity
+
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """The connectivity, as tensors: weights mean nothing without it.
 
         Copies: torch.distributed.checkpoint reads into the tensors of a state dict.
         """
-        c = self.connectivity
+        c = self.described()
         state = {name: getattr(c, name).clone() for name in _STRUCTURE}
         return {**state, "in_features": torch.tensor(c.in_features, device="cpu")}
 
@@ -79,8 +83,8 @@ class _Sparse(nn.Module):
             int(state["in_features"]),
             state["soma_ptr"],
         )
-        if saved != self.connectivity:
-            raise RuntimeError(f"Expected a state of {self.connectivity}, got one of {saved}")
+        if saved != self.described():
+            raise RuntimeError(f"Expected a state of {self.described()}, got one of {saved}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # First the connectivity: a mismatch must leave the parameters untouched.

@@ -20,18 +20,18 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor soma_ptr"
 
-_library = torch.library.Library("dendrite_kernels", "DEF")
-_library.define(
+library = torch.library.Library("dendrite_kernels", "DEF")
+library.define(
     "dendritic_forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor cable_weight,"
     f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs) -> (Tensor, Tensor)"
 )
-_library.define(
+library.define(
     "dendritic_backward(Tensor grad, Tensor x, Tensor y, Tensor signs, Tensor synapse_weight,"
     f" Tensor? dendrite_bias, Tensor cable_weight, {_INDICES}, float negative_slope, bool need_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}) -> Tensor")
-_library.define(
+library.define(f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}) -> Tensor")
+library.define(
     f"sparse_backward(Tensor grad, Tensor x, Tensor weight, {_INDICES}, bool need_x)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -47,7 +47,7 @@ def index_tensors(connectivity: Connectivity) -> Three:
     return connectivity.crow_indices, col, connectivity.soma_ptr
 
 
-def _connectivity(
+def connectivity_of(
     crow: torch.Tensor, col: torch.Tensor, soma_ptr: torch.Tensor, x: torch.Tensor
 ) -> Connectivity:
     """The Connectivity behind index tensors; unknown ones are validated and remembered."""
@@ -141,7 +141,7 @@ def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable
 
     def kernel(*args: Any) -> Any:
         end = indices_at + 3
-        found = _connectivity(*args[indices_at:end], args[x_at])
+        found = connectivity_of(*args[indices_at:end], args[x_at])
         return compute(*args[:indices_at], found, *args[end:])
 
     return kernel
@@ -162,7 +162,7 @@ _KERNELS = {
 }
 for _name, _function in _KERNELS.items():
     # One kernel for every device: the backend is chosen by the device of x.
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 dendritic_forward = torch.ops.dendrite_kernels.dendritic_forward.default
 dendritic_backward = torch.ops.dendrite_kernels.dendritic_backward.default
@@ -256,7 +256,7 @@ def run_sparse_backward(
 # ---- the shapes that the operators return: for torch.compile, export and meta tensors ----
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_forward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::dendritic_forward", lib=library)
 def _fake_dendritic_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -274,7 +274,7 @@ def _fake_dendritic_forward(
     return x.new_empty((x.shape[0], soma_ptr.shape[0] - 1)), signs
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_backward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::dendritic_backward", lib=library)
 def _fake_dendritic_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -295,7 +295,7 @@ def _fake_dendritic_backward(
     return dx, dw, x.new_empty(rows), x.new_empty(rows), x.new_empty(somas)
 
 
-@torch.library.register_fake("dendrite_kernels::sparse_forward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::sparse_forward", lib=library)
 def _fake_sparse_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -307,7 +307,7 @@ def _fake_sparse_forward(
     return x.new_empty((x.shape[0], crow_indices.shape[0] - 1))
 
 
-@torch.library.register_fake("dendrite_kernels::sparse_backward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::sparse_backward", lib=library)
 def _fake_sparse_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -354,6 +354,6 @@ def _vmap_sparse_forward(
     return sparse_forward(x.flatten(0, 1), *parameters).unflatten(0, x.shape[:2]), 0
 
 
-torch.library.register_vmap(sparse_forward, _vmap_sparse_forward, lib=_library)
+torch.library.register_vmap(sparse_forward, _vmap_sparse_forward, lib=library)
 for _op in (dendritic_forward, dendritic_backward, sparse_backward):
-    torch.library.register_vmap(_op, _sample_by_sample(_op), lib=_library)
+    torch.library.register_vmap(_op, _sample_by_sample(_op), lib=library)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import oracle
 import pytest
@@ -49,7 +49,9 @@ def network(seed: int = 0) -> nn.Sequential:
     )
 
 
-def train(model: nn.Module, step: nn.Module, batches: list[int]) -> list[torch.Tensor]:
+def train(
+    model: nn.Module, step: Callable[..., torch.Tensor], batches: list[int]
+) -> list[torch.Tensor]:
     """Losses of SGD steps on drawn batches of the given sizes, then the parameters."""
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -86,6 +88,13 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
         )
         grad = torch.randn(5, c.num_dendrites)
         torch.library.opcheck(ops.sparse_backward, (grad, x, weight, *indices, need_x))
+    for leaf in (x, weight, bias, cable, soma_bias):
+        if leaf is not None:
+            leaf.requires_grad_()
+    torch.library.opcheck(
+        ops.dendritic_forward, (x, weight, bias, cable, soma_bias, *indices, 0.1, True)
+    )
+    torch.library.opcheck(ops.sparse_forward, (x, weight, bias, *indices))
 
 
 def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
