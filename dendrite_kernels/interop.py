@@ -1,12 +1,16 @@
-"""To and from the masked-dense form: two nn.Linear layers under boolean masks."""
+"""To and from other formats: masked dense layers, pruned ones, scipy, Keras, plain torch."""
 
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from ._keras import read_dense
 from .nn import DendriticLayer, SparseLinear
 from .reference import activation_function, cable_matrix, dense_weight
 from .topology import Connectivity
@@ -106,6 +110,148 @@ def to_masked_dense(
     dendrite_mask = c.to_mask().to(dendrite.weight.device)
     soma_mask = cable_matrix(torch.ones_like(layer.cable_weight), c) != 0
     return dendrite, dendrite_mask, soma, soma_mask
+
+
+def _unpruned(linear: nn.Linear) -> tuple[nn.Linear, torch.Tensor]:
+    """The nn.Linear behind one of torch.nn.utils.prune, and its bool mask (all True if none)."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"Expected an nn.Linear, got {type(linear).__name__}")
+    original = getattr(linear, "weight_orig", linear.weight).detach()
+    mask = getattr(linear, "weight_mask", torch.ones_like(original)) != 0
+    bias = linear.bias
+    if hasattr(linear, "bias_orig"):
+        bias = linear.bias_orig * linear.bias_mask
+    return _linear(original * mask, None if bias is None else bias.detach()), mask
+
+
+def _linear(weight: torch.Tensor, bias: Maybe) -> nn.Linear:
+    rows, inputs = weight.shape
+    plain = nn.Linear(inputs, rows, bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        if bias is not None:
+            plain.bias.copy_(bias)
+    return plain
+
+
+def from_pruned(linear: nn.Linear) -> SparseLinear:
+    """The SparseLinear that computes what a layer pruned by torch.nn.utils.prune does.
+
+    An nn.Linear that is not pruned gives all-to-all synapses. Weights are copied.
+    """
+    plain, mask = _unpruned(linear)
+    return _sparse_linear(Connectivity.from_mask(mask.cpu()), plain.weight[mask], plain.bias)
+
+
+def from_pruned_pair(dendrite: nn.Linear, soma: nn.Linear) -> DendriticLayer:
+    """from_masked_dense of two layers pruned by torch.nn.utils.prune, with their own masks."""
+    first, first_mask = _unpruned(dendrite)
+    second, second_mask = _unpruned(soma)
+    return from_masked_dense(first, first_mask, second, second_mask)
+
+
+@torch.no_grad()
+def _sparse_linear(c: Connectivity, weight: torch.Tensor, bias: Maybe) -> SparseLinear:
+    layer = SparseLinear(c, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)  # type: ignore[arg-type]
+    return layer
+
+
+def from_scipy(matrix: Any, bias: Any = None) -> SparseLinear:
+    """The SparseLinear x -> matrix @ x + bias of a scipy.sparse matrix [R, N].
+
+    Every stored entry becomes a synapse, a stored zero too; indices may be unsorted.
+
+    Args:
+        matrix: of dtype float32 or float64 (any format).
+        bias: [R] or None.
+
+    Raises:
+        TypeError, ValueError: as Connectivity.from_scipy.
+    """
+    connectivity = Connectivity.from_scipy(matrix)
+    csr = matrix.tocsr()
+    if not csr.has_sorted_indices:
+        csr = csr.sorted_indices()  # a copy, in the order of the connectivity
+    weight = torch.from_numpy(csr.data.copy())
+    return _sparse_linear(
+        connectivity, weight, None if bias is None else torch.as_tensor(bias, dtype=weight.dtype)
+    )
+
+
+def to_scipy(layer: SparseLinear | DendriticLayer) -> Any:
+    """The synapses of a layer as a scipy.sparse.csr_array [R, N] with their weights."""
+    weight = layer.weight if isinstance(layer, SparseLinear) else layer.synapse_weight
+    return layer.connectivity.to_scipy(weight)
+
+
+def from_keras(
+    path: str | os.PathLike[str],
+    masks: Sequence[Any] | None = None,
+    *,
+    negative_slope: float = 0.1,
+) -> nn.Sequential:
+    """A dendritic network trained in Keras, from its file (HDF5 or .keras), read with h5py.
+
+    The file must hold dense layers in the order of the paper's models: pairs of dendrites and
+    somas, then an output layer.
+
+    Args:
+        path: a whole model or weights only.
+        masks: of the kernels [inputs, outputs] in their order, None where a kernel is dense;
+            default: a synapse is where a kernel is not zero.
+        negative_slope: of the leaky ReLU after dendrites and somas.
+
+    Returns:
+        For each pair a DendriticLayer where every dendrite feeds one soma, else sparse or dense
+        linear layers with their activations; then the output layer, giving logits.
+
+    Raises:
+        ImportError: h5py is missing.
+        ValueError: not such a file, an even number of dense layers, masks that do not fit.
+    """
+    dense = read_dense(path)
+    if len(dense) % 2 == 0:
+        raise ValueError(f"Expected pairs of dense layers and an output layer, got {len(dense)}")
+    given: list[Any] = [None if masks is None else False] * len(dense)
+    for i, mask in enumerate(() if masks is None else masks):
+        if i >= len(dense):
+            raise ValueError(f"Expected at most {len(dense)} masks, got {len(masks or ())}")
+        given[i] = False if mask is None else mask
+    linears = [_from_kernel(*layer, mask) for layer, mask in zip(dense, given, strict=True)]
+    modules: list[nn.Module] = []
+    for i in range(0, len(linears) - 1, 2):
+        (dendrite, mask), (soma, soma_mask) = linears[i : i + 2]
+        if bool((soma_mask.sum(0) == 1).all()) and (dendrite.bias is None) == (soma.bias is None):
+            layer = from_masked_dense(dendrite, mask, soma, soma_mask)
+            layer.negative_slope = float(negative_slope)
+            modules.append(layer)
+            continue
+        for linear, its_mask in ((dendrite, mask), (soma, soma_mask)):
+            c = None if its_mask.all() else Connectivity.from_mask(its_mask)
+            modules.append(
+                linear if c is None else _sparse_linear(c, linear.weight[its_mask], linear.bias)
+            )
+            modules.append(nn.LeakyReLU(negative_slope))
+    return nn.Sequential(*modules, linears[-1][0])
+
+
+def _from_kernel(name: str, kernel: Any, bias: Any, mask: Any) -> tuple[nn.Linear, torch.Tensor]:
+    """nn.Linear and bool mask [outputs, inputs]; mask None: where not zero; False: dense."""
+    weight = torch.from_numpy(kernel).t()
+    if mask is None:
+        taken = weight != 0
+    elif mask is False:
+        taken = torch.ones_like(weight, dtype=torch.bool)
+    else:
+        taken = torch.as_tensor(mask).t() != 0
+        if taken.shape != weight.shape:
+            raise ValueError(
+                f"Expected a mask {list(kernel.shape)} for {name}, got {list(taken.t().shape)}"
+            )
+    return _linear(weight * taken, None if bias is None else torch.from_numpy(bias)), taken
 
 
 class _PaddedRows(nn.Module):
