@@ -27,6 +27,13 @@ def check_activation(activation: str, negative_slope: float) -> None:
         raise ValueError(f"Expected a finite negative_slope >= 0, got {negative_slope}")
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """TypeError unless the operations take tensors of this dtype."""
+    if dtype not in _EXACT and dtype not in _LOW:
+        expected = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"Expected {name} of dtype {expected}, got {dtype}")
+
+
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x, None where it leaves x alone."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
@@ -35,15 +42,19 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _check_connectivity(connectivity: Connectivity) -> None:
+    if not isinstance(connectivity, Connectivity):
+        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+
+
 def _check(
     x: torch.Tensor, connectivity: Connectivity, parameters: Sequence[tuple[str, Maybe, int]]
 ) -> torch.dtype | None:
     """The low precision to round the output to, or None.
 
-    Parameters are (name, tensor or None, length). Everything must fit before a kernel runs.
+    Parameters are (name, tensor or None, length); only biases may be None. Everything must fit
+    before a kernel runs.
     """
-    if not isinstance(connectivity, Connectivity):
-        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"Expected x to be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != connectivity.in_features:
@@ -51,11 +62,10 @@ def _check(
             f"Expected x of shape [..., {connectivity.in_features}], got {list(x.shape)}"
         )
     dtype, device = x.dtype, x.device
-    if dtype not in _EXACT and dtype not in _LOW:
-        raise TypeError(f"Expected x of dtype float64, float32, bfloat16 or float16, got {dtype}")
+    check_dtype("x", dtype)
     autocast = _autocast_dtype(x)
     for name, tensor, length in parameters:
-        if tensor is None:
+        if tensor is None and name.endswith("bias"):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
@@ -104,6 +114,7 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
+    _check_connectivity(connectivity)
     low = _check(
         x,
         connectivity,
@@ -159,6 +170,7 @@ def dendritic_layer(
     Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
     """
     check_activation(activation, negative_slope)
+    _check_connectivity(connectivity)
     low = _check(
         x,
         connectivity,

@@ -131,6 +131,7 @@ class DendriticLayer(_Sparse):
     ) -> None:
         super().__init__(connectivity, init)
         functional.check_activation(activation, negative_slope)
+        functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         self.activation = activation
         self.negative_slope = float(negative_slope)
         c = connectivity
@@ -207,6 +208,8 @@ class SparseLinear(_Sparse):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(connectivity, init)
+        functional.check_activation("leaky_relu", negative_slope)
+        functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         self.negative_slope = float(negative_slope)
         rows = connectivity.num_dendrites
         self.weight = nn.Parameter(torch.empty(connectivity.nnz, device=device, dtype=dtype))

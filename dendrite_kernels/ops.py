@@ -36,7 +36,8 @@ library.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 
-_OWNER = "_dendrite_kernels_connectivity"
+_OWNER = "_dendrite_kernels_connectivity"  # on the columns of a Connectivity: the way back
+_FOREIGN = "_dendrite_kernels_foreign"  # on other columns: the last Connectivity made of them
 
 
 def index_tensors(connectivity: Connectivity) -> Three:
@@ -51,15 +52,32 @@ def connectivity_of(
     crow: torch.Tensor, col: torch.Tensor, soma_ptr: torch.Tensor, x: torch.Tensor
 ) -> Connectivity:
     """The Connectivity behind index tensors; unknown ones are validated and remembered."""
+    if x.dim() != 2:
+        raise ValueError(f"Expected x of shape [B, N], got {list(x.shape)}")
     owner = getattr(col, _OWNER, None)
     found: Connectivity | None = owner() if owner is not None else None
-    if found is None:
-        found = Connectivity.from_csr(crow, col, x.shape[1], soma_ptr)
-        setattr(col, _OWNER, lambda: found)
-    return found
+    if found is not None and found.crow_indices is crow and found.soma_ptr is soma_ptr:
+        return found
+    key = crow, soma_ptr, x.shape[1]
+    remembered = getattr(col, _FOREIGN, None)
+    if remembered is None or not _same(remembered[0], key):
+        remembered = key, Connectivity.from_csr(crow, col, x.shape[1], soma_ptr)
+        setattr(col, _FOREIGN, remembered)
+    foreign: Connectivity = remembered[1]
+    return foreign
+
+
+def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    return a[0] is b[0] and a[1] is b[1] and a[2] == b[2]
 
 
 # ---- the backend's functions, for contiguous tensors, and the operators' kernels ----
+
+
+def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Backends check every operand they touch; of an empty batch they touch none."""
+    if grad.shape[:1] != x.shape[:1]:
+        raise ValueError(f"Expected grad of {x.shape[0]} rows like x, got shape {list(grad.shape)}")
 
 
 def _compute_dendritic_forward(
@@ -96,11 +114,12 @@ def _compute_dendritic_backward(
     negative_slope: float,
     need_x: bool,
 ) -> Five:
+    _check_batch(grad, x)
     return select(x.device).dendritic_backward(
         grad.contiguous(),
         x.contiguous(),
         y.contiguous(),
-        signs.reshape(-1, cable_weight.shape[0]).contiguous(),
+        signs.reshape(-1, connectivity.num_dendrites).contiguous(),
         synapse_weight.contiguous(),
         None if dendrite_bias is None else dendrite_bias.contiguous(),
         cable_weight.contiguous(),
@@ -128,6 +147,7 @@ def _compute_sparse_backward(
     connectivity: Connectivity,
     need_x: bool,
 ) -> Three:
+    _check_batch(grad, x)
     return select(x.device).sparse_backward(
         grad.contiguous(), x.contiguous(), weight.contiguous(), connectivity, need_x
     )
