@@ -219,13 +219,14 @@ class DendriticLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, y, signs, *parameters = ctx.saved_tensors
+        x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
+        parameters = synapse_weight, dendrite_bias, cable_weight
         options = ctx.connectivity, ctx.slope, ctx.needs_input_grad[0]
         if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
             gradients = _composed_backward(grad, x, y, *parameters, *options)
         else:
             gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
-        return *_wanted(ctx, gradients, parameters[1]), None, None
+        return *_wanted(ctx, gradients, dendrite_bias), None, None
 
 
 def _wanted(
@@ -282,15 +283,16 @@ def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Mayb
         raise RuntimeError(
             "Expected a program traced with gradients enabled, got one that saves no signs"
         )
-    x, y, signs, *parameters = ctx.saved_tensors[:6]
-    indices = ctx.saved_tensors[6:]
+    x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors[:6]
+    crow, col, soma_ptr = ctx.saved_tensors[6:]
+    parameters, indices = (synapse_weight, dendrite_bias, cable_weight), (crow, col, soma_ptr)
     options = ctx.slope, ctx.needs_input_grad[0]
     if torch.is_grad_enabled():
         connectivity = ops.connectivity_of(*indices, x)
         gradients = _composed_backward(grad, x, y, *parameters, connectivity, *options)
     else:
         gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
-    return *_wanted(ctx, gradients, parameters[1]), *(None,) * 5
+    return *_wanted(ctx, gradients, dendrite_bias), *(None,) * 5
 
 
 def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -300,7 +302,8 @@ def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 
 
 def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-    x, weight, *indices = ctx.saved_tensors
+    x, weight, crow, col, soma_ptr = ctx.saved_tensors
+    indices = crow, col, soma_ptr
     need_x = ctx.needs_input_grad[0]
     if torch.is_grad_enabled():
         connectivity = ops.connectivity_of(*indices, x)
@@ -325,7 +328,11 @@ torch.library.register_autograd(
 
 
 def _needs_grad(*tensors: Maybe) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # any() would be a generator's start and end slower
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def sparse_linear(

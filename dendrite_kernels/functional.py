@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,15 @@ from .topology import Connectivity
 Maybe = torch.Tensor | None
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = (torch.float16, torch.bfloat16)  # computed in float32, rounded once
+_NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 # Piecewise linear through the origin: backward needs only the sign of what went in.
 _SLOPES = {"relu": 0.0, "identity": 1.0}
 
 
 def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError unless the name is known and the slope is finite and not negative."""
-    activation_function(activation, negative_slope)
+    if activation != "leaky_relu":
+        activation_function(activation, negative_slope)
     if not 0 <= negative_slope < math.inf:
         raise ValueError(f"Expected a finite negative_slope >= 0, got {negative_slope}")
 
@@ -34,6 +36,11 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"Expected {name} of dtype {expected}, got {dtype}")
 
 
+def _require_connectivity(connectivity: Connectivity) -> None:
+    if not isinstance(connectivity, Connectivity):
+        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+
+
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x, None where it leaves x alone."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
@@ -42,19 +49,42 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _check_connectivity(connectivity: Connectivity) -> None:
-    if not isinstance(connectivity, Connectivity):
-        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+def _fits(
+    x: torch.Tensor, features: int, parameters: tuple[Maybe, ...], lengths: tuple[int, ...]
+) -> bool:
+    """Whether all is as a kernel wants it: the common case, told quickly."""
+    try:
+        dtype, device = x.dtype, x.device
+        is_bias = False  # weights and their biases take turns; only biases may be None
+        for tensor, length in zip(parameters, lengths, strict=True):
+            if tensor is None:
+                if not is_bias:
+                    return False
+            elif tensor.dtype is not dtype or tensor.shape != (length,) or tensor.device != device:
+                return False
+            is_bias = not is_bias
+        return (
+            dtype in _EXACT
+            and x.shape[-1:] == (features,)
+            and not torch._C._is_any_autocast_enabled()
+        )
+    except AttributeError:  # not a tensor
+        return False
 
 
 def _check(
-    x: torch.Tensor, connectivity: Connectivity, parameters: Sequence[tuple[str, Maybe, int]]
+    x: torch.Tensor,
+    connectivity: Connectivity,
+    names: Sequence[str],
+    parameters: tuple[Maybe, ...],
+    lengths: tuple[int, ...],
 ) -> torch.dtype | None:
     """The low precision to round the output to, or None.
 
-    Parameters are (name, tensor or None, length); only biases may be None. Everything must fit
-    before a kernel runs.
+    Everything must fit before a kernel runs.
     """
+    if _fits(x, connectivity.in_features, parameters, lengths):
+        return None
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"Expected x to be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != connectivity.in_features:
@@ -64,7 +94,7 @@ def _check(
     dtype, device = x.dtype, x.device
     check_dtype("x", dtype)
     autocast = _autocast_dtype(x)
-    for name, tensor, length in parameters:
+    for name, tensor, length in zip(names, parameters, lengths, strict=True):
         if tensor is None and name.endswith("bias"):
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -114,20 +144,15 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
-    _check_connectivity(connectivity)
-    low = _check(
-        x,
-        connectivity,
-        [("weight", weight, connectivity.nnz), ("bias", bias, connectivity.num_dendrites)],
-    )
+    _require_connectivity(connectivity)
+    lengths = connectivity.nnz, connectivity.num_dendrites
+    low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     if connectivity.is_dense:  # dense synapses are a matrix product
         return F.linear(
             x, weight.reshape(connectivity.num_dendrites, connectivity.in_features), bias
         )
     if low is not None:
-        return _in_float32(
-            lambda *tensors: sparse_linear(*tensors, connectivity), low, x, weight, bias
-        )
+        return _in_float32(partial(sparse_linear, connectivity=connectivity), low, x, weight, bias)
     return _unflatten(_autograd.sparse_linear(_flatten(x), weight, bias, connectivity), x)
 
 
@@ -170,29 +195,20 @@ def dendritic_layer(
     Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
     """
     check_activation(activation, negative_slope)
-    _check_connectivity(connectivity)
-    low = _check(
-        x,
-        connectivity,
-        [
-            ("synapse_weight", synapse_weight, connectivity.nnz),
-            ("dendrite_bias", dendrite_bias, connectivity.num_dendrites),
-            ("cable_weight", cable_weight, connectivity.num_dendrites),
-            ("soma_bias", soma_bias, connectivity.num_somas),
-        ],
-    )
+    _require_connectivity(connectivity)
+    c = connectivity
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
+    low = _check(x, c, _NAMES, tensors, lengths)
     if low is not None and not connectivity.is_dense:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        return _in_float32(
-            lambda *wide: dendritic_layer(*wide, connectivity, **options), low, x, *tensors
+        wide = partial(
+            dendritic_layer, connectivity=c, activation=activation, negative_slope=negative_slope
         )
+        return _in_float32(wide, low, x, *tensors)
     slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     if slope is None or connectivity.is_dense:
         phi = activation_function(activation, negative_slope)
         a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))
         y = phi(_autograd.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
-    return _unflatten(
-        _autograd.dendritic_layer(_flatten(x), *tensors, connectivity, float(slope)), x
-    )
+    return _unflatten(_autograd.dendritic_layer(_flatten(x), *tensors, c, slope), x)

@@ -118,9 +118,10 @@ def _unpruned(linear: nn.Linear) -> tuple[nn.Linear, torch.Tensor]:
         raise TypeError(f"Expected an nn.Linear, got {type(linear).__name__}")
     original = getattr(linear, "weight_orig", linear.weight).detach()
     mask = getattr(linear, "weight_mask", torch.ones_like(original)) != 0
-    bias = linear.bias
+    bias: Any = linear.bias
     if hasattr(linear, "bias_orig"):
-        bias = linear.bias_orig * linear.bias_mask
+        pruned: Any = linear
+        bias = pruned.bias_orig * pruned.bias_mask
     return _linear(original * mask, None if bias is None else bias.detach()), mask
 
 
@@ -281,7 +282,7 @@ class _PaddedRows(nn.Module):
         if self.padded:
             x = nn.functional.pad(x, (0, 1))
         gathered = x.index_select(-1, self.index).unflatten(-1, self.weight.shape)
-        return (gathered * self.weight).sum(-1)
+        return torch.sum(gathered * self.weight, -1)
 
 
 class _PortableSparseLinear(nn.Module):

@@ -161,7 +161,8 @@ def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable
 
     def kernel(*args: Any) -> Any:
         end = indices_at + 3
-        found = connectivity_of(*args[indices_at:end], args[x_at])
+        crow, col, soma_ptr = args[indices_at:end]
+        found = connectivity_of(crow, col, soma_ptr, args[x_at])
         return compute(*args[:indices_at], found, *args[end:])
 
     return kernel

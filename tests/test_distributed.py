@@ -10,13 +10,15 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import dendrite_kernels as dk
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 BATCH = 24  # divisible by every number of processes
 
 
-def network(seed: int = 0) -> nn.Sequential:
+def network(seed: int = 0) -> Any:  # nn.Sequential, whose modules have every attribute
     """The same on every process. 250 synapses and 43 dendrites divide by no number of them."""
     torch.manual_seed(seed)
     first = dk.connectivity.random(30, 43, 1, 6, seed=seed)
@@ -77,7 +79,7 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
             assert oracle.relative_error(full(a.grad), e.grad) < 1e-12
 
 
-def sharded(model: nn.Sequential) -> nn.Sequential:
+def sharded(model: nn.Sequential) -> Any:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
@@ -96,7 +98,7 @@ def _worker(rank: int, world: int, store: str, work: Callable[..., None], args: 
 def launch(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
     """Run `work` in `world` fresh processes; an assertion in one of them fails the test."""
     store = folder / f"store-{work.__name__}-{world}"
-    torch.multiprocessing.spawn(_worker, (world, str(store), work, args), nprocs=world)
+    spawn(_worker, (world, str(store), work, args), nprocs=world)
 
 
 def _data_parallel() -> None:
@@ -121,7 +123,7 @@ def _save(folder: str) -> None:
     model = sharded(network())
     optimizer = train(model, distributed=True)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 
 
 def _resume(folder: str) -> None:
@@ -132,8 +134,8 @@ def _resume(folder: str) -> None:
     model = sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    load(state, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
@@ -154,7 +156,7 @@ def _resume_elsewhere(folder: str) -> None:
     other[1] = dk.DendriticLayer(moved).double()
     optimizer = torch.optim.AdamW(other.parameters())
     weights, _ = get_state_dict(other, optimizer)
-    dcp.load({"model": weights}, checkpoint_id=folder)
+    load({"model": weights}, checkpoint_id=folder)
     assert torch.equal(moved.col_indices, columns)
     with pytest.raises(RuntimeError, match="Expected a state of"):
         other.load_state_dict(weights)
@@ -172,7 +174,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
         launch(1, tmp_path, _resume_elsewhere, folder)
 
 
-def somas(even: bool) -> nn.Sequential:
+def somas(even: bool) -> Any:
     """Two layers whose somas are to be sharded: into equal parts, or with ragged ends."""
     torch.manual_seed(0)
     count = 8 if even else 7
@@ -182,7 +184,7 @@ def somas(even: bool) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(count, 3)).double()
 
 
-def assert_sharded_like(model: nn.Sequential, expected: nn.Sequential, gradients: bool) -> None:
+def assert_sharded_like(model: Any, expected: Any, gradients: bool) -> None:
     for ours, theirs in zip(model[:2], expected[:2], strict=True):
         for a, e in zip(gather(ours).parameters(), theirs.parameters(), strict=True):
             assert oracle.relative_error(a.detach(), e.detach()) < 1e-12
@@ -194,15 +196,17 @@ def assert_sharded_like(model: nn.Sequential, expected: nn.Sequential, gradients
 
 
 def _shard_somas(even: bool) -> None:
-    expected, model = somas(even), somas(even)
+    expected: Any = somas(even)
+    model: Any = somas(even)
     if dist.get_rank() == 1:  # rank 0 decides
         with torch.no_grad():
             model[0].cable_weight.zero_()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(model, mesh, {"0": ShardSomas(), "1": ShardSomas()})
-    assert isinstance(model[0], ShardedDendriticLayer)
+    assert type(model[0]) is ShardedDendriticLayer
     assert model[0].connectivity.num_somas < expected[0].connectivity.num_somas
-    assert model[0].synapse_weight.to_local().numel() < expected[0].synapse_weight.numel()
+    held: Any = model[0].synapse_weight
+    assert held.to_local().numel() < expected[0].synapse_weight.numel()
     x, target = data()
     results = []
     for network in (model, expected):
@@ -220,7 +224,7 @@ def _shard_somas(even: bool) -> None:
 
     kept = somas(even)[0]
     y = kept(x)
-    layouts = {"output_layouts": Shard(-1), "use_local_output": False}
+    layouts: Any = {"output_layouts": Shard(-1), "use_local_output": False}
     ours = parallelize_module(somas(even)[0], mesh, ShardSomas(**layouts))(x)
     assert ours.placements[0].is_shard()
     assert oracle.relative_error(ours.full_tensor(), y) < 1e-14
@@ -237,19 +241,19 @@ def test_sharded_somas_equal_one_process(world: int, even: bool, tmp_path: Path)
 
 def _save_somas(folder: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = parallelize_module(somas(True), mesh, {"0": ShardSomas(), "1": ShardSomas()})
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    model: Any = parallelize_module(somas(True), mesh, {"0": ShardSomas(), "1": ShardSomas()})
+    save({"model": model.state_dict()}, checkpoint_id=folder)
 
 
 def _load_somas(folder: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = somas(True)
+    plain = somas(True)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in plain.parameters():
             parameter.zero_()
-    model = parallelize_module(model, mesh, {"0": ShardSomas(), "1": ShardSomas()})
+    model: Any = parallelize_module(plain, mesh, {"0": ShardSomas(), "1": ShardSomas()})
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     assert_sharded_like(model, somas(True), gradients=False)
 

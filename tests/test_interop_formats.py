@@ -23,7 +23,7 @@ from dendrite_kernels import interop
 
 
 def test_pruned_linear(backend: str) -> None:
-    linear = nn.Linear(20, 12)
+    linear: Any = nn.Linear(20, 12)
     prune.l1_unstructured(linear, "weight", amount=0.8)
     layer = interop.from_pruned(linear)
     x = torch.randn(5, 20)
@@ -74,10 +74,10 @@ Kernels = dict[str, list[np.ndarray[Any, Any]]]
 NAMES = ["dend_1", "soma_1", "dend_2", "soma_2", "output"]
 
 
-def keras_network(cabled: bool) -> tuple[nn.Sequential, Kernels]:
+def keras_network(cabled: bool) -> tuple[Any, Kernels]:
     kind = "dANN-R" if cabled else "sANN"
     torch.manual_seed(0)
-    model = dk.models.build(kind, (5, 6), 9, 3, 4, 3, layers=2, seed=0)
+    model: Any = dk.models.build(kind, (5, 6), 9, 3, 4, 3, layers=2, seed=0)
     nn.init.normal_(model[-1].weight)
     matrices: list[nn.Linear] = []
     for module in model:
@@ -163,7 +163,7 @@ def test_keras_masks_keep_synapses_of_weight_zero(tmp_path: Path) -> None:
     masks = [weights[0] != 0 for weights in kernels.values()]
     kernels["dend_1"][0][masks[0]] = 0
     write(tmp_path / "model", "keras 2 model", kernels)
-    loaded = interop.from_keras(tmp_path / "model", [*masks[:4], None])
+    loaded: Any = interop.from_keras(tmp_path / "model", [*masks[:4], None])
     assert loaded[0].connectivity.nnz == masks[0].sum()
     assert isinstance(loaded[1], dk.DendriticLayer)
     with pytest.raises(ValueError, match=r"Expected a mask \[30, 27\] for dend_1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import oracle
 import pytest
@@ -14,6 +15,8 @@ from torch._inductor import config as inductor_config
 
 import dendrite_kernels as dk
 from dendrite_kernels import ops
+
+functional: Any = dk.functional
 
 SHAPES = ["constant fan-in", "variable fan-in", "ragged", "no synapse"]
 
@@ -103,7 +106,7 @@ def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
     x, weight = torch.randn(5, c.in_features), torch.randn(c.nnz)
     copies = [t.clone() for t in ops.index_tensors(c)]
     u = ops.sparse_forward(x, weight, None, *copies)
-    assert torch.equal(u, dk.functional.sparse_linear(x, weight, None, c))
+    assert torch.equal(u, functional.sparse_linear(x, weight, None, c))
     copies[1][0] = c.in_features
     with pytest.raises(ValueError, match="Expected columns"):
         ops.sparse_forward(x, weight, None, copies[0], copies[1].clone(), copies[2])
@@ -154,13 +157,13 @@ def test_networks_of_equal_shape_share_compiled_code(backend: str) -> None:
     c = [dk.connectivity.random(30, 10, 4, 6, constant_fan_in=True, seed=s) for s in range(4)]
     weight, bias, cable = torch.randn(c[0].nnz), torch.randn(40), torch.randn(40)
     compiled = torch.compile(
-        lambda x, c: dk.functional.dendritic_layer(x, weight, bias, cable, None, c),
+        lambda x, c: functional.dendritic_layer(x, weight, bias, cable, None, c),
         fullgraph=True,
         backend=counter,
     )
     x = torch.randn(7, 30)
     for connections in c:
-        expected = dk.functional.dendritic_layer(x, weight, bias, cable, None, connections)
+        expected = functional.dendritic_layer(x, weight, bias, cable, None, connections)
         assert torch.equal(compiled(x, connections), expected)
     assert counter.frame_count == 1
 
@@ -188,7 +191,7 @@ def test_fake_tensors() -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         c = NETWORKS["ragged"]()
         sizes = (33, 61), (c.nnz,), (40,), (40,), (6,)
-        y = dk.functional.dendritic_layer(*(torch.empty(s, device="cuda") for s in sizes), c)
+        y = functional.dendritic_layer(*(torch.empty(s, device="cuda") for s in sizes), c)
         assert (y.shape, y.device.type) == ((33, 6), "cuda")
         layer = dk.DendriticLayer(c)
         x = torch.empty(33, 61, requires_grad=True)

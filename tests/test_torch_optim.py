@@ -46,13 +46,16 @@ WAYS = [
 class MaskedDense(nn.Module):
     """The twin of a layer with masked matrices, from the same weights."""
 
-    def __init__(self, layer: dk.DendriticLayer) -> None:
+    mask: torch.Tensor
+    soma_mask: torch.Tensor
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.dendrite, mask, self.soma, soma_mask = interop.to_masked_dense(layer)
         self.register_buffer("mask", mask)
         self.register_buffer("soma_mask", soma_mask)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         f = functools.partial(nn.functional.leaky_relu, negative_slope=0.1)
         a = f(nn.functional.linear(x, self.dendrite.weight * self.mask, self.dendrite.bias))
         return f(nn.functional.linear(a, self.soma.weight * self.soma_mask, self.soma.bias))
@@ -67,7 +70,7 @@ def layer() -> dk.DendriticLayer:
     return dk.DendriticLayer(dk.connectivity.random(30, 10, 4, 6, seed=0))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     x, target = data()
     optimizer.zero_grad()
     loss = (model(x) - target).square().mean()
@@ -106,7 +109,7 @@ def test_lbfgs(backend: str) -> None:
     x, target = data()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20)
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = (model(x) - target).square().mean()
         loss.backward()
@@ -239,7 +242,7 @@ def test_processes_train_a_shared_model(method: str) -> None:
     model = nn.Sequential(layer(), nn.Linear(10, 4)).share_memory()
     x, target = data()
     before = (model(x) - target).square().mean().item()
-    context = torch.multiprocessing.get_context(method)
+    context: Any = torch.multiprocessing.get_context(method)
     workers = [context.Process(target=_train_shared, args=(model, 20)) for _ in range(2)]
     for worker in workers:
         worker.start()

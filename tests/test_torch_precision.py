@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -13,6 +14,10 @@ from torch import nn
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
+
+functional: Any = dk.functional
+reference: Any = dk.reference
+formula: Any = oracle
 
 LOW = [torch.bfloat16, torch.float16]
 Function = Callable[..., torch.Tensor]
@@ -38,7 +43,7 @@ def check(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch
 
 
 def masked_dense(c: Connectivity) -> Function:
-    return lambda *t: dk.reference.dendritic_layer(*t, c)
+    return lambda *t: reference.dendritic_layer(*t, c)
 
 
 @pytest.mark.parametrize("network", ["constant fan-in", "ragged", "no synapse"])
@@ -47,14 +52,14 @@ def test_half_parameters(backend: str, low: torch.dtype, network: str) -> None:
     tensors = [t.to(low) for t in draw(c, 33, torch.float32, somas=True)]
     grad = draw_grad(33, c.num_somas, torch.float32).to(low)
     wide = [t.double() for t in tensors]
-    exact = run(lambda *t: oracle.dendritic_layer(*t, c, 0.1), wide, grad)
+    exact = run(lambda *t: formula.dendritic_layer(*t, c, 0.1), wide, grad)
     plain = run(masked_dense(c), tensors, grad)
-    check(run(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad), plain, exact)
+    check(run(lambda *t: functional.dendritic_layer(*t, c), tensors, grad), plain, exact)
 
     grad = draw_grad(33, c.num_dendrites, torch.float32).to(low)
-    exact = run(lambda *t: oracle.sparse_linear(*t, c), wide[:3], grad)
-    plain = run(lambda *t: dk.reference.sparse_linear(*t, c), tensors[:3], grad)
-    check(run(lambda *t: dk.functional.sparse_linear(*t, c), tensors[:3], grad), plain, exact)
+    exact = run(lambda *t: formula.sparse_linear(*t, c), wide[:3], grad)
+    plain = run(lambda *t: reference.sparse_linear(*t, c), tensors[:3], grad)
+    check(run(lambda *t: functional.sparse_linear(*t, c), tensors[:3], grad), plain, exact)
 
 
 @pytest.mark.parametrize("network", ["constant fan-in", "ragged"])
@@ -64,14 +69,14 @@ def test_autocast(backend: str, low: torch.dtype, network: str) -> None:
     tensors = draw(c, 33, torch.float32, somas=True)
     grad = draw_grad(33, c.num_somas, torch.float32)
     wide = [t.double() for t in tensors]
-    exact = run(lambda *t: oracle.dendritic_layer(*t, c, 0.1), wide, grad.to(low))
+    exact = run(lambda *t: formula.dendritic_layer(*t, c, 0.1), wide, grad.to(low))
     with torch.autocast("cpu", dtype=low):
         plain = run(masked_dense(c), tensors, grad)
-        ours = run(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
-        sparse = dk.functional.sparse_linear(*tensors[:3], c)
+        ours = run(lambda *t: functional.dendritic_layer(*t, c), tensors, grad)
+        sparse = functional.sparse_linear(*tensors[:3], c)
     check(ours, plain, exact)
     assert ours[0].dtype == sparse.dtype == low
-    rounded = dk.functional.sparse_linear(*tensors[:3], c).to(low)
+    rounded = functional.sparse_linear(*tensors[:3], c).to(low)
     assert torch.equal(sparse, rounded)  # one rounding, of the float32 result
 
 
@@ -171,7 +176,7 @@ def test_per_sample_gradients_under_autocast(backend: str) -> None:
     x = torch.randn(9, 100)
     state = {name: p.detach() for name, p in layer.named_parameters()}
 
-    def loss(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def loss(state: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
         return torch.func.functional_call(layer, state, (x,)).float().sum()
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
