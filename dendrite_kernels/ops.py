@@ -74,6 +74,11 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 # ---- the backend's functions, for contiguous tensors, and the operators' kernels ----
 
 
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    """What a pointer may read: contiguous, and no sign that a lazy conjugate left pending."""
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
+
+
 def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
     """Backends check every operand they touch; of an empty batch they touch none."""
     if grad.shape[:1] != x.shape[:1]:
@@ -91,11 +96,11 @@ def _compute_dendritic_forward(
     save_signs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return select(x.device).dendritic_forward(
-        x.contiguous(),
-        synapse_weight.contiguous(),
-        None if dendrite_bias is None else dendrite_bias.contiguous(),
-        cable_weight.contiguous(),
-        None if soma_bias is None else soma_bias.contiguous(),
+        _plain(x),
+        _plain(synapse_weight),
+        None if dendrite_bias is None else _plain(dendrite_bias),
+        _plain(cable_weight),
+        None if soma_bias is None else _plain(soma_bias),
         connectivity,
         negative_slope,
         save_signs,
@@ -116,13 +121,13 @@ def _compute_dendritic_backward(
 ) -> Five:
     _check_batch(grad, x)
     return select(x.device).dendritic_backward(
-        grad.contiguous(),
-        x.contiguous(),
-        y.contiguous(),
+        _plain(grad),
+        _plain(x),
+        _plain(y),
         signs.reshape(-1, connectivity.num_dendrites).contiguous(),
-        synapse_weight.contiguous(),
-        None if dendrite_bias is None else dendrite_bias.contiguous(),
-        cable_weight.contiguous(),
+        _plain(synapse_weight),
+        None if dendrite_bias is None else _plain(dendrite_bias),
+        _plain(cable_weight),
         connectivity,
         negative_slope,
         need_x,
@@ -133,9 +138,9 @@ def _compute_sparse_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
 ) -> torch.Tensor:
     return select(x.device).sparse_forward(
-        x.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        _plain(x),
+        _plain(weight),
+        None if bias is None else _plain(bias),
         connectivity,
     )
 
@@ -149,7 +154,7 @@ def _compute_sparse_backward(
 ) -> Three:
     _check_batch(grad, x)
     return select(x.device).sparse_backward(
-        grad.contiguous(), x.contiguous(), weight.contiguous(), connectivity, need_x
+        _plain(grad), _plain(x), _plain(weight), connectivity, need_x
     )
 
 

@@ -129,7 +129,9 @@ def test_only_biases_are_optional(backend: str, somas: bool) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    "other", [None, 3, "random", np.ones((3, 3), bool), torch.ones(3)], ids=str
+    "other",
+    [None, 3, "random", np.ones((3, 3), bool), torch.ones(3)],
+    ids=["None", "int", "str", "ndarray", "Tensor"],
 )
 def test_connectivity_of_another_kind(somas: bool, other: Any) -> None:
     kind = type(other).__name__
@@ -353,6 +355,28 @@ def test_index_tensors_need_not_be_those_of_a_connectivity(backend: str) -> None
     torch.testing.assert_close(found, expected)
     with pytest.raises((ValueError, RuntimeError)):  # fewer inputs than columns name
         op(x[:, :3], weight, None, torch.tensor(crow, dtype=torch.int32), col, soma_ptr)
+
+
+@pytest.mark.parametrize("lazy", ["x", "weight", "grad"])
+def test_pending_sign_is_not_lost(backend: str, lazy: str) -> None:
+    """The imaginary part of a conjugate is a view with its sign pending: no pointer shows that."""
+    c = Connectivity.from_csr([0, 1, 1], [0], 1, soma_ptr=[0, 2])
+    three = dict(zip(("x", "weight", "grad"), torch.rand(3, 1, 1) + 0.5, strict=True))
+    x, weight, grad = three.values()
+    expected = [x * weight, grad * weight, grad[0] * x[0]]
+    three[lazy] = torch.complex(three[lazy], -three[lazy]).conj().imag
+    assert three[lazy].is_neg()
+    x, weight, grad = three["x"], three["weight"][0], three["grad"]
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    for somas in (True, False):
+        if somas:
+            cable = torch.ones(2)
+            y = dk.functional.dendritic_layer(x, weight, None, cable, None, c)
+        else:
+            y = dk.functional.sparse_linear(x, weight, None, c)[:, :1]
+        found = [y, *torch.autograd.grad(y, leaves, grad)]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 # Fuzz: random shapes, layouts and mistakes

@@ -101,8 +101,9 @@ def test_instruction_set_units_share_no_symbol(tmp_path: Path) -> None:
         subprocess.run([compiler, *flags, "-c", str(unit), "-o", str(made)], check=True)
         return made
 
-    with ThreadPoolExecutor(3) as pool:
-        objects = list(pool.map(compile_one, setup["ISA_FLAGS"]))
+    units = [source for source, flags in setup["ISA_FLAGS"].items() if flags]  # base may share
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, units))
     exported = []
     for made in objects:
         found = symbols(made)

@@ -246,6 +246,18 @@ def store(token, address, index, value):
 
 
 @operation
+def clear(token, address, begin, end):
+    """address[begin:end] = 0."""
+    kind = _tile(token).llvm.element
+
+    def emit(b, _, address, begin, end):
+        place = _place(b, address, begin, kind, _I8)
+        cgutils.memset(b, place, b.mul(b.sub(end, begin), _int(_size(kind))), 0)
+
+    return VOID(token, INT, INT, INT), emit
+
+
+@operation
 def load_column(token, address, index):
     """The column index address[index]."""
     return INT(token, INT, INT), lambda b, _, a, i: _load_index(b, a, i, token.spec.column)
