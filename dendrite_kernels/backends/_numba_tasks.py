@@ -6,7 +6,7 @@ different places; what they sum is added up in a fixed order in a later phase. S
 depend on which thread does what, only on the number of tasks.
 """
 
-# ruff: noqa: I001  (one name per line would hide the code)
+
 from __future__ import annotations
 
 import numba
