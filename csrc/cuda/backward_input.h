@@ -16,7 +16,7 @@ DK_DEVICE void copy_tile(typename K::V* tile, const typename K::T* from, int32_t
 
 // One warp computes one input for one batch tile. K stores the accumulator's type; O is dx's.
 template <class K, class O>
-__global__ void __launch_bounds__(kMaxThreads) backward_input(const InputArgs<O> args) {
+__global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputArgs<O> args) {
   using A = typename K::A;
   DK_SHARED_MEMORY(typename K::V, shared);
   const Thread me;

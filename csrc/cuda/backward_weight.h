@@ -63,7 +63,7 @@ struct SignBits {
 
 // One warp sums over the samples of a tile for one soma.
 template <class K>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(K::kMaxThreads, 1)
     backward_weight(const WeightArgs<typename K::T> args) {
   using A = typename K::A;
   DK_SHARED_MEMORY(typename K::V, shared);

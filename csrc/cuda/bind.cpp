@@ -86,7 +86,7 @@ struct Plan {
 
 Plan make_plan(int vec, int groups, bool shared, int64_t blocks, int threads, int32_t parts,
                int32_t tile_groups) {
-  if (parts < 1 || tile_groups < 1 || threads < 32 || threads > 512 || threads % 32)
+  if (parts < 1 || tile_groups < 1 || threads < 32 || threads > 1024 || threads % 32)
     throw py::value_error("Expected a plan with whole warps, parts and groups, got another");
   return {{vec, groups, shared, false, blocks, threads}, parts, tile_groups};
 }

@@ -47,7 +47,8 @@ struct SignWords {
 
 // One warp computes one soma for one batch tile; blocks of `parts` share the tile's somas.
 template <class K>
-__global__ void __launch_bounds__(kMaxThreads) forward_tile(const ForwardArgs<typename K::T> args) {
+__global__ void __launch_bounds__(K::kMaxThreads, 1)
+    forward_tile(const ForwardArgs<typename K::T> args) {
   using A = typename K::A;
   DK_SHARED_MEMORY(typename K::V, shared);
   const Thread me;
@@ -124,10 +125,12 @@ __global__ void __launch_bounds__(kMaxThreads) forward_tile(const ForwardArgs<ty
   }
 }
 
+constexpr int kFewThreads = 128;
+
 // Few samples, any N: a lane computes one dendrite for all of them, straight from x. No tile, one
 // pass over the weights. A warp is one soma (32 rows without somas).
 template <class T, class Index, int SAMPLES>
-__global__ void __launch_bounds__(kMaxThreads) forward_rows(const ForwardArgs<T> args) {
+__global__ void __launch_bounds__(kFewThreads) forward_rows(const ForwardArgs<T> args) {
   using A = Accumulator<T>;
   using K = Kind<T, 1, 1, false, Index>;
   const Thread me;

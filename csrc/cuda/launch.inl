@@ -106,8 +106,8 @@ const char* Launcher<T>::forward_few(bool narrow, int64_t blocks, const ForwardA
                                      Stream stream) {
   if (args.batch > kFewSamples) return "Expected at most 8 samples, got more";
   const auto run = [&](auto index, auto samples) {
-    return start(forward_rows<T, decltype(index), decltype(samples)::value>, blocks, 128, 0, stream,
-                 args);
+    return start(forward_rows<T, decltype(index), decltype(samples)::value>, blocks, kFewThreads, 0,
+                 stream, args);
   };
   using One = Constant<1>;
   using Few = Constant<kFewSamples>;

@@ -22,9 +22,9 @@ struct Kind {
   static constexpr int kStep = kChunk * GROUPS_;       // synapses that a warp loads at once
   static constexpr uint32_t kRowBytes = kLanes * sizeof(V);
   static constexpr bool kNarrow = sizeof(Index) == 2;
+  // Threads of a block at most: leaves a thread 64 registers (128), so that no kernel spills.
+  static constexpr int kMaxThreads = kShared && sizeof(A) == 4 ? 1024 : 512;
 };
-
-constexpr int kMaxThreads = 512;
 
 DK_DEVICE int32_t begin(const Ranges& ranges, int32_t i) {
   return ranges.table ? __ldg(ranges.table + i) : i * ranges.each;

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 FEW_SAMPLES = 8  # up to so many, forward needs no tile
 GRID_LIMIT = 2**31 - 1
 _RESERVED = 1024  # bytes of shared memory that the driver keeps for each block
-_WARPS = (16, 8, 4)
+_WARPS = (32, 16, 8, 4)
 _PARTIAL_BYTES = 64 << 20  # of partial sums are always granted; beyond, twice the gradient's size
 # A rough model in cycles of one multiprocessor; only ratios matter. Gathers of a warp from 2 (4)
 # different rows meet in a bank, less often for synapses that were dealt out by bank.
