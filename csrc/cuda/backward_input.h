@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
   const int p = me.lane % K::kLanes;
   const uint32_t offset = p * uint32_t(sizeof(typename K::V));
   const SignBits<K> bits(args.signs, args.rows, b0, args.batch, me.lane);
-  for (int32_t n = part * me.warps + me.warp; n < args.inputs; n += args.parts * me.warps) {
+  for (uint32_t n = part * me.warps + me.warp; n < uint32_t(args.inputs);
+       n += args.parts * me.warps) {
     A sum[K::kVec] = {};
     const int32_t stop = begin(args.steps, n + 1);
     for (int32_t step = begin(args.steps, n); step < stop; ++step) {

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
       samples = reinterpret_cast<const unsigned char*>(args.tiles + b0 * args.tile_rows);
     }
     const SignBits<K> bits(args.signs, args.rows, b0, args.batch, me.lane);
-    for (int32_t s = part * me.warps + me.warp; s < args.outputs; s += args.parts * me.warps) {
+    for (uint32_t s = part * me.warps + me.warp; s < uint32_t(args.outputs);
+         s += args.parts * me.warps) {
       const auto grad = load_readonly<Vector<A, K::kVec>>(
           args.grad_v + (int64_t(tile) * args.outputs + s) * K::kSamples + p * K::kVec);
       if (partial_soma) {

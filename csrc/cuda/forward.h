@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
   }
   const int p = me.lane % K::kLanes;
   const uint32_t offset = p * uint32_t(sizeof(typename K::V));
-  for (int32_t s = part * me.warps + me.warp; s < args.outputs; s += args.parts * me.warps) {
+  for (uint32_t s = part * me.warps + me.warp; s < uint32_t(args.outputs);
+       s += args.parts * me.warps) {
     const int32_t first = begin(args.dendrites, s), last = begin(args.dendrites, s + 1);
     A v[K::kVec];
 #pragma unroll
@@ -136,7 +137,8 @@ __global__ void __launch_bounds__(kFewThreads) forward_rows(const ForwardArgs<T>
   const Thread me;
   const bool somas = args.cable != nullptr;
   const int32_t items = somas ? args.outputs : (args.rows + 31) / 32;
-  for (int32_t s = blockIdx.x * me.warps + me.warp; s < items; s += int(gridDim.x) * me.warps) {
+  for (uint32_t s = blockIdx.x * me.warps + me.warp; s < uint32_t(items);
+       s += gridDim.x * me.warps) {
     const int32_t first = somas ? begin(args.dendrites, s) : s * 32;
     const int32_t last = somas ? begin(args.dendrites, s + 1) : first + 32;
     A v[SAMPLES] = {};

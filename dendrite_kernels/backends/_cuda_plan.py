@@ -21,7 +21,7 @@ _PARTIAL_BYTES = 64 << 20  # of partial sums are always granted; beyond, twice t
 _CONFLICTS = {1: 1.0, 2: 1.12, 4: 1.4}
 _CACHE_COST = 6.0  # of a gather from L2, relative to shared memory
 _CHUNK_COST = 3.0  # to load the indices and weights of eight synapses
-_CHUNK_LATENCY = 60.0  # from those loads to the end of the multiply-adds, for a warp alone
+_CHUNK_LATENCY = {True: 60.0, False: 600.0}  # of one chunk in a warp alone, by Kind.shared
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,17 @@ def _candidates(work: Work, limits: Limits, splits: bool) -> Iterator[TilePlan]:
         for tile_groups in _splits(work, tiles) if splits else [0]:
             side = tile_groups or tiles
             for warps in _WARPS:
+                if warps > _most_warps(kind, work):
+                    continue
                 most = max(1, -(-work.outputs // warps))
                 for rounds in (1, 2, 3, 4, 8, 16, 64):
                     parts = min(max(1, rounds * limits.multiprocessors // side), most)
                     yield TilePlan(kind, tiles, parts, tile_groups, 32 * warps, bytes_)
+
+
+def _most_warps(kind: Kind, work: Work) -> int:
+    """Of a block: kMaxThreads in csrc/cuda/tile.h, by the registers that kernels need."""
+    return 32 if kind.shared and work.itemsize < 8 else 16
 
 
 def _splits(work: Work, tiles: int) -> list[int]:
@@ -157,7 +164,7 @@ def _block_cost(plan: TilePlan, work: Work, limits: Limits) -> float:
     synapses = work.synapses / plan.parts
     throughput = synapses * (gather + _CHUNK_COST / 8 / kind.groups)
     chain = -(-work.outputs // (plan.parts * warps)) * work.synapses / max(work.outputs, 1)
-    latency = chain / kind.step * (_CHUNK_LATENCY + gather * kind.step)
+    latency = chain / kind.step * (_CHUNK_LATENCY[kind.shared] + gather * kind.step)
     if not kind.shared:
         return max(throughput, latency / _resident(plan, limits))
     stage = work.gathered * row * 2 + work.gathered / (4 * warps) * 16

@@ -32,8 +32,8 @@ def _load() -> tuple[Any, str | None]:
             raise
         return None, (
             f"the extension dendrite_kernels._cuda was not built ({error}); install CUDA's compiler"
-            " nvcc (12.8 or later) and reinstall with DENDRITE_KERNELS_REQUIRE=cuda, which shows"
-            " why a build fails; or move the layer and its input to the CPU"
+            " nvcc and reinstall with DENDRITE_KERNELS_REQUIRE=cuda, which builds it or shows why"
+            " it cannot; or move the layer and its input to the CPU"
         )
     _cuda.configure(torch.Tensor.__dlpack_c_exchange_api__)
     return _cuda, None
