@@ -8,7 +8,7 @@
 Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 """
 
-from . import connectivity, functional, interop, models, reference
+from . import backends, connectivity, functional, interop, models, reference
 from .backends import BackendUnavailable, backend_info, use_backend
 from .nn import DendriticLayer, SparseLinear
 from .topology import Connectivity
@@ -21,6 +21,7 @@ __all__ = [
     "DendriticLayer",
     "SparseLinear",
     "backend_info",
+    "backends",
     "connectivity",
     "functional",
     "interop",

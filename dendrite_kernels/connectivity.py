@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from .topology import SIZE_LIMIT, Connectivity, check_size
+from ._validate import SIZE_LIMIT, Array, check_size
+from .topology import Connectivity
 
 Seed = int | np.random.Generator | None
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1 << 16  # random numbers at a time: temporaries stay in cache and near 3 MB
 

@@ -57,10 +57,13 @@ class _Sparse(nn.Module):
         self.init = init
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """The connectivity, as tensors: weights mean nothing without it."""
+        """The connectivity, as tensors: weights mean nothing without it.
+
+        Copies: torch.distributed.checkpoint reads into the tensors of a state dict.
+        """
         c = self.connectivity
-        state = {name: getattr(c, name) for name in _STRUCTURE}
-        return {**state, "in_features": torch.tensor(c.in_features)}
+        state = {name: getattr(c, name).clone() for name in _STRUCTURE}
+        return {**state, "in_features": torch.tensor(c.in_features, device="cpu")}
 
     def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
         """RuntimeError unless `state` describes this layer's connectivity."""

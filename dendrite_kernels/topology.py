@@ -8,30 +8,37 @@ they derive from it in its per-object cache.
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 import threading
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 
+from ._validate import (
+    SIZE_LIMIT,
+    Array,
+    as_numpy,
+    check_size,
+    column_array,
+    constant_step,
+    image_shape,
+    integers,
+    pointer_array,
+    soma_pointer,
+)
+from .transposed import TransposedPlan, build_transposed_plan
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-Array = np.ndarray[Any, np.dtype[Any]]
 
-SIZE_LIMIT = 2**31  # every size and index must fit int32
-_BLOCK_ROWS = 1024  # dendrites per block of the transposed plan: their q tile stays in L2
-_PARALLEL_NNZ = 1 << 20  # below this, starting threads costs more than it saves
 _ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
 _FORMAT = "dendrite_kernels.Connectivity"
 _FORMAT_VERSION = 1
@@ -39,26 +46,6 @@ _UNREADABLE = (
     EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class TransposedPlan:
-    """The synapses of each block of dendrites, grouped by input column (read-only arrays).
-
-    Backward gathers the gradient of an input from its column's slots, block after block, without
-    atomics. Slots of a block run column by column in the order of `column`, and by ascending row
-    within a column. The pads that fill a column's last group repeat the column's first row; those
-    at the end of a block are 0.
-    """
-
-    block_rows: int  # dendrites per block; the last block may be shorter
-    group: int  # 4 or 1: a column's slots within a block are padded to a multiple of it
-    column_ptr: Array  # int64 [blocks + 1]: block b visits column[column_ptr[b]:column_ptr[b + 1]]
-    column: Array  # uint16 or int32 [C]: ascending in a block, only columns with a synapse there
-    groups: Array  # uint16 [C]: groups of slots of that column in that block
-    slot_ptr: Array  # int64 [blocks + 1], multiples of 16: block b owns slot_ptr[b]:slot_ptr[b + 1]
-    row: Array  # uint16 [slots]: dendrite counted from its block's first; see below for pads
-    slot: Array  # int32 [nnz]: CSR position -> slot counted from its block's first
 
 
 class Connectivity:
@@ -107,12 +94,12 @@ class Connectivity:
         in_shape: Sequence[int] | None = None,
     ) -> None:
         n = check_size("in_features", in_features)
-        col = _integers("col_indices", col_indices)
+        col = integers("col_indices", col_indices)
         if col.size >= SIZE_LIMIT:
             raise ValueError(f"Expected fewer than 2**31 synapses, got {col.size}")
-        crow = _pointer("crow_indices", crow_indices, "row", col.size, "length of col_indices")
-        col = _columns(col, crow, n)
-        soma = _pointer("soma_ptr", soma_ptr, "soma", crow.size - 1, "number of dendrites")
+        crow = pointer_array("crow_indices", crow_indices, "row", col.size, "length of col_indices")
+        col = column_array(col, crow, n)
+        soma = pointer_array("soma_ptr", soma_ptr, "soma", crow.size - 1, "number of dendrites")
         rows, somas = crow.size - 1, soma.size - 1
         values: dict[str, Any] = {
             "in_features": n,
@@ -120,9 +107,9 @@ class Connectivity:
             "num_somas": somas,
             "nnz": col.size,
             "density": col.size / (rows * n),
-            "in_shape": _image_shape(in_shape, n),
-            "fan_in": _constant_step(crow),
-            "dendrites_per_soma": _constant_step(soma),
+            "in_shape": image_shape(in_shape, n),
+            "fan_in": constant_step(crow),
+            "dendrites_per_soma": constant_step(soma),
             "is_dense": col.size == rows * n,
             "crow_indices": torch.from_numpy(crow),
             "col_indices": torch.from_numpy(col),
@@ -148,8 +135,8 @@ class Connectivity:
         Give `soma_ptr` [S + 1], or `dendrites_per_soma` (a divisor of R), or neither, for one
         dendrite per soma.
         """
-        rows = max(_integers("crow_indices", crow).size - 1, 0)
-        soma_ptr = _soma_pointer(rows, soma_ptr, dendrites_per_soma)
+        rows = max(integers("crow_indices", crow).size - 1, 0)
+        soma_ptr = soma_pointer(rows, soma_ptr, dendrites_per_soma)
         return cls(crow, col, soma_ptr, in_features, in_shape)
 
     @classmethod
@@ -189,7 +176,7 @@ class Connectivity:
         in_shape: Sequence[int] | None = None,
     ) -> Connectivity:
         """From a boolean mask [R, N] (tensor, numpy array, lists): True where a synapse is."""
-        array = _numpy(mask)
+        array = as_numpy(mask)
         if array.dtype != np.bool_:
             raise TypeError(f"Expected a boolean mask, got dtype {array.dtype}")
         if array.ndim != 2:
@@ -234,7 +221,7 @@ class Connectivity:
         if data is None:
             values = np.ones(self.nnz, np.float32)
         else:
-            values = np.array(_numpy(data))
+            values = np.array(as_numpy(data))
             if values.shape != (self.nnz,):
                 raise ValueError(f"Expected data of shape [{self.nnz}], got {list(values.shape)}")
         col, crow = self.col_indices.numpy().copy(), self.crow_indices.numpy().copy()
@@ -397,171 +384,6 @@ class Connectivity:
         from ._plot import plot
 
         return plot(self, somas, image, figure)
-
-
-def build_transposed_plan(
-    crow: Array, columns: Array, block_rows: int = _BLOCK_ROWS
-) -> TransposedPlan:
-    """Group CSR synapses (crow [R + 1], columns uint16 or int32 [nnz]) by column in blocks."""
-    rows, nnz = crow.size - 1, columns.size
-    starts = np.append(np.arange(0, rows, block_rows), rows)  # first row of each block, and the end
-    edges = crow[starts].astype(np.int64)
-    slot = np.empty(nnz, np.int32)
-
-    def rank(b: int) -> tuple[Array, Array]:
-        """Write slots as if without pads; return the block's columns and their counts."""
-        part = columns[edges[b] : edges[b + 1]]
-        order = _stable_argsort(part)
-        part = part[order]
-        slot[edges[b] : edges[b + 1]][order] = np.arange(part.size, dtype=np.int32)
-        is_first = np.ones(part.size, np.bool_)
-        np.not_equal(part[1:], part[:-1], out=is_first[1:])
-        first = np.flatnonzero(is_first)
-        return part[first], np.diff(first, append=part.size).astype(np.uint16)
-
-    def fill(b: int) -> None:
-        """Write the rows of block b, having shifted each column's slots to make room for pads."""
-        slots, out = slot[edges[b] : edges[b + 1]], row[slot_ptr[b] : slot_ptr[b + 1]]
-        local_crow = crow[starts[b] : starts[b + 1] + 1]
-        local_row = np.repeat(np.arange(local_crow.size - 1, dtype=np.uint16), np.diff(local_crow))
-        if group > 1:
-            lengths, begin = groups[b] * group, np.cumsum(counts[b], dtype=np.int64) - counts[b]
-            shift = np.cumsum(lengths, dtype=np.int64) - lengths - begin
-            by_column = np.empty_like(local_row)
-            by_column[slots] = local_row
-            out[: lengths.sum(dtype=np.int64)] = np.repeat(by_column[begin], lengths)  # the pads
-            slots += np.repeat(shift.astype(np.int32), counts[b])[slots]
-        out[slots] = local_row
-
-    with ThreadPoolExecutor(torch.get_num_threads() if nnz > _PARALLEL_NNZ else 1) as pool:
-        blocks = range(starts.size - 1)
-        found = list(pool.map(rank, blocks))
-        columns_of, counts = [part for part, _ in found], [count for _, count in found]
-        in_fours = sum(int(((count + 3) // 4).sum(dtype=np.int64)) for count in counts) * 4
-        group = 4 if in_fours <= 1.5 * nnz else 1
-        groups = [(count + (group - 1)) // group for count in counts]
-        totals = [int(part.sum(dtype=np.int64)) * group for part in groups]
-        slot_ptr = _offsets([-(-total // 16) * 16 for total in totals])
-        row = np.zeros(slot_ptr[-1], np.uint16)
-        list(pool.map(fill, blocks))
-    plan = TransposedPlan(
-        block_rows, group, _offsets([part.size for part in columns_of]), np.concatenate(columns_of),
-        np.concatenate(groups), slot_ptr, row, slot,
-    )  # fmt: skip
-    for array in (plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot):
-        array.flags.writeable = False
-    return plan
-
-
-def _stable_argsort(columns: Array) -> Array:
-    """Stable order by radix passes over 16 bits, where numpy's sort takes linear time."""
-    if columns.dtype == np.uint16:
-        return np.argsort(columns, kind="stable")
-    low = np.argsort(columns.astype(np.uint16), kind="stable")
-    high = (columns >> 16).astype(np.uint16)[low]
-    return low[np.argsort(high, kind="stable")]
-
-
-def _offsets(sizes: Sequence[int]) -> Array:
-    """[n] sizes -> [n + 1] int64 offsets."""
-    return np.cumsum([0, *sizes], dtype=np.int64)
-
-
-def check_size(name: str, value: SupportsIndex) -> int:
-    """`value` as an int if it is an integer from 1 to 2**31 - 1; else TypeError or ValueError."""
-    if isinstance(value, bool):
-        raise TypeError(f"Expected {name} to be an integer, got {value}")
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"Expected {name} to be an integer, got {value!r}") from None
-    if not 1 <= size < SIZE_LIMIT:
-        raise ValueError(f"Expected {name} from 1 to 2**31 - 1, got {size}")
-    return size
-
-
-def _numpy(values: Any) -> Array:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-
-
-def _integers(name: str, values: Any) -> Array:
-    """A one-dimensional array of some integer type; no copy where none is needed."""
-    array = _numpy(values)
-    if array.size == 0 and not hasattr(values, "dtype"):
-        array = array.astype(np.int64)  # an empty list has no type of its own
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"Expected {name} of an integer type, got {array.dtype}")
-    if array.ndim != 1:
-        raise ValueError(f"Expected {name} to be one-dimensional, got shape {list(array.shape)}")
-    return array
-
-
-def _pointer(name: str, values: Any, item: str, end: int, end_name: str) -> Array:
-    """An int32 copy of a valid pointer array."""
-    pointer = _integers(name, values)
-    if not 2 <= pointer.size <= SIZE_LIMIT:
-        raise ValueError(f"Expected {name} to have 2 to 2**31 entries, got {pointer.size}")
-    if pointer[0] != 0:
-        raise ValueError(f"Expected {name} to start at 0, got {pointer[0]}")
-    falls = pointer[1:] < pointer[:-1]
-    if falls.any():
-        i = int(falls.argmax())
-        raise ValueError(
-            f"Expected {name} not to decrease, got {pointer[i]} then {pointer[i + 1]} at {item} {i}"
-        )
-    if pointer[-1] != end:
-        raise ValueError(f"Expected {name} to end at the {end_name}, {end}, got {pointer[-1]}")
-    return pointer.astype(np.int32)
-
-
-def _columns(columns: Array, crow: Array, in_features: int) -> Array:
-    """An int32 copy of valid column indices."""
-    if columns.size == 0:
-        return columns.astype(np.int32)
-    if columns.min() < 0 or columns.max() >= in_features:
-        i = int(((columns < 0) | (columns >= in_features)).argmax())
-        row = int(np.searchsorted(crow, i, side="right")) - 1
-        raise ValueError(f"Expected columns in [0, {in_features}), got {columns[i]} in row {row}")
-    columns = columns.astype(np.int32)
-    falls = columns[1:] <= columns[:-1]
-    inner = crow[(crow > 0) & (crow < columns.size)]
-    falls[inner - 1] = False  # a new row may start anywhere
-    if falls.any():
-        i = int(falls.argmax())
-        row = int(np.searchsorted(crow, i, side="right")) - 1
-        what = "a duplicate" if columns[i] == columns[i + 1] else "unsorted"
-        raise ValueError(
-            "Expected columns to increase strictly within a row, "
-            f"got {columns[i]} then {columns[i + 1]} ({what}) in row {row}"
-        )
-    return columns
-
-
-def _constant_step(pointer: Array) -> int | None:
-    step = int(pointer[1])
-    return step if (np.diff(pointer) == step).all() else None
-
-
-def _image_shape(shape: Sequence[int] | None, in_features: int) -> tuple[int, ...] | None:
-    if shape is None:
-        return None
-    sizes = tuple(check_size("every size in in_shape", size) for size in shape)
-    if len(sizes) not in (2, 3) or np.prod(sizes, dtype=np.int64) != in_features:
-        raise ValueError(
-            f"Expected in_shape (H, W) or (H, W, C) with product {in_features}, got {sizes}"
-        )
-    return sizes
-
-
-def _soma_pointer(rows: int, soma_ptr: Any, dendrites_per_soma: SupportsIndex | None) -> Any:
-    if soma_ptr is not None:
-        if dendrites_per_soma is not None:
-            raise ValueError("Expected soma_ptr or dendrites_per_soma, got both")
-        return soma_ptr
-    step = 1 if dendrites_per_soma is None else check_size("dendrites_per_soma", dendrites_per_soma)
-    if rows % step:
-        raise ValueError(f"Expected dendrites_per_soma to divide {rows} dendrites, got {step}")
-    return np.arange(0, rows + 1, step)
 
 
 def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:

@@ -125,8 +125,8 @@ def test_every_thread_count_and_every_strategy_is_exact(backend: str, threads: i
     try:
         for c, batch in [
             (dk.connectivity.random(60, 100, 40, 6, seed=1), 70),  # 4 blocks, 2 or 3 tiles
-            (dk.connectivity.random(60, 10, 4, 6, seed=1), 400),  # 1 block, many tiles
-            (dk.connectivity.random(2000, 8, 8, 6, seed=1), 400),  # x larger than the cache
+            (dk.connectivity.random(60, 10, 40, 6, seed=1), 1000),  # 1 block, many tiles
+            (dk.connectivity.random(500, 100, 40, 16, seed=1), 400),  # x larger than the cache
             (dk.connectivity.random(60, 100, 40, 6, seed=1), 3),  # 1 tile
         ]:
             tensors = draw(c, batch, torch.float64, somas=True)

@@ -18,8 +18,9 @@ import pytest
 import scipy.sparse
 import torch
 
-from dendrite_kernels import topology
-from dendrite_kernels.topology import Connectivity, TransposedPlan, build_transposed_plan
+from dendrite_kernels import transposed
+from dendrite_kernels.topology import Connectivity
+from dendrite_kernels.transposed import TransposedPlan, build_transposed_plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -584,7 +585,7 @@ def large(rows: int, inputs: int, k: int) -> Connectivity:
 @pytest.mark.parametrize(("inputs", "group"), [(2000, 4), (65536, 1), (200_000, 1)])
 def test_plan_of_large_networks_built_by_threads(inputs: int, group: int) -> None:
     c = large(40_000, inputs, 32)
-    assert c.nnz > topology._PARALLEL_NNZ
+    assert c.nnz > transposed._PARALLEL_NNZ
     plan = c.transposed
     assert plan.group == group
     row_of = np.repeat(np.arange(c.num_dendrites), 32)

@@ -2,6 +2,7 @@
 // without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
@@ -58,8 +59,18 @@ void run_on_pool(int64_t n, PoolBody body, void* context) {
   if (pool_for(0, n, 1, body, context)) throw std::runtime_error("torch_parallel_for failed");
 }
 
+int64_t l2_bytes() {
+  constexpr int64_t kCommon = 1 << 20;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return kCommon;
+}
+
 Runtime runtime(int threads, Workspace& workspace) {
-  return {threads, run_on_pool, Workspace::get, &workspace};
+  static const int64_t l2 = l2_bytes();
+  return {threads, l2, run_on_pool, Workspace::get, &workspace};
 }
 
 void configure(const py::capsule& exchange_api, uintptr_t parallel_for) {

@@ -29,6 +29,7 @@ struct Topology {
 // nothing themselves.
 struct Runtime {
   int threads;
+  int64_t l2_bytes;  // second-level cache of one core
   // Runs body(begin, end, context) over disjoint ranges that cover [0, n).
   void (*parallel)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
   // At least `bytes` of 64-byte aligned, uninitialised memory that lives until the call returns.

@@ -16,6 +16,8 @@
 #endif
 
 #define DK_INLINE inline __attribute__((always_inline))
+// For lambdas of a kernel: a call would spill the vectors that they capture.
+#define DK_LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -64,6 +66,18 @@ template <class T>
 DK_INLINE vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::unaligned*>(p);
 }
+// A vector that two instructions use: without this GCC loads it from memory once for each of them.
+template <class V>
+DK_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 template <class T>
 DK_INLINE void store(T* p, vec<T> v) {
   *reinterpret_cast<typename Simd<T>::unaligned*>(p) = v;
@@ -75,6 +89,32 @@ DK_INLINE vec<T> splat_impl(T x, std::integer_sequence<int, I...>) {
 template <class T>
 DK_INLINE vec<T> splat(T x) {
   return splat_impl<T>(x, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// base[index[i]] in lane i. (The masked forms, all lanes on: GCC 12 warns about the undefined
+// vector of the plain ones.)
+template <class T>
+DK_INLINE vec<T> gather(const T* base, const int32_t* index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(index),
+                                            base, 4);
+  else
+    return (vec<T>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff,
+                                            _mm256_loadu_si256((const __m256i*)index), base, 8);
+#elif defined(__AVX2__)
+  const __m256i all = _mm256_set1_epi32(-1);
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm256_mask_i32gather_ps(
+        _mm256_setzero_ps(), base, _mm256_loadu_si256((const __m256i*)index), (__m256)all, 4);
+  else
+    return (vec<T>)_mm256_mask_i32gather_pd(
+        _mm256_setzero_pd(), base, _mm_loadu_si128((const __m128i*)index), (__m256d)all, 8);
+#else
+  vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = base[index[i]];
+  return v;
+#endif
 }
 
 // ---- bits <-> lanes ----
@@ -139,6 +179,11 @@ struct Unpack {
     return (unit % 2 ? V : 0) + block * L + (High ? L / 2 : 0) + (unit / 2) * W + lane;
   }
 };
+// Lane J of a 128-bit block, in every lane of that block.
+template <class T, int J>
+struct Lane {
+  static constexpr int source(int i) { return i / kBlockLanes<T> * kBlockLanes<T> + J; }
+};
 // The even/odd 128-bit blocks of a, then those of b.
 template <class T, int Odd>
 struct Blocks {
@@ -151,6 +196,42 @@ struct Blocks {
 template <class T, class F>
 DK_INLINE vec<T> shuffle(vec<T> a, vec<T> b, F f) {
   return shuffle_impl(a, b, f, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// kBlockLanes numbers, repeated in every 128-bit block: with `splat_lane` one load serves several
+// broadcasts. (Intrinsics, since GCC 12 builds the generic shuffle from scalars.)
+template <class T>
+DK_INLINE vec<T> load_block(const T* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(p));
+  else
+    return (vec<T>)_mm512_maskz_broadcast_f64x2(0xff, _mm_loadu_pd(p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm256_broadcast_ps((const __m128*)p);
+  else
+    return (vec<T>)_mm256_broadcast_pd((const __m128d*)p);
+#else
+  return load(p);
+#endif
+}
+// Lane J of each 128-bit block, in every lane of that block.
+template <class T, int J>
+DK_INLINE vec<T> splat_lane(vec<T> block) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm512_maskz_permute_ps(0xffff, (__m512)block, J * 0x55);
+  else
+    return (vec<T>)_mm512_maskz_permute_pd(0xff, (__m512d)block, J * 0xff);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)_mm256_permute_ps((__m256)block, J * 0x55);
+  else
+    return (vec<T>)_mm256_permute_pd((__m256d)block, J * 0xf);
+#else
+  return shuffle<T>(block, block, Lane<T, J>{});
+#endif
 }
 
 // Sums of adjacent units: the building blocks of transposing reductions.
@@ -189,14 +270,17 @@ template <class T>
 DK_INLINE vec<T> lane_sums(const vec<T>* v) {
   constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
   vec<T> g[kGroups];
-  unroll<kGroups>([&](auto i) { g[i] = fold_group<T>(v + i * L); });
+  unroll<kGroups>([&](auto i) DK_LAMBDA { g[i] = fold_group<T>(v + i * L); });
   return fold_groups<T>(g);
 }
 template <class T>
 DK_INLINE T lane_sum(vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
+  constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
+  if constexpr (kGroups >= 2) v = fold_blocks<T>(v, v);
+  if constexpr (kGroups == 4) v = fold_blocks<T>(v, v);
+  v = fold_units<T, 1>(v, v);
+  if constexpr (sizeof(T) == 4) v = fold_units<T, 2>(v, v);
+  return v[0];
 }
 
 // In-register transpose of a kLanes x kLanes matrix: 128-bit blocks inside, then the blocks among
@@ -204,7 +288,7 @@ DK_INLINE T lane_sum(vec<T> v) {
 template <class T>
 DK_INLINE void transpose(vec<T>* r) {
   constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
-  unroll<kGroups>([&](auto g) {
+  unroll<kGroups>([&](auto g) DK_LAMBDA {
     vec<T>* q = r + g * L;
     vec<T> lo = shuffle<T>(q[0], q[1], Unpack<T, 1, false>{}),
            hi = shuffle<T>(q[0], q[1], Unpack<T, 1, true>{});
@@ -222,12 +306,12 @@ DK_INLINE void transpose(vec<T>* r) {
   const auto even = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 0>{}); };
   const auto odd = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 1>{}); };
   if constexpr (kGroups == 2) {
-    unroll<L>([&](auto j) {
+    unroll<L>([&](auto j) DK_LAMBDA {
       vec<T> a = r[j], b = r[L + j];
       r[j] = even(a, b), r[L + j] = odd(a, b);
     });
   } else if constexpr (kGroups == 4) {
-    unroll<L>([&](auto j) {
+    unroll<L>([&](auto j) DK_LAMBDA {
       vec<T> e0 = even(r[j], r[L + j]), o0 = odd(r[j], r[L + j]);
       vec<T> e1 = even(r[2 * L + j], r[3 * L + j]), o1 = odd(r[2 * L + j], r[3 * L + j]);
       r[j] = even(e0, e1), r[2 * L + j] = odd(e0, e1);

@@ -27,6 +27,12 @@ DK_INLINE void parallel(const dk::Runtime& runtime, int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
+// Threads worth waking for `work` gathered tile rows, each of which takes about a nanosecond.
+DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
+  constexpr int64_t kWorkPerThread = 8192;
+  return max64(1, min64(runtime.threads, work / kWorkPerThread));
+}
+
 // Cuts one workspace into 64-byte aligned arrays: first add up the sizes, then take the pieces in
 // the same order.
 class Carver {
@@ -89,12 +95,13 @@ __attribute__((noinline)) void transpose_in(const Source& source, int64_t sample
       vec<T> r[L];
       const int64_t present = samples - t * L;
       if (present >= L)
-        unroll<L>([&](auto i) { r[i] = source.vector(t * L + i, c); });
+        unroll<L>([&](auto i) DK_LAMBDA { r[i] = source.vector(t * L + i, c); });
       else
-        unroll<L>([&](auto i) { r[i] = i < present ? source.vector(t * L + i, c) : vec<T>{}; });
+        unroll<L>([&](auto i)
+                      DK_LAMBDA { r[i] = i < present ? source.vector(t * L + i, c) : vec<T>{}; });
       transpose<T>(r);
       T* out = tile + (c - c0) * kTile + t * L;
-      unroll<L>([&](auto i) { store(out + i * kTile, r[i]); });
+      unroll<L>([&](auto i) DK_LAMBDA { store(out + i * kTile, r[i]); });
     }
   }
   for (; c < c1; ++c)
@@ -111,14 +118,14 @@ __attribute__((noinline)) void transpose_out(const T* tile, int64_t columns, int
   for (; c + L <= columns; c += L) {
     for (int t = 0; t < V && t * L < samples; ++t) {
       vec<T> r[L];
-      unroll<L>([&](auto i) { r[i] = load(tile + (c + i) * kTile + t * L); });
+      unroll<L>([&](auto i) DK_LAMBDA { r[i] = load(tile + (c + i) * kTile + t * L); });
       transpose<T>(r);
       const int64_t present = samples - t * L;
       T* rows = out + int64_t(t) * L * stride + c;
       if (present >= L)
-        unroll<L>([&](auto i) { store(rows + i * stride, r[i]); });
+        unroll<L>([&](auto i) DK_LAMBDA { store(rows + i * stride, r[i]); });
       else
-        unroll<L>([&](auto i) {
+        unroll<L>([&](auto i) DK_LAMBDA {
           if (i < present) store(rows + i * stride, r[i]);
         });
     }

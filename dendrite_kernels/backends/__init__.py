@@ -86,6 +86,13 @@ def _module(name: str) -> Any:
     return importlib.import_module(f".{name}", __name__)
 
 
+def __getattr__(name: str) -> Any:
+    """`dk.backends.numba` and its like, imported when first asked for."""
+    if name in _NAMES:
+        return _module(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _require(name: str) -> Backend:
     backend: Backend = _module(name)
     reason = backend.unavailable()

@@ -1,0 +1,1 @@
+"""Data sets, the masked-dense peer, training and the demo: not part of the package."""

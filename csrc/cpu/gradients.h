@@ -1,0 +1,347 @@
+// Fused backward. With q[b, r] = (gradient at the soma) * (derivative of the dendrite, from its
+// sign bit) and G[r, k] = sum_b q * x, G0[r] = sum_b q:   dw = c G,   dbd = c G0,   dc = <w_r, G_r>
+// + bd G0,   dx = sum w c q. A sparse linear layer is the same with q = incoming gradient and c
+// = 1. u and a are never needed.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+template <class T>
+DK_INLINE T cable_weight(const dk::BackwardCall<T>& call, int64_t r) {
+  return call.cable ? call.cable[r] : T(1);
+}
+
+DK_INLINE int64_t soma_of(const dk::Topology& net, int64_t r) {
+  int64_t lo = 0, hi = net.somas;  // the last soma that starts at or before r and is not empty
+  while (hi - lo > 1) {
+    const int64_t mid = (lo + hi) / 2;
+    (net.soma_ptr[mid] <= r ? lo : hi) = mid;
+  }
+  return lo;
+}
+
+// Adds (or, the first time, writes) the lane sums of a stream of vectors to consecutive numbers.
+template <class T>
+class SumStream {
+ public:
+  DK_INLINE SumStream(T* out, bool first) : out_(out), first_(first) {}
+  DK_INLINE void push(vec<T> v) {
+    buffer_[count_] = v;
+    if (++count_ == kLanes<T>) {
+      const vec<T> sums = lane_sums<T>(buffer_);
+      store(out_, first_ ? sums : sums + load(out_));
+      out_ += kLanes<T>;
+      count_ = 0;
+    }
+  }
+  DK_INLINE void finish() {
+    for (int i = 0; i < count_; ++i) {
+      const T sum = lane_sum<T>(buffer_[i]);
+      out_[i] = first_ ? sum : out_[i] + sum;
+    }
+    count_ = 0;
+  }
+
+ private:
+  vec<T> buffer_[kLanes<T>];
+  T* out_;
+  bool first_;
+  int count_ = 0;
+};
+
+// visit(row, q) for rows r0..r1-1 on one tile, q being V vectors; G0 += sum_b q.
+// soma_grad[soma][tile] is the gradient at the somas; null: q is the incoming gradient itself,
+// transposed into `buffer` first.
+template <class T, int V, class Visit>
+DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r0,
+                          int64_t r1, int64_t tile, const T* soma_grad, bool first, T* buffer,
+                          T* G0, const Visit& visit) {
+  constexpr int L = kLanes<T>, kTile = V * L;
+  SumStream<T> sums(G0 + r0, first);
+  const auto emit = [&](int64_t r, const vec<T>* q) DK_LAMBDA {
+    vec<T> sum = q[0];
+    unroll<V - 1>([&](auto t) DK_LAMBDA { sum += q[t + 1]; });
+    sums.push(sum);
+    visit(r, q);
+  };
+  const int64_t sample = tile * kTile;
+  if (!soma_grad) {
+    const Rows<T> grad{call.grad + sample * net.rows, net.rows};
+    transpose_in<T, V>(grad, min64(kTile, call.batch - sample), r0, r1, buffer);
+    for (int64_t r = r0; r < r1; ++r) {
+      vec<T> q[V];
+      unroll<V>([&](auto t) DK_LAMBDA { q[t] = load(buffer + (r - r0) * kTile + t * L); });
+      emit(r, q);
+    }
+    sums.finish();
+    return;
+  }
+  const vec<T> slope = splat(call.slope);
+  for (int64_t r = r0, s = soma_of(net, r0); r < r1; ++s) {
+    vec<T> active[V], inactive[V];
+    unroll<V>([&](auto t) DK_LAMBDA {
+      active[t] = load(soma_grad + s * kTile + t * L);
+      inactive[t] = slope * active[t];
+    });
+    for (const int64_t end = min64(r1, net.soma_ptr[s + 1]); r < end; ++r) {
+      vec<T> q[V];
+      unroll<V>([&](auto t) DK_LAMBDA {
+        const int64_t b = sample + t * L;
+        const uint32_t bits = call.signs[b / 32 * net.rows + r] >> (b % 32);
+        q[t] = select_bits<T>(bits, active[t], inactive[t]);
+      });
+      emit(r, q);
+    }
+  }
+  sums.finish();
+}
+
+// q[row - r0][tile] of rows r0..r1-1.
+template <class T, int V>
+__attribute__((noinline)) void make_q(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                      int64_t r0, int64_t r1, int64_t tile, const T* soma_grad,
+                                      bool first, T* q, T* G0) {
+  for_each_q<T, V>(net, call, r0, r1, tile, soma_grad, first, q, G0,
+                   [&](int64_t r, const vec<T>* value) DK_LAMBDA {
+                     unroll<V>([&](auto t) DK_LAMBDA {
+                       store(q + (r - r0) * V * kLanes<T> + t * kLanes<T>, value[t]);
+                     });
+                   });
+}
+
+// ---- with dx: one gather of q over a block of the transposed plan feeds both dx and G ----
+
+// One block of dendrites on one tile. G in slot order. clear_dx: dx holds nothing yet, so rows
+// without synapses are zeroed.
+template <class T, int V, int Group, class Column>
+__attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t block, const T* weight,
+                                            const T* q, const T* x, bool clear_dx, bool first,
+                                            T* dx, T* G) {
+  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL, kAhead = 3;
+  const int64_t begin = net.plan_column_ptr[block], end = net.plan_column_ptr[block + 1];
+  const Column* column = static_cast<const Column*>(net.plan_column);
+  const uint16_t* row = net.plan_row + net.plan_slot_ptr[block];
+  vec<T> folded[kGroups], single[L];
+  int count = 0;
+  const auto flush = [&](vec<T> sums) DK_LAMBDA {
+    store(G, first ? sums : sums + load(G));
+    G += L;
+    count = 0;
+  };
+  int64_t next = 0;  // dx rows before this one are written
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = column[i];
+    const int64_t ahead = int64_t(column[min64(i + kAhead, end - 1)]) * kTile;
+    unroll<V>([&](auto t) DK_LAMBDA {
+      __builtin_prefetch(x + ahead + t * L);
+      __builtin_prefetch(dx + ahead + t * L, 1);
+    });
+    if (clear_dx) {
+      memset(dx + next * kTile, 0, size_t(n - next) * kTile * sizeof(T));
+      next = n + 1;
+    }
+    vec<T> xv[V], acc[V];
+    unroll<V>([&](auto t) DK_LAMBDA { xv[t] = load(x + n * kTile + t * L); });
+    if (clear_dx)
+      unroll<V>([&](auto t) DK_LAMBDA { acc[t] = vec<T>{}; });
+    else
+      unroll<V>([&](auto t) DK_LAMBDA { acc[t] = load(dx + n * kTile + t * L); });
+    const auto synapse = [&](int slot) DK_LAMBDA {
+      const vec<T> w = splat(weight[slot]);
+      const T* p = q + int64_t(row[slot]) * kTile;
+      vec<T> product;
+      unroll<V>([&](auto t) DK_LAMBDA {
+        const vec<T> value = in_register(load(p + t * L));
+        acc[t] = w * value + acc[t];
+        product = t == 0 ? value * xv[t] : value * xv[t] + product;
+      });
+      return product;
+    };
+    for (int group = net.plan_groups[i]; group > 0; --group) {
+      if constexpr (Group == 4) {
+        vec<T> products[4];
+        unroll<4>([&](auto s) DK_LAMBDA { products[s] = synapse(s); });
+        unroll<4 / BL>([&](auto g) DK_LAMBDA {
+          folded[count] = fold_group<T>(products + g * BL);
+          if (++count == kGroups) flush(fold_groups<T>(folded));
+        });
+      } else {
+        single[count] = synapse(0);
+        if (++count == L) flush(lane_sums<T>(single));
+      }
+      weight += Group;
+      row += Group;
+    }
+    unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
+  }
+  if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
+  if (count > 0) {  // a block's slots are padded to whole vectors, so the last store stays inside
+    if constexpr (Group == 4) {
+      for (int i = count; i < kGroups; ++i) folded[i] = vec<T>{};
+      flush(fold_groups<T>(folded));
+    } else {
+      for (int i = count; i < L; ++i) single[i] = vec<T>{};
+      flush(lane_sums<T>(single));
+    }
+  }
+}
+
+// w c of one block in slot order; the pads, all within the last slots of their column, are zero.
+template <class T>
+__attribute__((noinline)) void fill_weights(const dk::Topology& net,
+                                            const dk::BackwardCall<T>& call, int64_t block,
+                                            T* out) {
+  T* column_end = out;
+  for (int64_t i = net.plan_column_ptr[block]; i < net.plan_column_ptr[block + 1]; ++i) {
+    column_end += net.plan_groups[i] * net.group;
+    memset(column_end - net.group, 0, size_t(net.group) * sizeof(T));
+  }
+  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
+  for (int64_t r = block * net.block_rows; r < r1; ++r) {
+    const T c = cable_weight(call, r);
+    for (int64_t j = net.crow[r]; j < net.crow[r + 1]; ++j)
+      out[net.plan_slot[j]] = call.weight[j] * c;
+  }
+}
+
+// Parameter gradients of one dendrite from its G and G0. G.vector(j) and G.scalar(j) give G at CSR
+// position j.
+template <class T, class Source>
+DK_INLINE void finish_row(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r, T G0,
+                          const Source& G) {
+  const T c = cable_weight(call, r);
+  vec<T> dots{};
+  int64_t j = net.crow[r];
+  const int64_t end = net.crow[r + 1];
+  for (; j + kLanes<T> <= end; j += kLanes<T>) {
+    const vec<T> g = G.vector(j);
+    dots += load(call.weight + j) * g;
+    store(call.dweight + j, g * splat(c));
+  }
+  T dot = lane_sum<T>(dots) + (call.dendrite_bias ? call.dendrite_bias[r] * G0 : T(0));
+  for (; j < end; ++j) {
+    const T g = G.scalar(j);
+    dot += call.weight[j] * g;
+    call.dweight[j] = c * g;
+  }
+  call.ddendrite_bias[r] = c * G0;
+  if (call.dcable) call.dcable[r] = dot;
+}
+
+// G in slot order; with copies > 1 it is the sum of that many partial arrays, `stride` apart.
+template <class T>
+struct SlotSums {
+  const T* data;
+  const int32_t* slot;
+  int64_t copies, stride;
+  DK_INLINE vec<T> vector(int64_t j) const {
+    vec<T> sum = gather(data, slot + j);
+    for (int64_t i = 1; i < copies; ++i) sum += gather(data + i * stride, slot + j);
+    return sum;
+  }
+  DK_INLINE T scalar(int64_t j) const {
+    T sum = data[slot[j]];
+    for (int64_t i = 1; i < copies; ++i) sum += data[i * stride + slot[j]];
+    return sum;
+  }
+};
+
+template <class T>
+__attribute__((noinline)) void finish_block(const dk::Topology& net,
+                                            const dk::BackwardCall<T>& call, int64_t block,
+                                            int64_t copies, const T* G, int64_t stride,
+                                            const T* G0) {
+  const SlotSums<T> source{G + net.plan_slot_ptr[block], net.plan_slot, copies, stride};
+  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
+  for (int64_t r = block * net.block_rows; r < r1; ++r) {
+    T sum = 0;
+    for (int64_t i = 0; i < copies; ++i) sum += G0[i * net.rows + r];
+    finish_row(net, call, r, sum, source);
+  }
+}
+
+template <class T, int V, class Column>
+void gather(const dk::Topology& net, int64_t block, const T* weight, const T* q, const T* x,
+            bool clear_dx, bool first, T* dx, T* G) {
+  weight += net.plan_slot_ptr[block];
+  G += net.plan_slot_ptr[block];
+  if (net.group == 4)
+    gather_block<T, V, 4, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
+  else
+    gather_block<T, V, 1, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
+}
+
+// Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]; dsoma_bias += its sums.
+template <class T, int V>
+void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t tile,
+                   int64_t s0, int64_t s1, bool first, T* out, T* dsoma_bias) {
+  constexpr int L = kLanes<T>, kTile = V * L;
+  const int64_t sample = tile * kTile, S = net.somas;
+  const SomaGradient<T> source{call.grad + sample * S, call.y + sample * S, S, call.slope};
+  transpose_in<T, V>(source, min64(kTile, call.batch - sample), s0, s1, out);
+  SumStream<T> sums(dsoma_bias + s0, first);
+  for (int64_t s = s0; s < s1; ++s) {
+    vec<T> sum{};
+    unroll<V>([&](auto t) DK_LAMBDA { sum += load(out + (s - s0) * kTile + t * L); });
+    sums.push(sum);
+  }
+  sums.finish();
+}
+
+// ---- without dx: gather rows of x in CSR order, no plan ----
+
+// G of rows r0..r1-1 on one tile, row r at gap(r) = crow[r] - crow[r0] + (r - r0) * kLanes, so that
+// each row may end in a whole vector without touching the next.
+template <class T, int V, class Column>
+__attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                           int64_t r0, int64_t r1, int64_t tile, const T* soma_grad,
+                                           const T* x, bool first, T* buffer, T* G0, T* G) {
+  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
+  for_each_q<T, V>(
+      net, call, r0, r1, tile, soma_grad, first, buffer, G0,
+      [&](int64_t r, const vec<T>* q) DK_LAMBDA {
+        const int64_t count = net.crow[r + 1] - net.crow[r];
+        const Column* column = static_cast<const Column*>(net.columns) + net.crow[r];
+        T* out = G + (net.crow[r] - net.crow[r0]) + (r - r0) * L;
+        const auto product = [&](int64_t k) DK_LAMBDA {
+          const T* p = x + int64_t(column[k]) * kTile;
+          vec<T> sum;
+          unroll<V>([&](auto t) DK_LAMBDA {
+            sum = t == 0 ? q[t] * load(p + t * L) : q[t] * load(p + t * L) + sum;
+          });
+          return sum;
+        };
+        for (int64_t k = 0; k < count; k += L, out += L) {
+          vec<T> folded[kGroups];
+          if (k + L <= count)
+            unroll<kGroups>([&](auto g) DK_LAMBDA {
+              vec<T> products[BL];
+              unroll<BL>([&](auto s) DK_LAMBDA { products[s] = product(k + g * BL + s); });
+              folded[g] = fold_group<T>(products);
+            });
+          else
+            unroll<kGroups>([&](auto g) DK_LAMBDA {
+              vec<T> products[BL];
+              unroll<BL>([&](auto s) DK_LAMBDA {
+                products[s] = k + g * BL + s < count ? product(k + g * BL + s) : vec<T>{};
+              });
+              folded[g] = fold_group<T>(products);
+            });
+          const vec<T> sums = fold_groups<T>(folded);
+          store(out, first ? sums : sums + load(out));
+        }
+      });
+}
+
+// G of one row from gather_rows.
+template <class T>
+struct RowSums {
+  const T* data;
+  int64_t begin;  // the row's first CSR position
+  DK_INLINE vec<T> vector(int64_t j) const { return load(data + j - begin); }
+  DK_INLINE T scalar(int64_t j) const { return data[j - begin]; }
+};
+
+}  // namespace
