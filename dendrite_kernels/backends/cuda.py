@@ -142,7 +142,7 @@ def _wide(like: torch.Tensor, tensor: Maybe) -> Maybe:
 def _pack(
     layout: _Layout, weight: torch.Tensor, cable: Maybe, stream: int
 ) -> torch.Tensor:  # [nnz] -> [slots]
-    if layout.is_csr:
+    if layout.is_csr or layout.slots == 0:
         return weight if weight.data_ptr() % _ALIGNMENT == 0 else weight.clone()
     packed = weight.new_empty(layout.slots)
     rows = 0 if cable is None else cable.shape[0]
