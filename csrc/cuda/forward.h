@@ -131,7 +131,7 @@ constexpr int kFewThreads = 128;
 // Few samples, any N: a lane computes one dendrite for all of them, straight from x. No tile, one
 // pass over the weights. A warp is one soma (32 rows without somas).
 template <class T, class Index, int SAMPLES>
-__global__ void __launch_bounds__(kFewThreads) forward_rows(const ForwardArgs<T> args) {
+__global__ void __launch_bounds__(kFewThreads, 1) forward_rows(const ForwardArgs<T> args) {
   using A = Accumulator<T>;
   using K = Kind<T, 1, 1, false, Index>;
   const Thread me;
