@@ -3,10 +3,11 @@
 An extension that cannot be built (no compiler) is left out and the package works without it;
 `dendrite_kernels.backend_info()` then says so. DENDRITE_KERNELS_REQUIRE=cpu,cuda makes it an error.
 
-The CUDA extension takes nvcc minutes for every kind of GPU, so by default (auto) it is built where
-nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc, for
-all of ARCHS or those in DENDRITE_KERNELS_CUDA_ARCHS="90;120"; 0 never does. nvcc is that of CUDA_HOME
-or CUDA_PATH, or the one on PATH; MAX_JOBS limits how many run at a time.
+The CUDA extension takes nvcc minutes for all kinds of GPU, so by default (auto) it is built where
+nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc,
+for all of ARCHS where there is no GPU; 0 never builds it. DENDRITE_KERNELS_CUDA_ARCHS="90;120"
+names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH; MAX_JOBS limits how many
+run at a time.
 """
 
 import os
@@ -71,7 +72,9 @@ class BuildOptional(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         if extension.name.endswith("._cuda"):
-            build_cuda(extension, Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp))
+            build_cuda(
+                extension, Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp)
+            )
         else:
             super().build_extension(extension)
 
@@ -132,7 +135,7 @@ def archs_to_build(nvcc: str) -> list[str]:
 
 
 def build_cuda(extension: Extension, target: Path, temporary: Path) -> None:
-    """nvcc compiles and links: it knows where its headers and libraries are, whichever one it is."""
+    """nvcc compiles and links, since it knows where its own headers and libraries are."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("Expected nvcc on PATH or in CUDA_HOME, got none")

@@ -19,7 +19,7 @@ from tests import cuda_resources
 
 ROOT = Path(__file__).parents[1]
 NO_NVCC = cuda_resources.missing()
-NO_NVDISASM = NO_NVCC or (None if cuda_resources.nvdisasm() else "no nvdisasm (pip's triton has it)")
+NO_NVDISASM = NO_NVCC or (None if cuda_resources.nvdisasm() else "no nvdisasm, as in triton")
 needs_nvcc = pytest.mark.skipif(NO_NVCC is not None, reason=f"{NO_NVCC}")
 
 

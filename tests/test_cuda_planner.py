@@ -78,8 +78,8 @@ def test_partial_sums_stay_small(limits: Limits) -> None:
 def test_every_output_is_computed_once() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
-        sizes = (int(rng.integers(1, n)) for n in (300, 300, 200, 5000))
-        work = Work(*sizes, int(rng.choice([2, 4, 8])))
+        batch, gathered, outputs, synapses = (int(rng.integers(1, n)) for n in (300, 300, 200, 999))
+        work = Work(batch, gathered, outputs, synapses, int(rng.choice([2, 4, 8])))
         plan = _cuda_plan.plan_tiles(work, DEVICES[int(rng.integers(len(DEVICES)))])
         warps = plan.threads // 32
         computed = np.zeros((plan.tiles, work.outputs), int)

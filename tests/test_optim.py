@@ -47,6 +47,7 @@ def test_gradients_of_one_layer_are_alive_at_a_time() -> None:
     first, second = network[0], network[1]
     StepInBackward(network.parameters(), MAKERS["sgd"])
     alive = []
+    assert isinstance(first, dk.DendriticLayer)
     first.synapse_weight.register_post_accumulate_grad_hook(
         lambda _: alive.append([p.grad is not None for p in second.parameters()])
     )

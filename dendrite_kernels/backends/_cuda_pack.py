@@ -77,7 +77,7 @@ def _pack(
     slot = slice(None) if ordered else _slots(lengths, table, index, kind)
     packed_index[slot] = index
     source[slot] = np.arange(index.size, dtype=np.int32) if position is None else position
-    if packed_row is not None:
+    if packed_row is not None and row is not None:
         packed_row[slot] = row
     return Packing(
         step=kind.step,

@@ -173,9 +173,9 @@ def _block_cost(plan: TilePlan, work: Work, limits: Limits) -> float:
 
 def _resident(plan: TilePlan, limits: Limits) -> int:
     """Blocks that a multiprocessor runs side by side, hiding each other's latency."""
+    if not plan.kind.shared:
+        return max(1, 768 // plan.threads)  # these kernels need up to 85 registers
     by_threads = 1024 // plan.threads
-    if not plan.shared_bytes:
-        return by_threads
     by_shared = limits.multiprocessor_shared // (plan.shared_bytes + _RESERVED)
     blocks = -(-plan.blocks // limits.multiprocessors)
     return max(1, min(by_threads, by_shared, blocks))

@@ -113,9 +113,7 @@ def _rows(connectivity: Connectivity, device: torch.device, kind: Kind) -> _Layo
     return connectivity.cached(("cuda rows", device, kind.groups), make)
 
 
-def _columns(
-    connectivity: Connectivity, device: torch.device, kind: Kind, somas: bool
-) -> _Layout:
+def _columns(connectivity: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
     def make() -> _Layout:
         packing = _cuda_pack.pack_columns(connectivity, kind, somas)
         return _upload(packing, connectivity.in_features, device)

@@ -55,7 +55,9 @@ def build(replace: tuple[str, str, str] | None = None) -> Path:
     if replace is not None:  # one dtype is enough
         units = [unit for unit in units if unit.name == "kernels_f32.cu"]
     with ThreadPoolExecutor(2) as pool:
-        objects = {path.name: made for path, made in zip(units, pool.map(_compile, units))}
+        objects = {
+            path.name: made for path, made in zip(units, pool.map(_compile, units), strict=True)
+        }
     if replace is not None:
         rest = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
         objects = {path.name: _compile(path) for path in rest} | objects

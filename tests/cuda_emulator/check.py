@@ -27,6 +27,7 @@ TOLERANCE = {
     torch.bfloat16: 8e-3,
     torch.float16: 1e-3,
 }
+Maybe = torch.Tensor | None
 Draw = Callable[[], dk.Connectivity]
 
 
@@ -102,10 +103,14 @@ def load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.configure(torch.Tensor.__dlpack_c_exchange_api__)
-    cuda._load = lambda: (module, None)  # type: ignore[assignment]
-    cuda._stream = lambda device: 0
     limits = _cuda_plan.Limits(3, 99 << 10, 100 << 10)
-    cuda._limits = lambda index: limits  # type: ignore[assignment]
+    replaced: dict[str, Any] = {
+        "_load": lambda: (module, None),
+        "_stream": lambda device: 0,
+        "_limits": lambda index: limits,
+    }
+    for name, value in replaced.items():
+        setattr(cuda, name, value)
     return module
 
 
@@ -139,18 +144,22 @@ def allow_kind(kind: int | None) -> None:
     _cuda_plan.plan_weight.cache_clear()
 
 
-def inputs(case: Case) -> tuple[dk.Connectivity, torch.Tensor, list[Any], Any, Any]:
+def inputs(
+    case: Case,
+) -> tuple[dk.Connectivity, torch.Tensor, list[Maybe], torch.Tensor, torch.Tensor]:
     torch.manual_seed(case.batch)
     c = NETWORKS[case.network]()
     x = torch.randn(case.batch, c.in_features)
     if case.zeros:
         x[::2] = 0
     sizes = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
-    parameters = [torch.randn(size).to(case.dtype) for size in sizes]
+    parameters: list[Maybe] = [torch.randn(size).to(case.dtype) for size in sizes]
     if not case.bias:
-        parameters[1] = parameters[3] = None  # type: ignore[call-overload]
-    grads = [torch.randn(case.batch, size).to(case.dtype) for size in (c.num_somas, sizes[1])]
-    return c, x.to(case.dtype), parameters, *grads
+        parameters[1] = parameters[3] = None
+    grad, grad_u = (
+        torch.randn(case.batch, size).to(case.dtype) for size in (c.num_somas, c.num_dendrites)
+    )
+    return c, x.to(case.dtype), parameters, grad, grad_u
 
 
 def _bits(signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +187,10 @@ def expected(case: Case) -> list[torch.Tensor]:
     return [y.detach(), *full, u.detach(), *sparse, grad_u.double().sum(0), bits]
 
 
-NAMES = "y dx dw dbd dc dbs u sparse-dx sparse-dw sparse-db signs".split()
+NAMES = [
+    *("y", "dx", "dw", "dbd", "dc", "dbs"),
+    *("u", "sparse-dx", "sparse-dw", "sparse-db", "signs"),
+]
 
 
 def faults(case: Case, results: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[str]:
@@ -213,6 +225,12 @@ def check(case: Case, orders: list[int], module: Any) -> list[str]:
     return found
 
 
+def poison(on: bool) -> None:
+    """Fill what torch leaves uninitialised with NaN."""
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = on
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module")
@@ -220,7 +238,7 @@ def main() -> int:
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 7])
     options = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # NaN
+    poison(True)
     torch.set_num_threads(1)
     module = load(options.module)
     wrong = 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dendrite_kernels as dk
+from dendrite_kernels.backends import cuda
 from tests import oracle
 from tests.cuda_emulator import check
 
@@ -44,9 +45,7 @@ SIZES = {  # batch, inputs, somas, dendrites, synapses
 def layer_of(name: str, rule: str = "random") -> tuple[dk.DendriticLayer, torch.Tensor]:
     batch, inputs, somas, dendrites, synapses = SIZES[name]
     constant = rule == "constant"
-    c = dk.connectivity.random(
-        inputs, somas, dendrites, synapses, constant_fan_in=constant, seed=1
-    )
+    c = dk.connectivity.random(inputs, somas, dendrites, synapses, constant_fan_in=constant, seed=1)
     layer = dk.DendriticLayer(c, device="cuda")
     with torch.no_grad():
         for bias in (layer.dendrite_bias, layer.soma_bias):
@@ -63,7 +62,10 @@ def test_layers_of_real_size_match_float64(name: str, rule: str) -> None:
     grad = torch.randn_like(y) + 1
     y.backward(grad)
     leaves = [t.detach().cpu().double().requires_grad_() for t in (x, *layer.parameters())]
-    want = oracle.dendritic_layer(*leaves, layer.connectivity, 0.1)
+    x64, weight, dendrite_bias, cable, soma_bias = leaves
+    want = oracle.dendritic_layer(
+        x64, weight, dendrite_bias, cable, soma_bias, layer.connectivity, 0.1
+    )
     wanted = torch.autograd.grad(want, leaves, grad.cpu().double())
     got = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
     for tensor, reference in zip(got, [want.detach(), *wanted], strict=True):
@@ -169,10 +171,9 @@ def test_all_to_all_is_a_matrix_product_with_a_block_sum_cable() -> None:
     y = layer(x)
     # u and a [B, R], y, and less than one [S, R] matrix besides.
     assert torch.cuda.max_memory_allocated() - before < 4 * (4 * 64 * 2048 + 128 * 2048)
-    want = dk.reference.dendritic_layer(
-        x.double(), *(p.double() for p in layer.parameters()), c
-    )
-    assert oracle.relative_error(y.detach().cpu(), want.detach().cpu()) < 2e-6
+    weight, dendrite_bias, cable, soma_bias = (p.detach().double() for p in layer.parameters())
+    want = dk.reference.dendritic_layer(x.double(), weight, dendrite_bias, cable, soma_bias, c)
+    assert oracle.relative_error(y.detach().cpu(), want.cpu()) < 2e-6
 
 
 def test_offsets_beyond_31_bits() -> None:
@@ -181,17 +182,16 @@ def test_offsets_beyond_31_bits() -> None:
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of free memory")
     c = dk.connectivity.random(inputs, 3, 4, 16, constant_fan_in=True, seed=1)
-    was = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # of several GB
+    check.poison(False)  # the fixture of every test turns it on again
     x = torch.randn(batch, inputs, device="cuda", dtype=torch.bfloat16)
     parameters = [torch.randn(n, device="cuda") for n in (c.nnz, 12, 12, 3)]
-    backend = dk.backends.cuda
-    y, signs = backend.dendritic_forward(x, *parameters, c, 0.1, True)
+    weight, dendrite_bias, cable, soma_bias = parameters
+    y, signs = cuda.dendritic_forward(x, weight, dendrite_bias, cable, soma_bias, c, 0.1, True)
     grad = torch.randn_like(y)
-    dx = backend.dendritic_backward(grad, x, y, signs, *parameters[:3], c, 0.1, True)[0]
-    torch.utils.deterministic.fill_uninitialized_memory = was
+    dx = cuda.dendritic_backward(grad, x, y, signs, weight, dendrite_bias, cable, c, 0.1, True)[0]
     tail = x[-40:].cpu().double().requires_grad_()
-    want = oracle.dendritic_layer(tail, *(p.cpu().double() for p in parameters), c, 0.1)
+    weight, dendrite_bias, cable, soma_bias = (p.cpu().double() for p in parameters)
+    want = oracle.dendritic_layer(tail, weight, dendrite_bias, cable, soma_bias, c, 0.1)
     (dx_want,) = torch.autograd.grad(want, tail, grad[-40:].cpu().double())
     assert oracle.relative_error(y[-40:].cpu(), want.detach()) < 8e-3
     assert oracle.relative_error(dx[-40:].cpu(), dx_want) < 8e-3
