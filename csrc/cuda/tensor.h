@@ -52,12 +52,14 @@ class Checker {
       throw pybind11::value_error(prefix + "shape " +
                                   shape_text(shape.begin(), int64_t(shape.size())) + ", got " +
                                   shape_text(t.shape, t.ndim));
-    int64_t stride = 1;
+    int64_t elements = 1;
+    bool contiguous = true;
     for (int32_t i = t.ndim; i-- > 0;) {
-      if (t.strides && t.shape[i] > 1 && t.strides[i] != stride)
-        throw pybind11::value_error(prefix + "a contiguous tensor, got a strided one");
-      stride *= t.shape[i];
+      if (t.strides && t.shape[i] > 1 && t.strides[i] != elements) contiguous = false;
+      elements *= t.shape[i];
     }
+    if (!contiguous && elements > 0)
+      throw pybind11::value_error(prefix + "a contiguous tensor, got a strided one");
     check_device(t, prefix);
     char* data = static_cast<char*>(t.data) + t.byte_offset;
     if (reinterpret_cast<uintptr_t>(data) % alignment)
