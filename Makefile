@@ -8,7 +8,7 @@ VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test         run the tests; make test-all: the slow ones too'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
+	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
 	@echo 'make clean        remove .venv, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
@@ -36,6 +37,10 @@ lint: .venv/.installed-lint
 
 bench: .venv/.installed-demo
 	$(VENV_PYTHON) -m bench.run $(ARGS)
+
+# Uses the Python that has a CUDA build of torch, not .venv, whose torch is pinned for CPUs.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -1,12 +1,22 @@
 """Builds the optional extension modules; pyproject.toml holds everything else.
 
 An extension that cannot be built (no compiler) is left out and the package works without it;
-`dendrite_kernels.backend_info()` then says so. DENDRITE_KERNELS_REQUIRE=cpu makes it an error.
+`dendrite_kernels.backend_info()` then says so. DENDRITE_KERNELS_REQUIRE=cpu,cuda makes it an error.
+
+The CUDA extension takes nvcc minutes for all kinds of GPU, so by default (auto) it is built where
+nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc,
+for all of ARCHS where there is no GPU; 0 never builds it. DENDRITE_KERNELS_CUDA_ARCHS="90;120"
+names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH; MAX_JOBS limits how many
+run at a time.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -33,6 +43,8 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -58,6 +70,14 @@ class BuildOptional(build_ext):
                 self.extensions.remove(extension)
                 print(f"{extension.name} was not built: {error}", file=sys.stderr)
 
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name.endswith("._cuda"):
+            build_cuda(
+                extension, Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp)
+            )
+        else:
+            super().build_extension(extension)
+
     def copy_extensions_to_source(self) -> None:  # editable install: only what was built
         built = Path(self.build_lib)
         self.extensions = [
@@ -82,4 +102,88 @@ def cpu_extension() -> Extension:
     )
 
 
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": BuildOptional})
+def find_nvcc() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    paths = [Path(home, "bin", "nvcc") for home in homes if home]
+    on_path = shutil.which("nvcc")
+    paths += [Path(on_path)] if on_path else []
+    paths.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((str(path) for path in paths if path.exists()), None)
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; nothing if there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def archs_of_this_machine() -> list[str]:
+    """["90"] with an H100; empty without a GPU."""
+    found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    return sorted({line.strip().replace(".", "") for line in found.splitlines() if line.strip()})
+
+
+def archs_to_build(nvcc: str) -> list[str]:
+    """Those asked for, else those of this machine's GPUs, else all that nvcc knows."""
+    asked = os.environ.get("DENDRITE_KERNELS_CUDA_ARCHS", "")
+    if asked:
+        return asked.replace(",", ";").split(";")
+    known = output_of(nvcc, "--list-gpu-arch").replace("compute_", "").split()
+    return archs_of_this_machine() or [arch for arch in ARCHS if arch in known]
+
+
+def build_cuda(extension: Extension, target: Path, temporary: Path) -> None:
+    """nvcc compiles and links, since it knows where its own headers and libraries are."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("Expected nvcc on PATH or in CUDA_HOME, got none")
+    archs = archs_to_build(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for later GPUs
+    if "compress-mode" in output_of(nvcc, "--help"):
+        targets.append("--compress-mode=size")
+    defines = ["-DDK_MODULE=_cuda", f'-DDK_CUDA_ARCHS="{";".join(archs)}"']
+    includes = [f"-I{path}" for path in extension.include_dirs]
+    temporary.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str) -> str:
+        made = str(temporary / (Path(source).name + ".o"))
+        flags = targets if source.endswith(".cu") else [*includes, *defines]
+        subprocess.run([nvcc, "-c", source, "-o", made, *NVCC_FLAGS, *flags], check=True)
+        return made
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, extension.sources))
+    # The runtime is linked in and its symbols kept private: torch brings another copy.
+    link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(target)]
+    subprocess.run([nvcc, *link, *objects], check=True)
+
+
+def cuda_extension() -> Extension:
+    room = Path("csrc", "cuda")
+    return Extension(
+        "dendrite_kernels._cuda",
+        sources=sorted(str(path) for path in [*room.glob("*.cu"), room / "bind.cpp"]),
+        depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in room.glob(pattern)),
+        include_dirs=[pybind11.get_include(), sysconfig.get_path("include")],
+        language="c++",
+    )
+
+
+def wants_cuda() -> bool:
+    wish = os.environ.get("DENDRITE_KERNELS_CUDA") or "auto"
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"Expected DENDRITE_KERNELS_CUDA to be 0, 1 or auto, got {wish!r}")
+    if wish == "1" or "cuda" in REQUIRED:
+        return True
+    return wish == "auto" and find_nvcc() is not None and bool(archs_of_this_machine())
+
+
+setup(
+    ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
+    cmdclass={"build_ext": BuildOptional},
+)

@@ -183,8 +183,8 @@ def forward_rows(spec, job, tile, signs, first, last, out):
 
 @inline
 def sign_words(job, sample):
-    """Address of the words (or of their upper halves) with the signs of `sample` in bit 0; 0 if
-    there are none. Little-endian, as every machine Numba runs on.
+    """Address of the words, or of the parts of them, with the sign of `sample` in bit 0; 0 if there
+    are none. Little-endian, as every machine Numba runs on.
     """
     if job.signs == 0:
         return 0

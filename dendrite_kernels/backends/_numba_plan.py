@@ -126,10 +126,15 @@ class _Builder:
         return Plan(fields, regions, self.scratch, tuple(self.steps))
 
 
+def _few_lanes(call: Call) -> int:
+    """32 samples of float32 in a tile, 16 of float64; half of that for a batch that fits it."""
+    return (64 if call.batch * call.size <= 64 else 128) // call.size
+
+
 def forward_plan(connectivity: Connectivity, call: Call) -> Plan:
     """Tasks are shares of all pairs of a tile and a chunk of somas (or of rows)."""
     outputs = connectivity.num_dendrites if call.linear else connectivity.num_somas
-    build = _Builder(call, connectivity, 128 // call.size, outputs)
+    build = _Builder(call, connectivity, _few_lanes(call), outputs)
     units = build.tiles * max(1, outputs // CHUNK)
     tasks = min(call.threads_for(connectivity), units)
     build.reserve_each(tasks, build.lanes * (build.features + 2 * CHUNK + 1))
@@ -141,10 +146,10 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
     """See `_by_rows` (without dx), `_by_blocks` and `_by_tiles`."""
     size, features = call.size, connectivity.in_features
     somas = 0 if call.linear else connectivity.num_somas
-    # Four vectors of samples hide the latency of broadcasts. Two keep x in the cache where there
-    # are many inputs, and waste less on a small batch. (Narrower machines: one choice is enough.)
+    # Four vectors of samples hide the latency of broadcasts; two keep x in the cache where there
+    # are many inputs. (Narrower machines need more vectors for the same samples anyway.)
     wide = isa() == "avx512" and call.batch * size > 128 and 256 * features <= _l2_bytes() // 2
-    lanes = (256 if wide else 128) // size
+    lanes = 256 // size if wide else _few_lanes(call)
     build = _Builder(call, connectivity, lanes, somas)
     threads = call.threads_for(connectivity)
     if not need_x:

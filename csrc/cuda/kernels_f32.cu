@@ -1,0 +1,3 @@
+#include "launch.inl"
+
+template struct dk::Launcher<float>;

@@ -1,0 +1,257 @@
+"""Runs the CUDA backend on CPU tensors through the emulator and compares with the float64 oracle.
+
+    python -m tests.cuda_emulator.check MODULE [--cases quick|all] [--orders 0 1 7]
+
+The planner, the packing, the binding and the kernels are those of the product; only the device is
+replaced. In every order of threads the results must be the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import dendrite_kernels as dk
+from dendrite_kernels.backends import _cuda_plan, cuda
+from tests import oracle
+
+TOLERANCE = {
+    torch.float32: 1e-5,  # sums that cancel, as in "one input"
+    torch.float64: 1e-14,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}
+Maybe = torch.Tensor | None
+Draw = Callable[[], dk.Connectivity]
+
+
+def _awkward() -> dk.Connectivity:
+    """Empty rows, a soma without dendrites, rows of 1 to 21 synapses, an input without any."""
+    columns = [[], [3], list(range(21)), [0, 5, 20], [], [7, 8, 9, 10, 11, 12, 13, 14], [20]]
+    crow = [0]
+    for row in columns:
+        crow.append(crow[-1] + len(row))
+    flat = [column for row in columns for column in row]
+    return dk.Connectivity.from_csr(crow, flat, 23, soma_ptr=[0, 2, 2, 6, 7])
+
+
+NETWORKS: dict[str, Draw] = {
+    "awkward": _awkward,
+    "constant": lambda: dk.connectivity.random(52, 5, 3, 16, constant_fan_in=True, seed=1),
+    "wide soma": lambda: dk.connectivity.random(61, 3, 34, 5, seed=2),
+    "odd": lambda: dk.connectivity.random(37, 3, 4, 9, seed=3),
+    "one input": lambda: dk.connectivity.random(1, 1, 1, 1, constant_fan_in=True, seed=4),
+    "bank": lambda: dk.connectivity.random(40, 4, 4, 32, constant_fan_in=True, seed=5),
+    "32-bit": lambda: dk.connectivity.random(65600, 2, 2, 6, constant_fan_in=True, seed=6),
+    "no synapse": lambda: dk.Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
+    "many rows": lambda: dk.connectivity.random(20, 150, 2, 3, constant_fan_in=True, seed=7),
+}
+KINDS = dict(_cuda_plan.KINDS)
+L2 = -1  # the last kind of every dtype gathers from L2
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    batch: int
+    kind: int | None = 0  # place in KINDS of the only kind of tile there is; None: the planner's
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    slope: float = 0.1
+    zeros: bool = False  # u is exactly 0 for many samples
+
+
+QUICK = [
+    Case("awkward", 33),
+    Case("awkward", 5, bias=False, slope=0.0),
+    Case("constant", 65, 1, zeros=True, bias=False),
+    Case("constant", 40, 2, torch.bfloat16),
+    Case("bank", 40, 3),
+    Case("no synapse", 12, None),
+    Case("odd", 70, L2),
+    Case("odd", 9, None, torch.float64),
+    Case("wide soma", 20, 3, torch.float16),
+]
+ALL = [
+    *QUICK,
+    *(
+        Case(name, batch, kind, dtype)
+        for dtype in TOLERANCE
+        for kind in range(len(KINDS[dtype.itemsize]))
+        for name, batch in [("awkward", 63), ("bank", 130), ("odd", 65), ("one input", 64)]
+    ),
+    *(Case("odd", 8, None, dtype) for dtype in TOLERANCE),
+    Case("wide soma", 1, None), Case("wide soma", 64, 2), Case("many rows", 33, None),
+    Case("many rows", 70, 3), Case("constant", 128, None, bias=False, slope=1.0),
+    Case("32-bit", 3, None),
+]  # fmt: skip
+# 65,600 inputs: millions of emulated threads, so in one order only.
+WIDE = [Case("32-bit", 9, L2), Case("32-bit", 9, L2, torch.bfloat16)]
+
+
+def load(path: str) -> Any:
+    """Put the emulator behind the CUDA backend."""
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.configure(torch.Tensor.__dlpack_c_exchange_api__)
+    limits = _cuda_plan.Limits(3, 99 << 10, 100 << 10)
+    replaced: dict[str, Any] = {
+        "_load": lambda: (module, None),
+        "_stream": lambda device: 0,
+        "_limits": lambda index: limits,
+    }
+    for name, value in replaced.items():
+        setattr(cuda, name, value)
+    return module
+
+
+def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
+    """Everything that the backend computes, with fresh inputs from a fixed seed."""
+    allow_kind(case.kind)
+    c, x, parameters, grad, grad_u = inputs(case)
+    x, grad, grad_u = x.to(device), grad.to(device), grad_u.to(device)
+    weight, dendrite_bias, cable, soma_bias = (
+        None if t is None else t.to(device) for t in parameters
+    )
+    assert weight is not None
+    assert cable is not None
+    y, signs = cuda.dendritic_forward(
+        x, weight, dendrite_bias, cable, soma_bias, c, case.slope, True
+    )
+    gradients = cuda.dendritic_backward(
+        grad, x, y, signs, weight, dendrite_bias, cable, c, case.slope, True
+    )
+    u = cuda.sparse_forward(x, weight, dendrite_bias, c)
+    results = [y, *gradients, u, *cuda.sparse_backward(grad_u, x, weight, c, True)]
+    return [t.cpu() for t in [*results, _bits(signs, x)]]
+
+
+def allow_kind(kind: int | None) -> None:
+    """Let the planner choose only this kind of tile; None: any."""
+    for size, kinds in KINDS.items():
+        only = kinds if kind is None else kinds[kind:][:1] or kinds[-1:]
+        _cuda_plan.KINDS[size] = only
+    _cuda_plan.plan_tiles.cache_clear()
+    _cuda_plan.plan_weight.cache_clear()
+
+
+def inputs(
+    case: Case,
+) -> tuple[dk.Connectivity, torch.Tensor, list[Maybe], torch.Tensor, torch.Tensor]:
+    torch.manual_seed(case.batch)
+    c = NETWORKS[case.network]()
+    x = torch.randn(case.batch, c.in_features)
+    if case.zeros:
+        x[::2] = 0
+    sizes = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
+    parameters: list[Maybe] = [torch.randn(size).to(case.dtype) for size in sizes]
+    if not case.bias:
+        parameters[1] = parameters[3] = None
+    grad, grad_u = (
+        torch.randn(case.batch, size).to(case.dtype) for size in (c.num_somas, c.num_dendrites)
+    )
+    return c, x.to(case.dtype), parameters, grad, grad_u
+
+
+def _bits(signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sign words -> [B, R] of 0 and 1."""
+    place = torch.arange(32, dtype=torch.int32).reshape(1, 32, 1)
+    return (signs[:, None, :] >> place & 1).reshape(-1, signs.shape[1])[: x.shape[0]]
+
+
+def expected(case: Case) -> list[torch.Tensor]:
+    c, x, parameters, grad, grad_u = inputs(case)
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, *parameters)]
+    x64, weight, dendrite_bias, cable, soma_bias = leaves
+    assert x64 is not None
+    assert weight is not None
+    assert cable is not None
+    y = oracle.dendritic_layer(x64, weight, dendrite_bias, cable, soma_bias, c, case.slope)
+    u = oracle.sparse_linear(x64, weight, dendrite_bias, c)
+    gradients = torch.autograd.grad(
+        y, [t for t in leaves if t is not None], grad.double(), allow_unused=True
+    )
+    found = iter(gradients)
+    full = [torch.zeros(0) if t is None else next(found) for t in leaves]
+    sparse = torch.autograd.grad(u, (x64, weight), grad_u.double())
+    bits = (u > 0).int()
+    return [y.detach(), *full, u.detach(), *sparse, grad_u.double().sum(0), bits]
+
+
+NAMES = [
+    *("y", "dx", "dw", "dbd", "dc", "dbs"),
+    *("u", "sparse-dx", "sparse-dw", "sparse-db", "signs"),
+]
+
+
+def faults(case: Case, results: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[str]:
+    """Which results are too far from the oracle's."""
+    found = []
+    for name, got, want in zip(NAMES, results, wanted, strict=True):
+        if want.numel() == 0 and want.shape != got.shape:
+            continue  # no bias: its gradient is computed but has no counterpart
+        tolerance = TOLERANCE[case.dtype]
+        if name == "signs":
+            # Rounding decides the sign of sums next to zero.
+            tolerance = 0.0 if case.zeros else 20 * tolerance
+        error = oracle.relative_error(got, want)
+        if not error <= tolerance:
+            found.append(f"{name}: error {error:.1e}")
+    return found
+
+
+def check(case: Case, orders: list[int], module: Any) -> list[str]:
+    """What is wrong; nothing if all is well."""
+    wanted = expected(case)
+    found = []
+    first: list[torch.Tensor] = []
+    for order in orders:
+        module.set_order(order)
+        results = run(case)
+        first = first or results
+        found += [f"order {order}: {fault}" for fault in faults(case, results, wanted)]
+        for name, got, before in zip(NAMES, results, first, strict=True):
+            if not torch.equal(got, before):
+                found.append(f"{name}: depends on the order of threads ({order})")
+    return found
+
+
+def poison(on: bool) -> None:
+    """Fill what torch leaves uninitialised with NaN."""
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = on
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("module")
+    parser.add_argument("--cases", choices=["quick", "all"], default="quick")
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 7])
+    options = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    poison(True)
+    torch.set_num_threads(1)
+    module = load(options.module)
+    wrong = 0
+    cases = [(case, options.orders) for case in (QUICK if options.cases == "quick" else ALL)]
+    if options.cases == "all":
+        cases += [(case, options.orders[:1]) for case in WIDE]
+    for case, orders in cases:
+        for fault in check(case, orders, module):
+            wrong += 1
+            print(f"{case}: {fault}")
+    print("all good" if not wrong else f"{wrong} faults")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
