@@ -9,7 +9,6 @@ visited once each, every q read serving dx and G, which is kept in the order of 
 Without dx, dendrites are visited as they are stored.
 """
 
-
 from __future__ import annotations
 
 from numba.extending import overload

@@ -6,7 +6,6 @@ different places; what they sum is added up in a fixed order in a later phase. S
 depend on which thread does what, only on the number of tasks.
 """
 
-
 from __future__ import annotations
 
 import numba
