@@ -371,6 +371,7 @@ def test_negative_images_are_refused(kind: str, in_shape: tuple[int, int]) -> No
     "change",
     [
         {"in_shape": (8.5, 7)},
+        {"in_shape": 56},
         {"layers": 1.5},
         {"layers": "2"},
         {"classes": 2.5},
