@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import conftest
 import numpy as np
 import oracle
 import pytest
@@ -27,7 +26,7 @@ import dendrite_kernels as dk
 from dendrite_kernels.backends import cpp
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTENSION = conftest.cpp_extension()
+EXTENSION: Any = cpp._load()[0]
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="_cpu was not built")
 
 
