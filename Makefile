@@ -6,7 +6,7 @@ ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-all lint bench gpu clean
 
@@ -15,7 +15,7 @@ help:
 	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
 	@echo 'make test         run the tests; make test-all: the slow ones too'
 	@echo 'make lint         ruff, mypy, clang-format'
-	@echo 'make bench        time one training step against masked dense'
+	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
 	@echo 'make clean        remove .venv, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
@@ -36,7 +36,7 @@ lint: .venv/.installed-lint
 	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 bench: .venv/.installed-demo
-	$(VENV_PYTHON) -m bench.step $(ARGS)
+	$(VENV_PYTHON) -m bench.run $(ARGS)
 
 # Uses the Python that has a CUDA build of torch, not .venv, whose torch is pinned for CPUs.
 gpu:

@@ -1,126 +1,121 @@
-"""The two operations as differentiable functions: one torch.autograd.Function each."""
+"""The two operations as functions: what they accept, and which path computes them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import _autograd
 from .reference import activation_function
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
-_DTYPES = (torch.float32, torch.float64)
+_EXACT = (torch.float32, torch.float64)  # what kernels compute in
+_LOW = (torch.float16, torch.bfloat16)  # computed in float32, rounded once
+_NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 # Piecewise linear through the origin: backward needs only the sign of what went in.
 _SLOPES = {"relu": 0.0, "identity": 1.0}
 
 
 def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError unless the name is known and the slope is finite and not negative."""
-    activation_function(activation, negative_slope)
-    if not (math.isfinite(negative_slope) and negative_slope >= 0):
+    if activation != "leaky_relu":
+        activation_function(activation, negative_slope)
+    if not 0 <= negative_slope < math.inf:
         raise ValueError(f"Expected a finite negative_slope >= 0, got {negative_slope}")
 
 
-def _check(
-    x: torch.Tensor, connectivity: Connectivity, parameters: Sequence[tuple[str, Maybe, int]]
-) -> None:
-    """Parameters are (name, tensor or None, length). Everything must fit before a kernel runs."""
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """TypeError unless the operations take tensors of this dtype."""
+    if dtype not in _EXACT and dtype not in _LOW:
+        expected = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"Expected {name} of dtype {expected}, got {dtype}")
+
+
+def _require_connectivity(connectivity: Connectivity) -> None:
     if not isinstance(connectivity, Connectivity):
         raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of x, None where it leaves x alone."""
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
+        return None
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _fits(
+    x: torch.Tensor, features: int, parameters: tuple[Maybe, ...], lengths: tuple[int, ...]
+) -> bool:
+    """Whether all is as a kernel wants it: the common case, told quickly."""
+    try:
+        dtype, device = x.dtype, x.device
+        is_bias = False  # weights and their biases take turns; only biases may be None
+        for tensor, length in zip(parameters, lengths, strict=True):
+            if tensor is None:
+                if not is_bias:
+                    return False
+            elif tensor.dtype is not dtype or tensor.shape != (length,) or tensor.device != device:
+                return False
+            is_bias = not is_bias
+        return (
+            dtype in _EXACT
+            and x.shape[-1:] == (features,)
+            and not torch._C._is_any_autocast_enabled()
+        )
+    except AttributeError:  # not a tensor
+        return False
+
+
+def _check(
+    x: torch.Tensor,
+    connectivity: Connectivity,
+    names: Sequence[str],
+    parameters: tuple[Maybe, ...],
+    lengths: tuple[int, ...],
+) -> torch.dtype | None:
+    """The low precision to round the output to, or None.
+
+    Everything must fit before a kernel runs.
+    """
+    if _fits(x, connectivity.in_features, parameters, lengths):
+        return None
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"Expected x to be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != connectivity.in_features:
         raise ValueError(
             f"Expected x of shape [..., {connectivity.in_features}], got {list(x.shape)}"
         )
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"Expected x of dtype float32 or float64, got {x.dtype}")
-    for name, tensor, length in parameters:
-        if tensor is None:
+    dtype, device = x.dtype, x.device
+    check_dtype("x", dtype)
+    autocast = _autocast_dtype(x)
+    for name, tensor, length in zip(names, parameters, lengths, strict=True):
+        if tensor is None and name.endswith("bias"):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 1 or tensor.shape[0] != length:
             raise ValueError(f"Expected {name} of shape [{length}], got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"Expected {name} of dtype {x.dtype} like x, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"Expected {name} on {x.device} like x, got {tensor.device}")
+        if tensor.dtype != dtype and (autocast is None or tensor.dtype == torch.float64):
+            raise TypeError(f"Expected {name} of dtype {dtype} like x, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"Expected {name} on {device} like x, got {tensor.device}")
+    return dtype if autocast is None and dtype in _LOW else autocast
 
 
-def _needs_grad(*tensors: Maybe) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-class _DendriticLayer(torch.autograd.Function):
-    """Keeps x, y, the parameters and one sign bit per dendrite and sample."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,  # [B, N]
-        synapse_weight: torch.Tensor,
-        dendrite_bias: Maybe,
-        cable_weight: torch.Tensor,
-        soma_bias: Maybe,
-        connectivity: Connectivity,
-        slope: float,
-    ) -> torch.Tensor:
-        indices = ops.index_tensors(connectivity)
-        y, signs = ops.dendritic_forward(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices, slope, True
-        )
-        ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
-        ctx.connectivity, ctx.slope = connectivity, slope
-        ctx.has_soma_bias = soma_bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        dx, dw, dbd, dc, dbs = ops.dendritic_backward(
-            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight,
-            *ops.index_tensors(ctx.connectivity), ctx.slope, need_x,
-        )  # fmt: skip
-        return (
-            dx if need_x else None,
-            dw,
-            None if dendrite_bias is None else dbd,
-            dc,
-            dbs if ctx.has_soma_bias else None,
-            None,
-            None,
-        )
-
-
-class _SparseLinear(torch.autograd.Function):
-    """Keeps x and the weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.connectivity, ctx.has_bias = connectivity, bias is not None
-        u: torch.Tensor = ops.sparse_forward(x, weight, bias, *ops.index_tensors(connectivity))
-        return u
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        indices = ops.index_tensors(ctx.connectivity)
-        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
-        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+def _in_float32(
+    function: Callable[..., torch.Tensor], dtype: torch.dtype, *tensors: Maybe
+) -> torch.Tensor:
+    """`function` of the tensors, computed in float32 and rounded once to `dtype`."""
+    first = tensors[0]
+    assert first is not None
+    with torch.autocast(first.device.type, enabled=False):
+        return function(*(None if t is None else t.float() for t in tensors)).to(dtype)
 
 
 def _flatten(x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +132,8 @@ def sparse_linear(
     """u = x W^T + bias with W [R, N] sparse: only the synapses that exist are computed.
 
     Args:
-        x: [..., N], float32 or float64, any strides.
+        x: [..., N], any strides; float64, float32, or bfloat16 and float16, which are computed
+            in float32 and rounded once, as under autocast.
         weight: [nnz], in the order of connectivity.col_indices.
         bias: [R] or None.
         connectivity: which inputs each of the R rows sees; its somas play no part.
@@ -148,40 +144,16 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
-    _check(
-        x,
-        connectivity,
-        [("weight", weight, connectivity.nnz), ("bias", bias, connectivity.num_dendrites)],
-    )
+    _require_connectivity(connectivity)
+    lengths = connectivity.nnz, connectivity.num_dendrites
+    low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     if connectivity.is_dense:  # dense synapses are a matrix product
         return F.linear(
             x, weight.reshape(connectivity.num_dendrites, connectivity.in_features), bias
         )
-    rows = _flatten(x)
-    if _needs_grad(x, weight, bias):
-        u = _SparseLinear.apply(rows, weight, bias, connectivity)
-    else:
-        u = ops.sparse_forward(rows, weight, bias, *ops.index_tensors(connectivity))
-    return _unflatten(u, x)
-
-
-def _cable(
-    a: torch.Tensor, cable_weight: torch.Tensor, soma_bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """Block sum of dendrites into somas: a [..., R] -> v [..., S], no [S, R] matrix anywhere."""
-    per_soma = connectivity.dendrites_per_soma
-    if per_soma is not None:
-        blocks = (connectivity.num_somas, per_soma)
-        v = torch.einsum(
-            "...sd,sd->...s", a.unflatten(-1, blocks), cable_weight.unflatten(0, blocks)
-        )
-    else:
-        soma_ptr = connectivity.soma_ptr.to(a.device).long()
-        soma = torch.repeat_interleave(soma_ptr.diff())  # [R]
-        v = a.new_zeros((*a.shape[:-1], connectivity.num_somas)).index_add(
-            -1, soma, a * cable_weight
-        )
-    return v if soma_bias is None else v + soma_bias
+    if low is not None:
+        return _in_float32(partial(sparse_linear, connectivity=connectivity), low, x, weight, bias)
+    return _unflatten(_autograd.sparse_linear(_flatten(x), weight, bias, connectivity), x)
 
 
 def dendritic_layer(
@@ -204,7 +176,8 @@ def dendritic_layer(
     dendrite and sample; other activations keep u; dense synapses are a matrix product.
 
     Args:
-        x: [..., N], float32 or float64, any strides.
+        x: [..., N], any strides; float64, float32, or bfloat16 and float16, which are computed
+            in float32 and rounded once, as under autocast.
         synapse_weight: [nnz], in the order of connectivity.col_indices.
         dendrite_bias: [R] or None.
         cable_weight: [R].
@@ -222,29 +195,20 @@ def dendritic_layer(
     Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
     """
     check_activation(activation, negative_slope)
-    _check(
-        x,
-        connectivity,
-        [
-            ("synapse_weight", synapse_weight, connectivity.nnz),
-            ("dendrite_bias", dendrite_bias, connectivity.num_dendrites),
-            ("cable_weight", cable_weight, connectivity.num_dendrites),
-            ("soma_bias", soma_bias, connectivity.num_somas),
-        ],
-    )
+    _require_connectivity(connectivity)
+    c = connectivity
+    tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
+    low = _check(x, c, _NAMES, tensors, lengths)
+    if low is not None and not connectivity.is_dense:
+        wide = partial(
+            dendritic_layer, connectivity=c, activation=activation, negative_slope=negative_slope
+        )
+        return _in_float32(wide, low, x, *tensors)
     slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     if slope is None or connectivity.is_dense:
         phi = activation_function(activation, negative_slope)
         a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))
-        return phi(_cable(a, cable_weight, soma_bias, connectivity))
-    rows = _flatten(x)
-    if _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias):
-        y = _DendriticLayer.apply(
-            rows, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
-        )
-    else:
-        y, _ = ops.dendritic_forward(
-            rows, synapse_weight, dendrite_bias, cable_weight, soma_bias,
-            *ops.index_tensors(connectivity), slope, False,
-        )  # fmt: skip
-    return _unflatten(y, x)
+        y = phi(_autograd.cable(a, cable_weight, soma_bias, connectivity))
+        return y if low is None else y.to(low)
+    return _unflatten(_autograd.dendritic_layer(_flatten(x), *tensors, c, slope), x)

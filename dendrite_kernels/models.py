@@ -20,6 +20,7 @@ import numpy as np
 from torch import nn
 
 from . import connectivity
+from ._validate import check_size
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .topology import Connectivity
 
@@ -138,16 +139,15 @@ def build(
     """
     if kind not in _KINDS:
         raise ValueError(f"Expected a kind of {list(_KINDS)}, got {kind!r}")
-    if not 1 <= layers <= 10:
+    if check_size("layers", layers) > 10:
         raise ValueError(f"Expected 1 to 10 layers, got {layers}")
-    if len(in_shape) != 2 or classes < 1:
-        raise ValueError(
-            f"Expected in_shape (H, W) and classes >= 1, got {tuple(in_shape)}, {classes}"
-        )
+    if not isinstance(in_shape, Sequence) or len(in_shape) != 2:
+        raise ValueError(f"Expected in_shape (H, W), got {in_shape!r}")
+    shape = check_size("H", in_shape[0]), check_size("W", in_shape[1])
+    check_size("classes", classes)
     _check_init(init)
     synapse_rule, soma_rule = _KINDS[kind]
     rng = np.random.default_rng(seed)
-    shape = (int(in_shape[0]), int(in_shape[1]))
     modules: list[nn.Module] = []
     for _ in range(layers):
         drawn = _synapses(synapse_rule, shape, channels, somas, dendrites, synapses, rng)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import functional
+from . import functional, ops
 from .topology import Connectivity
 
 Init = Literal["fan_in", "paper"]
@@ -42,7 +42,8 @@ def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
 def _init_rows(weight: torch.Tensor, pointer: torch.Tensor, negative_slope: float) -> None:
     """Uniform in each row's own bound; `pointer` says which weights form a row."""
     counts = pointer.long().diff()
-    _uniform(weight, _fan_in_bound(counts, negative_slope).repeat_interleave(counts))
+    bound = _fan_in_bound(counts, negative_slope)
+    _uniform(weight, bound.repeat_interleave(counts, output_size=weight.numel()))
 
 
 class _Sparse(nn.Module):
@@ -55,13 +56,22 @@ class _Sparse(nn.Module):
         _check_init(init)
         self.connectivity = connectivity
         self.init = init
+        ops.index_tensors(connectivity)  # compiled code cannot mark them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        ops.index_tensors(self.connectivity)
+
+    def described(self) -> Connectivity:
+        """The connectivity that a state dict holds: of the whole layer, where this is a shard."""
+        return self.connectivity
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """The connectivity, as tensors: weights mean nothing without it.
 
         Copies: torch.distributed.checkpoint reads into the tensors of a state dict.
         """
-        c = self.connectivity
+        c = self.described()
         state = {name: getattr(c, name).clone() for name in _STRUCTURE}
         return {**state, "in_features": torch.tensor(c.in_features, device="cpu")}
 
@@ -73,8 +83,8 @@ class _Sparse(nn.Module):
             int(state["in_features"]),
             state["soma_ptr"],
         )
-        if saved != self.connectivity:
-            raise RuntimeError(f"Expected a state of {self.connectivity}, got one of {saved}")
+        if saved != self.described():
+            raise RuntimeError(f"Expected a state of {self.described()}, got one of {saved}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # First the connectivity: a mismatch must leave the parameters untouched.
@@ -100,7 +110,7 @@ class DendriticLayer(_Sparse):
             that activations keep their scale. "paper": Glorot uniform with the fans of the dense
             matrices, then masked, as the official code does (paper.md section 1, item 12):
             small activations and a slow start. Biases start at 0.
-        device, dtype: of the parameters; float32 or float64.
+        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
 
     Shape: [..., N] -> [..., S].
 
@@ -121,6 +131,7 @@ class DendriticLayer(_Sparse):
     ) -> None:
         super().__init__(connectivity, init)
         functional.check_activation(activation, negative_slope)
+        functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         self.activation = activation
         self.negative_slope = float(negative_slope)
         c = connectivity
@@ -178,7 +189,7 @@ class SparseLinear(_Sparse):
         bias: whether outputs have one.
         init: "fan_in" or "paper", see DendriticLayer.
         negative_slope: of the leaky ReLU that follows, for the scale of "fan_in".
-        device, dtype: of the parameters; float32 or float64.
+        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
 
     Shape: [..., N] -> [..., R].
 
@@ -197,6 +208,8 @@ class SparseLinear(_Sparse):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(connectivity, init)
+        functional.check_activation("leaky_relu", negative_slope)
+        functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         self.negative_slope = float(negative_slope)
         rows = connectivity.num_dendrites
         self.weight = nn.Parameter(torch.empty(connectivity.nnz, device=device, dtype=dtype))

@@ -7,6 +7,8 @@ torch.export see plain tensors; the `Connectivity` they come from hangs on the c
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,72 +16,98 @@ from .backends import select
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor soma_ptr"
 
-_library = torch.library.Library("dendrite_kernels", "DEF")
-_library.define(
+library = torch.library.Library("dendrite_kernels", "DEF")
+library.define(
     "dendritic_forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor cable_weight,"
     f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs) -> (Tensor, Tensor)"
 )
-_library.define(
+library.define(
     "dendritic_backward(Tensor grad, Tensor x, Tensor y, Tensor signs, Tensor synapse_weight,"
     f" Tensor? dendrite_bias, Tensor cable_weight, {_INDICES}, float negative_slope, bool need_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}) -> Tensor")
-_library.define(
+library.define(f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}) -> Tensor")
+library.define(
     f"sparse_backward(Tensor grad, Tensor x, Tensor weight, {_INDICES}, bool need_x)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
-_OWNER = "_dendrite_kernels_connectivity"
+_OWNER = "_dendrite_kernels_connectivity"  # on the columns of a Connectivity: the way back
+_FOREIGN = "_dendrite_kernels_foreign"  # on other columns: the last Connectivity made of them
 
 
-def index_tensors(connectivity: Connectivity) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def index_tensors(connectivity: Connectivity) -> Three:
     """The operators' index arguments, marked so that they lead back to `connectivity`."""
     col = connectivity.col_indices
-    if not hasattr(col, _OWNER):
+    if not torch.compiler.is_compiling() and not hasattr(col, _OWNER):
         setattr(col, _OWNER, weakref.ref(connectivity))
     return connectivity.crow_indices, col, connectivity.soma_ptr
 
 
-def _connectivity(
+def connectivity_of(
     crow: torch.Tensor, col: torch.Tensor, soma_ptr: torch.Tensor, x: torch.Tensor
 ) -> Connectivity:
     """The Connectivity behind index tensors; unknown ones are validated and remembered."""
+    if x.dim() != 2:
+        raise ValueError(f"Expected x of shape [B, N], got {list(x.shape)}")
     owner = getattr(col, _OWNER, None)
     found: Connectivity | None = owner() if owner is not None else None
-    if found is None:
-        found = Connectivity.from_csr(crow, col, x.shape[1], soma_ptr)
-        setattr(col, _OWNER, lambda: found)
-    return found
+    if found is not None and found.crow_indices is crow and found.soma_ptr is soma_ptr:
+        return found
+    key = crow, soma_ptr, x.shape[1]
+    remembered = getattr(col, _FOREIGN, None)
+    if remembered is None or not _same(remembered[0], key):
+        remembered = key, Connectivity.from_csr(crow, col, x.shape[1], soma_ptr)
+        setattr(col, _FOREIGN, remembered)
+    foreign: Connectivity = remembered[1]
+    return foreign
 
 
-def _dendritic_forward(
+def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    return a[0] is b[0] and a[1] is b[1] and a[2] == b[2]
+
+
+# ---- the backend's functions, for contiguous tensors, and the operators' kernels ----
+
+
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    """What a pointer may read: contiguous, and no sign that a lazy conjugate left pending."""
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
+
+
+def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Backends check every operand they touch; of an empty batch they touch none."""
+    if grad.shape[:1] != x.shape[:1]:
+        raise ValueError(f"Expected grad of {x.shape[0]} rows like x, got shape {list(grad.shape)}")
+
+
+def _compute_dendritic_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
     cable_weight: torch.Tensor,
     soma_bias: Maybe,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
+    connectivity: Connectivity,
     negative_slope: float,
     save_signs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return select(x.device).dendritic_forward(
-        x.contiguous(),
-        synapse_weight.contiguous(),
-        None if dendrite_bias is None else dendrite_bias.contiguous(),
-        cable_weight.contiguous(),
-        None if soma_bias is None else soma_bias.contiguous(),
-        _connectivity(crow_indices, col_indices, soma_ptr, x),
+        _plain(x),
+        _plain(synapse_weight),
+        None if dendrite_bias is None else _plain(dendrite_bias),
+        _plain(cable_weight),
+        None if soma_bias is None else _plain(soma_bias),
+        connectivity,
         negative_slope,
         save_signs,
     )
 
 
-def _dendritic_backward(
+def _compute_dendritic_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -87,69 +115,80 @@ def _dendritic_backward(
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
     cable_weight: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
+    connectivity: Connectivity,
     negative_slope: float,
     need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Five:
+    _check_batch(grad, x)
     return select(x.device).dendritic_backward(
-        grad.contiguous(),
-        x.contiguous(),
-        y.contiguous(),
-        signs.contiguous(),
-        synapse_weight.contiguous(),
-        None if dendrite_bias is None else dendrite_bias.contiguous(),
-        cable_weight.contiguous(),
-        _connectivity(crow_indices, col_indices, soma_ptr, x),
+        _plain(grad),
+        _plain(x),
+        _plain(y),
+        signs.reshape(-1, connectivity.num_dendrites).contiguous(),
+        _plain(synapse_weight),
+        None if dendrite_bias is None else _plain(dendrite_bias),
+        _plain(cable_weight),
+        connectivity,
         negative_slope,
         need_x,
     )
 
 
-def _sparse_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
+def _compute_sparse_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
 ) -> torch.Tensor:
     return select(x.device).sparse_forward(
-        x.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        _connectivity(crow_indices, col_indices, soma_ptr, x),
+        _plain(x),
+        _plain(weight),
+        None if bias is None else _plain(bias),
+        connectivity,
     )
 
 
-def _sparse_backward(
+def _compute_sparse_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
+    connectivity: Connectivity,
     need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Three:
+    _check_batch(grad, x)
     return select(x.device).sparse_backward(
-        grad.contiguous(),
-        x.contiguous(),
-        weight.contiguous(),
-        _connectivity(crow_indices, col_indices, soma_ptr, x),
-        need_x,
+        _plain(grad), _plain(x), _plain(weight), connectivity, need_x
     )
 
 
+def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable[..., Any]:
+    """An operator's kernel: `compute`, told the Connectivity behind the three index tensors.
+
+    x_at and indices_at: the positions of x and of the first index tensor among the arguments.
+    """
+
+    def kernel(*args: Any) -> Any:
+        end = indices_at + 3
+        crow, col, soma_ptr = args[indices_at:end]
+        found = connectivity_of(crow, col, soma_ptr, args[x_at])
+        return compute(*args[:indices_at], found, *args[end:])
+
+    return kernel
+
+
+def _flat_signs(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator's signs are flat: a dimension ceil(B / 32) would make the compiler tell
+    batches of up to 32 samples, where it is 1, from larger ones."""
+    y, signs = _compute_dendritic_forward(*args)
+    return y, signs.flatten()
+
+
 _KERNELS = {
-    "dendritic_forward": _dendritic_forward,
-    "dendritic_backward": _dendritic_backward,
-    "sparse_forward": _sparse_forward,
-    "sparse_backward": _sparse_backward,
+    "dendritic_forward": _kernel(_flat_signs, 0, 5),
+    "dendritic_backward": _kernel(_compute_dendritic_backward, 1, 7),
+    "sparse_forward": _kernel(_compute_sparse_forward, 0, 3),
+    "sparse_backward": _kernel(_compute_sparse_backward, 1, 3),
 }
-for _name, _kernel in _KERNELS.items():
+for _name, _function in _KERNELS.items():
     # One kernel for every device: the backend is chosen by the device of x.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 dendritic_forward = torch.ops.dendrite_kernels.dendritic_forward.default
 dendritic_backward = torch.ops.dendrite_kernels.dendritic_backward.default
@@ -157,10 +196,93 @@ sparse_forward = torch.ops.dendrite_kernels.sparse_forward.default
 sparse_backward = torch.ops.dendrite_kernels.sparse_backward.default
 
 
+# ---- what the rest of the package calls ----
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _observed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a compiler, mode, transform, profiler or tensor subclass must see the operator.
+
+    If not, a call skips the dispatcher, whose way into Python costs as much as a small kernel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.profiler._is_profiler_enabled
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or x.is_meta
+    )
+
+
+def run_dendritic_forward(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    soma_bias: Maybe,
+    connectivity: Connectivity,
+    negative_slope: float,
+    save_signs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    options = negative_slope, save_signs
+    if not _observed(x, synapse_weight):
+        return _compute_dendritic_forward(x, *parameters, connectivity, *options)
+    result: tuple[torch.Tensor, torch.Tensor] = dendritic_forward(
+        x, *parameters, *index_tensors(connectivity), *options
+    )
+    return result
+
+
+def run_dendritic_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    signs: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    connectivity: Connectivity,
+    negative_slope: float,
+    need_x: bool,
+) -> Five:
+    tensors = x, y, signs, synapse_weight, dendrite_bias, cable_weight
+    options = negative_slope, need_x
+    if not _observed(grad, synapse_weight):
+        return _compute_dendritic_backward(grad, *tensors, connectivity, *options)
+    result: Five = dendritic_backward(grad, *tensors, *index_tensors(connectivity), *options)
+    return result
+
+
+def run_sparse_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    if not _observed(x, weight):
+        return _compute_sparse_forward(x, weight, bias, connectivity)
+    u: torch.Tensor = sparse_forward(x, weight, bias, *index_tensors(connectivity))
+    return u
+
+
+def run_sparse_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    connectivity: Connectivity,
+    need_x: bool,
+) -> Three:
+    if not _observed(grad, weight):
+        return _compute_sparse_backward(grad, x, weight, connectivity, need_x)
+    result: Three = sparse_backward(grad, x, weight, *index_tensors(connectivity), need_x)
+    return result
+
+
 # ---- the shapes that the operators return: for torch.compile, export and meta tensors ----
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_forward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::dendritic_forward", lib=library)
 def _fake_dendritic_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -174,11 +296,11 @@ def _fake_dendritic_forward(
     save_signs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     words = (x.shape[0] + 31) // 32 if save_signs else 0
-    signs = x.new_empty((words, cable_weight.shape[0]), dtype=torch.int32)
+    signs = x.new_empty(words * cable_weight.shape[0], dtype=torch.int32)
     return x.new_empty((x.shape[0], soma_ptr.shape[0] - 1)), signs
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_backward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::dendritic_backward", lib=library)
 def _fake_dendritic_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -192,14 +314,14 @@ def _fake_dendritic_backward(
     soma_ptr: torch.Tensor,
     negative_slope: float,
     need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Five:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
     rows, somas = cable_weight.shape[0], soma_ptr.shape[0] - 1
     dw = x.new_empty(synapse_weight.shape)
     return dx, dw, x.new_empty(rows), x.new_empty(rows), x.new_empty(somas)
 
 
-@torch.library.register_fake("dendrite_kernels::sparse_forward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::sparse_forward", lib=library)
 def _fake_sparse_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -211,7 +333,7 @@ def _fake_sparse_forward(
     return x.new_empty((x.shape[0], crow_indices.shape[0] - 1))
 
 
-@torch.library.register_fake("dendrite_kernels::sparse_backward", lib=_library)
+@torch.library.register_fake("dendrite_kernels::sparse_backward", lib=library)
 def _fake_sparse_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -220,6 +342,44 @@ def _fake_sparse_backward(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Three:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
     return dx, x.new_empty(weight.shape), x.new_empty(crow_indices.shape[0] - 1)
+
+
+# ---- torch.func.vmap ----
+
+
+def _sample_by_sample(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule that runs `op` once per sample of the mapped dimension."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        samples = [
+            [arg] * info.batch_size if dim is None else arg.unbind(dim)
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        outputs = [op(*sample) for sample in zip(*samples, strict=True)]
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(
+            outputs[0]
+        )
+
+    return rule
+
+
+def _vmap_sparse_forward(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *parameters: Any
+) -> tuple[torch.Tensor, int]:
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        result: tuple[torch.Tensor, int] = _sample_by_sample(sparse_forward)(
+            info, in_dims, x, *parameters
+        )
+        return result
+    x = x.movedim(in_dims[0], 0)  # one network, many batches: one larger batch
+    return sparse_forward(x.flatten(0, 1), *parameters).unflatten(0, x.shape[:2]), 0
+
+
+torch.library.register_vmap(sparse_forward, _vmap_sparse_forward, lib=library)
+for _op in (dendritic_forward, dendritic_backward, sparse_backward):
+    torch.library.register_vmap(_op, _sample_by_sample(_op), lib=library)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import demo, mnist, step
+from bench import demo, mnist
 from bench.datasets import Split
 from bench.memory import PeakMemory, in_fresh_process
 from bench.training import Outcome, Schedule, TrainingStep, evaluate, train
@@ -188,23 +188,3 @@ def test_mnist_command_judges_the_accuracy(
     accuracies = [run["history"]["test_accuracy"][-1] for run in report["runs"]]
     assert summary["mean"] == pytest.approx(100 * sum(accuracies) / 2)
     assert (summary["within"], summary["expected"]) == (False, [92.9, 93.6])
-
-
-def test_step_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "step.json"
-    sizes = ["--batch", "9", "--height", "8", "--width", "7", "--somas", "5", "--dendrites", "3"]
-    options = [*sizes, "--rounds", "1", "--output", str(output)]
-    assert step.main(options) == 0
-    results = json.loads(output.read_text())["results"]
-    assert list(results) == ["random", "local"]
-    for result in results.values():
-        assert 0 < result["relative_error"] < 1e-6
-        assert set(result["ms"]) == {"sparse", "masked dense", "official"}
-        assert result["ratio"]["official"] > 0
-    output.unlink()
-    monkeypatch.setattr(step, "TOLERANCE", 0.0)
-    assert step.main(options) == 1
-    assert "not timed" in capsys.readouterr().out
-    assert not output.exists()

@@ -341,15 +341,6 @@ def test_backward_keeps_no_activations(backend: str) -> None:
     y.sum().backward()
 
 
-def test_double_backward_is_an_error_not_a_wrong_number(backend: str) -> None:
-    c = dk.connectivity.random(30, 10, 4, 6, seed=0)
-    for module in (dk.DendriticLayer(c), dk.SparseLinear(c)):
-        x = torch.randn(4, 30, requires_grad=True)
-        (g,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.sum().backward()
-
-
 def test_reference_agrees_with_the_masked_dense_equations() -> None:
     """dk.reference against F.linear under masks, the form in which the paper states the model."""
     c = ragged(30, 20, [0, 4, 9, 20])

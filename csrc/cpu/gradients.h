@@ -78,6 +78,7 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
     sums.finish();
     return;
   }
+  const int64_t last_word = (call.batch - 1) / 32;
   const vec<T> slope = splat(call.slope);
   for (int64_t r = r0, s = soma_of(net, r0); r < r1; ++s) {
     vec<T> active[V], inactive[V];
@@ -89,7 +90,8 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
       vec<T> q[V];
       unroll<V>([&](auto t) DK_LAMBDA {
         const int64_t b = sample + t * L;
-        const uint32_t bits = call.signs[b / 32 * net.rows + r] >> (b % 32);
+        const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
+        const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
         q[t] = select_bits<T>(bits, active[t], inactive[t]);
       });
       emit(r, q);

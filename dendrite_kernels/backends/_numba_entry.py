@@ -12,21 +12,18 @@ from typing import Any
 import numba
 from numba.core import types
 
-from . import _numba_backward, _numba_kernels
+from . import _numba_tasks
 from ._numba_kernels import JOB
 from ._numba_token import Spec
 
 _SIGNATURE = types.void(types.int64, types.int64, JOB)
-_SOURCES = "_numba_token.py", "_numba_vector.py", "_numba_kernels.py", "_numba_backward.py"
-_TASKS = {
-    "forward": _numba_kernels.forward_tasks,
-    "prepare": _numba_backward.prepare_tasks,
-    "gather": _numba_backward.gather_tasks,
-    "rows": _numba_backward.rows_tasks,
-    "output": _numba_backward.output_tasks,
-    "collect": _numba_backward.collect_tasks,
-}
-
+_SOURCES = (
+    "_numba_token.py",
+    "_numba_vector.py",
+    "_numba_kernels.py",
+    "_numba_backward.py",
+    "_numba_tasks.py",
+)
 _compiled: dict[tuple[str, Spec], Any] = {}
 _lock = threading.Lock()
 _uncached: str | None = None  # why compiled code is not kept on disk, None as long as it is
@@ -54,7 +51,7 @@ def _compile(task: str, spec: Spec) -> Any:
     """
     global _uncached
     # The cache tells entries apart by their code and by the variable they close over: spec.
-    entry = _TASKS[task](spec)
+    entry = getattr(_numba_tasks, f"{task}_tasks")(spec)
     options = {"boundscheck": False, "error_model": "numpy"}
     if _uncached is None:
         try:

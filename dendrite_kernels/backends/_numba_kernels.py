@@ -8,6 +8,7 @@ A `..._task` function does task number `task` of `job.tasks`; tasks never wait f
 write to different places.
 """
 
+# ruff: noqa: I001  (one name per line would hide the code)
 from __future__ import annotations
 
 import ctypes
@@ -24,17 +25,17 @@ from ._numba_vector import (
 
 CHUNK = 16  # somas that forward finishes before it writes them to y
 
-_SIZES = (
-    "tasks samples features rows somas first_tile tiles accumulate finish "
-    "tile_groups block_groups blocks block_rows group slots block_slots "
-    "workspace_stride sign_rows"
-).split()
-_ADDRESSES = (
-    "x y signs crow columns soma_ptr weight dendrite_bias cable soma_bias workspace "
-    "grad dx dw d_dendrite_bias d_cable d_soma_bias "
-    "column_ptr column groups slot_ptr row slot "
-    "x_tiles grad_tiles dx_tiles sums row_sums"
-).split()
+_SIZES = [
+    "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "accumulate", "finish",
+    "tile_groups", "block_groups", "blocks", "block_rows", "group", "slots", "weigh_first",
+    "workspace_stride",
+]  # fmt: skip
+_ADDRESSES = [
+    "x", "y", "signs", "crow", "columns", "soma_ptr", "weight", "dendrite_bias", "cable",
+    "soma_bias", "grad", "dx", "dw", "d_dendrite_bias", "d_cable", "d_soma_bias", "column_ptr",
+    "column", "groups", "slot_ptr", "row", "slot", "workspace", "weights", "x_tiles", "grad_tiles",
+    "dx_tiles", "sums", "row_sums", "soma_sums",
+]  # fmt: skip
 
 
 class Job(ctypes.Structure):
@@ -182,8 +183,8 @@ def forward_rows(spec, job, tile, signs, first, last, out):
 
 @inline
 def sign_words(job, sample):
-    """Address of the words (or of their upper halves) with the signs of `sample` in bit 0; 0 if
-    there are none. Little-endian, as every machine Numba runs on.
+    """Address of the words, or of the parts of them, with the sign of `sample` in bit 0; 0 if there
+    are none. Little-endian, as every machine Numba runs on.
     """
     if job.signs == 0:
         return 0
@@ -198,36 +199,3 @@ def outputs(spec, job, tile, signs, first, last, out):
 @overload(outputs, jit_options=OPTIONS)
 def _choose_outputs(spec, job, tile, signs, first, last, out):
     return (forward_rows if spec.spec.linear else forward_somas).py_func
-
-
-def forward_tasks(spec):
-    """y (and signs) of an equal share of all (tile, chunk of somas) pairs.
-
-    Workspace per task: a tile of inputs, then 2 * CHUNK vectors of outputs, then a spare one.
-    """
-
-    def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        lanes, size = lanes_of(spec), size_of(spec)
-        chunks = max(1, job.somas // CHUNK)  # the last one takes what remains
-        for task in range(begin_task, end_task):
-            tile = job.workspace + task * job.workspace_stride
-            out = tile + size * lanes * job.features
-            spare = out + size * lanes * 2 * CHUNK
-            loaded = -1
-            begin = job.tiles * chunks * task // job.tasks
-            for unit in range(begin, job.tiles * chunks * (task + 1) // job.tasks):
-                k = unit // chunks
-                first = (unit - k * chunks) * CHUNK
-                last = first + CHUNK if unit + 1 - k * chunks < chunks else job.somas
-                samples = min(lanes, job.samples - k * lanes)
-                if k != loaded:
-                    x = job.x + size * k * lanes * job.features
-                    n = job.features
-                    load_tile(spec, x, None, element(spec, 1.0), n, samples, 0, n, tile)
-                    loaded = k
-                outputs(spec, job, tile, sign_words(job, k * lanes), first, last, out)
-                y = job.y + size * (k * lanes * job.somas + first)
-                store_tile(spec, out, last - first, y, job.somas, samples, spare)
-
-    return entry

@@ -51,7 +51,7 @@ class Spec:
 
     element: str  # "float32" or "float64"
     column: str  # type of column indices, "uint16" or "int32"
-    lanes: int  # samples in a tile: 16, 32 or 64
+    lanes: int  # samples in a tile: 8 to 64
     register: int  # lanes of one vector register
     linear: bool  # plain sparse rows: no nonlinearity, no somas
     build: str  # fingerprint of the sources, so that no cache outlives them

@@ -246,6 +246,18 @@ def store(token, address, index, value):
 
 
 @operation
+def clear(token, address, begin, end):
+    """address[begin:end] = 0."""
+    kind = _tile(token).llvm.element
+
+    def emit(b, _, address, begin, end):
+        place = _place(b, address, begin, kind, _I8)
+        cgutils.memset(b, place, b.mul(b.sub(end, begin), _int(_size(kind))), 0)
+
+    return VOID(token, INT, INT, INT), emit
+
+
+@operation
 def load_column(token, address, index):
     """The column index address[index]."""
     return INT(token, INT, INT), lambda b, _, a, i: _load_index(b, a, i, token.spec.column)
@@ -319,12 +331,12 @@ def total(x):
 def store_signs(words, index, x):
     """Bit i of the 32-bit word words[index]: is lane i of x positive.
 
-    A vector of 16 lanes writes half a word: give the address of that half of word 0.
+    Fewer lanes than 32 write part of the word: give the address of that part of word 0.
     """
 
     def emit(b, words, index, values):
         bits = b.bitcast(_positive(b, values), ir.IntType(x.lanes))
-        b.store(bits, _place(b, words, index, _I32, bits.type), align=2)
+        b.store(bits, _place(b, words, index, _I32, bits.type), align=1)
 
     return VOID(INT, INT, x), emit
 
@@ -335,7 +347,7 @@ def select_signs(low, high, index, x, y):
     bits = ir.IntType(min(x.lanes, 32))
 
     def emit(b, low, high, index, on, off):
-        words = [b.load(_place(b, word, index, _I32, bits), align=2) for word in (low, high)]
+        words = [b.load(_place(b, word, index, _I32, bits), align=1) for word in (low, high)]
         masks = [b.bitcast(word, ir.VectorType(_I1, bits.width)) for word in words]
         return b.select(_join(b, masks[: x.lanes // bits.width]), on, off)
 

@@ -17,13 +17,13 @@ def _load() -> tuple[Any, str | None]:
     """The extension and None, or None and the reason. A broken extension raises its own error."""
     try:
         from dendrite_kernels import _cpu  # type: ignore[attr-defined]
-    except ImportError as error:
+    except ImportError:
         if _is_built():
             raise
         return (
             None,
             (
-                f"the extension dendrite_kernels._cpu was not built ({error});"
+                "the extension dendrite_kernels._cpu was not built;"
                 " install a C++ compiler and reinstall"
             ),
         )

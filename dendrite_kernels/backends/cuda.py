@@ -27,11 +27,11 @@ def _load() -> tuple[Any, str | None]:
     """The extension and None, or None and the reason. A broken extension raises its own error."""
     try:
         from dendrite_kernels import _cuda  # type: ignore[attr-defined]
-    except ImportError as error:
+    except ImportError:
         if _is_built():
             raise
         return None, (
-            f"the extension dendrite_kernels._cuda was not built ({error}); install CUDA's compiler"
+            "the extension dendrite_kernels._cuda was not built; install CUDA's compiler"
             " nvcc and reinstall with DENDRITE_KERNELS_REQUIRE=cuda, which builds it or shows why"
             " it cannot; or move the layer and its input to the CPU"
         )

@@ -82,7 +82,7 @@ def _launcher() -> ModuleType:
     return _numba_launch
 
 
-# --- the operations; callers guarantee shapes, one dtype, contiguous memory ---
+# --- the operations; every array is checked before an address is taken ---
 
 
 def dendritic_forward(
@@ -101,17 +101,22 @@ def dendritic_forward(
     float64 -> y [B, S] and signs int32 [ceil(B / 32), R], or [0, R] unless save_signs. Bit i of
     signs[t, r] says whether dendrite r was above 0 for sample 32 t + i.
     """
+    rows, somas = connectivity.num_dendrites, connectivity.num_somas
+    batch = _checked_batch(x, connectivity)
+    _check_slope(negative_slope)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
+    _check("dendrite_bias", dendrite_bias, x, (rows,))
+    _check("cable_weight", cable_weight, x, (rows,))
+    _check("soma_bias", soma_bias, x, (somas,))
     launch = _launcher()
-    batch, rows = x.shape[0], connectivity.num_dendrites
-    words = -(-batch // _SIGN_BITS) if save_signs else 0
-    y = launch.empty(x, (batch, connectivity.num_somas))
-    signs = launch.empty_signs(x, (words, rows))
-    job = launch.make_job(
-        connectivity, negative_slope, x=x, y=y, signs=signs if save_signs else None,
+    y = launch.empty(x, batch, connectivity.num_somas)
+    signs = launch.empty_signs(x, -(-batch // _SIGN_BITS) if save_signs else 0, rows)
+    launch.forward(
+        connectivity, negative_slope, linear=False, x=x, y=y, signs=signs if save_signs else None,
         weight=synapse_weight, dendrite_bias=dendrite_bias, cable=cable_weight,
         soma_bias=soma_bias,
     )  # fmt: skip
-    launch.forward(job, connectivity, x, linear=False)
     return y, signs
 
 
@@ -130,19 +135,27 @@ def dendritic_backward(
     """From grad [B, S] and what `dendritic_forward` took and returned: dx [B, N] ([0, N] unless
     need_x), and the gradients of synapse_weight, dendrite_bias, cable_weight and soma_bias.
     """
+    rows, somas = connectivity.num_dendrites, connectivity.num_somas
+    batch = _checked_batch(x, connectivity)
+    _check_slope(negative_slope)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("grad", grad, x, (batch, somas))
+    _check("y", y, x, (batch, somas))
+    _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), "int32")
+    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
+    _check("dendrite_bias", dendrite_bias, x, (rows,))
+    _check("cable_weight", cable_weight, x, (rows,))
     launch = _launcher()
-    batch, rows = x.shape[0], connectivity.num_dendrites
-    new = launch.empty if batch else launch.zeros  # no sample, no kernel, zero gradients
-    dx = launch.empty(x, (batch if need_x else 0, x.shape[1]))
-    dw, d_soma = new(x, (connectivity.nnz,)), new(x, (connectivity.num_somas,))
-    d_dendrite, d_cable = new(x, (rows,)), new(x, (rows,))
-    job = launch.make_job(
-        connectivity, negative_slope, grad=grad, x=x, y=y, signs=signs, weight=synapse_weight,
-        dendrite_bias=dendrite_bias, cable=cable_weight, dx=dx, dw=dw, d_dendrite_bias=d_dendrite,
-        d_cable=d_cable, d_soma_bias=d_soma,
-    )  # fmt: skip
+    new = launch.empty if batch else launch.zeros  # no sample, no kernel: gradients are zero
+    dx = launch.empty(x, batch if need_x else 0, x.shape[1])
+    dw, d_soma = new(x, connectivity.nnz), new(x, connectivity.num_somas)
+    d_dendrite, d_cable = new(x, rows), new(x, rows)
     if batch:
-        launch.backward(job, connectivity, x, need_x, linear=False)
+        launch.backward(
+            connectivity, need_x, negative_slope, linear=False, grad=grad, x=x, y=y, signs=signs,
+            weight=synapse_weight, dendrite_bias=dendrite_bias, cable=cable_weight, dx=dx, dw=dw,
+            d_dendrite_bias=d_dendrite, d_cable=d_cable, d_soma_bias=d_soma,
+        )  # fmt: skip
     return dx, dw, d_dendrite, d_cable, d_soma
 
 
@@ -150,10 +163,13 @@ def sparse_forward(
     x: Array, weight: Array, bias: Array | None, connectivity: Connectivity
 ) -> Array:
     """x [B, N], weight [nnz], bias [R] -> [B, R]; the somas of the connectivity do not matter."""
+    rows, batch = connectivity.num_dendrites, _checked_batch(x, connectivity)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("weight", weight, x, (connectivity.nnz,))
+    _check("bias", bias, x, (rows,))
     launch = _launcher()
-    y = launch.empty(x, (x.shape[0], connectivity.num_dendrites))
-    job = launch.make_job(connectivity, 1.0, x=x, y=y, weight=weight, dendrite_bias=bias)
-    launch.forward(job, connectivity, x, linear=True)
+    y: Array = launch.empty(x, batch, rows)
+    launch.forward(connectivity, linear=True, x=x, y=y, weight=weight, dendrite_bias=bias)
     return y
 
 
@@ -161,20 +177,23 @@ def sparse_backward(
     grad: Array, x: Array, weight: Array, connectivity: Connectivity, need_x: bool
 ) -> tuple[Array, Array, Array]:
     """From grad [B, R]: dx [B, N] ([0, N] unless need_x), dweight [nnz], dbias [R]."""
+    rows, batch = connectivity.num_dendrites, _checked_batch(x, connectivity)
+    _check("x", x, x, (batch, connectivity.in_features))
+    _check("grad", grad, x, (batch, rows))
+    _check("weight", weight, x, (connectivity.nnz,))
     launch = _launcher()
-    batch = x.shape[0]
     new = launch.empty if batch else launch.zeros
-    dx = launch.empty(x, (batch if need_x else 0, x.shape[1]))
-    dw, d_bias = new(x, (connectivity.nnz,)), new(x, (connectivity.num_dendrites,))
-    job = launch.make_job(
-        connectivity, 1.0, grad=grad, x=x, weight=weight, dx=dx, dw=dw, d_soma_bias=d_bias
-    )
+    dx = launch.empty(x, batch if need_x else 0, x.shape[1])
+    dw, d_bias = new(x, connectivity.nnz), new(x, rows)
     if batch:
-        launch.backward(job, connectivity, x, need_x, linear=True)
+        launch.backward(
+            connectivity, need_x, linear=True, grad=grad, x=x, weight=weight, dx=dx, dw=dw,
+            d_dendrite_bias=d_bias,
+        )  # fmt: skip
     return dx, dw, d_bias
 
 
-# --- the same, checked, for direct use ---
+# --- the dendritic operation under shorter names and with defaults, for direct use ---
 
 
 def forward(
@@ -193,14 +212,6 @@ def forward(
     Raises TypeError or ValueError for other kinds, dtypes, shapes or memory layouts than
     `dendritic_forward` says, RuntimeError where the backend is unavailable.
     """
-    rows, somas = connectivity.num_dendrites, connectivity.num_somas
-    batch = _checked_batch(x, connectivity)
-    _check_slope(negative_slope)
-    _check("x", x, x, (batch, connectivity.in_features))
-    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
-    _check("dendrite_bias", dendrite_bias, x, (rows,))
-    _check("cable_weight", cable_weight, x, (rows,))
-    _check("soma_bias", soma_bias, x, (somas,))
     return dendritic_forward(
         x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, negative_slope,
         save_signs,
@@ -221,16 +232,6 @@ def backward(
     need_x: bool = True,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """`dendritic_backward`, with the checks and errors of `forward`."""
-    rows, somas = connectivity.num_dendrites, connectivity.num_somas
-    batch = _checked_batch(x, connectivity)
-    _check_slope(negative_slope)
-    _check("x", x, x, (batch, connectivity.in_features))
-    _check("grad", grad, x, (batch, somas))
-    _check("y", y, x, (batch, somas))
-    _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), "int32")
-    _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
-    _check("dendrite_bias", dendrite_bias, x, (rows,))
-    _check("cable_weight", cable_weight, x, (rows,))
     return dendritic_backward(
         grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
         negative_slope, need_x,
@@ -260,7 +261,7 @@ def _check_slope(negative_slope: float) -> None:
 def _check(
     name: str, array: Any, like: Any, shape: tuple[int, ...], dtype: str | None = None
 ) -> None:
-    if array is None and name.endswith("_bias"):
+    if array is None and name.endswith("bias"):
         return
     kind = torch.Tensor if isinstance(like, torch.Tensor) else np.ndarray
     if not isinstance(array, kind):

@@ -1,0 +1,165 @@
+"""One layer with its input, and the float64 oracle's answer to it, soma by soma in chunks.
+
+x, the synapses' weights and the dendrites' biases are drawn from grids on which every dendrite's
+sum is exact in float32 and never 0, and no gradient meets a soma whose sum is nearly 0. Otherwise
+two correct ways could disagree on the side of a kink, in a few of millions of values, and by more
+than any useful tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import dendrite_kernels as dk
+
+TOLERANCE = 1e-5  # relative L2, of float32 results
+PARAMETERS = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
+_STEPS = 256  # x and the weights are multiples of 1 / 256
+_CHUNK_BYTES = 1 << 26  # of one dense float64 matrix of the oracle
+_NEAR_ZERO = 1e-4  # of a soma's output, relative to their root mean square
+
+
+class DenseForm(NamedTuple):
+    """The layer as masked dense matrices: N -> R under [R, N], R -> S under [S, R]."""
+
+    dendrite: nn.Linear
+    dendrite_mask: Tensor
+    soma: nn.Linear
+    soma_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """float32: x [B, N], the gradient of y [B, S], and the parameters (names as the layer's)."""
+
+    connectivity: dk.Connectivity
+    x: Tensor
+    grad: Tensor
+    synapse_weight: Tensor  # [nnz]
+    dendrite_bias: Tensor  # [R]
+    cable_weight: Tensor  # [R]
+    soma_bias: Tensor  # [S]
+    negative_slope: float = 0.1
+
+    @classmethod
+    def draw(cls, connectivity: dk.Connectivity, batch: int, seed: int = 0) -> Problem:
+        c = connectivity
+        generator = torch.Generator().manual_seed(seed)
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator).float()
+
+        largest = max(1, round(_STEPS * math.sqrt(6 * c.num_dendrites / max(1, c.nnz))))
+        problem = cls(
+            connectivity=c,
+            x=integers(0, _STEPS, batch, c.in_features) / _STEPS,
+            grad=torch.randn(batch, c.num_somas, generator=generator),
+            synapse_weight=integers(-largest, largest + 1, c.nnz) / _STEPS,
+            # half a step of x * weight beside their grid
+            dendrite_bias=(2 * integers(-_STEPS, _STEPS, c.num_dendrites) + 1) / (2 * _STEPS**2),
+            cable_weight=torch.randn(c.num_dendrites, generator=generator)
+            / math.sqrt(c.num_dendrites / c.num_somas),
+            soma_bias=torch.randn(c.num_somas, generator=generator) / 10,
+        )
+        y = oracle(problem)["y"].abs()
+        certain = y > _NEAR_ZERO * problem.negative_slope * y.square().mean().sqrt()
+        return replace(problem, grad=problem.grad * certain)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in PARAMETERS}
+
+    def layer(self) -> dk.DendriticLayer:
+        """A new layer with this problem's parameters."""
+        layer = dk.DendriticLayer(self.connectivity, negative_slope=self.negative_slope)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(self.parameters[name])
+        return layer
+
+    @cached_property
+    def dense(self) -> DenseForm:
+        """Made once: the matrices of large layers take gigabytes."""
+        return DenseForm(*dk.interop.to_masked_dense(self.layer()))
+
+    @cached_property
+    def soma_of_dendrite(self) -> Tensor:
+        return torch.repeat_interleave(self.connectivity.soma_ptr.long().diff())  # [R]
+
+    @cached_property
+    def row_of_synapse(self) -> Tensor:
+        return torch.repeat_interleave(self.connectivity.crow_indices.long().diff())  # [nnz]
+
+
+class _Chunk(NamedTuple):
+    """Consecutive somas with what belongs to them."""
+
+    somas: slice
+    connectivity: dk.Connectivity
+    parameters: dict[str, Tensor]  # float64
+
+
+def oracle(problem: Problem, gradients: bool = False) -> dict[str, Tensor]:
+    """float64 y and, on demand, the gradients of x and the parameters, by `dk.reference`."""
+    x, slope = problem.x.double(), problem.negative_slope
+    found: dict[str, list[Tensor]] = {name: [] for name in ("y", *PARAMETERS)}
+    dx = torch.zeros_like(x)
+    for chunk in _chunks(problem):
+        inputs: dict[str, Any] = {"x": x, **chunk.parameters}
+        for tensor in inputs.values():
+            tensor.requires_grad_(gradients)
+        y = dk.reference.dendritic_layer(
+            connectivity=chunk.connectivity, negative_slope=slope, **inputs
+        )
+        found["y"].append(y.detach())
+        if gradients:
+            grad = problem.grad[:, chunk.somas].double()
+            values = torch.autograd.grad(y, list(inputs.values()), grad)
+            parts = dict(zip(inputs, values, strict=True))
+            dx += parts.pop("x")
+            for name, part in parts.items():
+                found[name].append(part)
+    joined = {name: torch.cat(parts, -1) for name, parts in found.items() if parts}
+    return {**joined, "x": dx} if gradients else joined
+
+
+def _chunks(problem: Problem) -> Iterator[_Chunk]:
+    c = problem.connectivity
+    crow, soma_ptr = c.crow_indices.long(), c.soma_ptr.long()
+    largest = int(soma_ptr.diff().max())
+    step = max(1, _CHUNK_BYTES // (8 * c.in_features * max(1, largest)))
+    for s0 in range(0, c.num_somas, step):
+        s1 = min(c.num_somas, s0 + step)
+        r0, r1 = int(soma_ptr[s0]), int(soma_ptr[s1])
+        k0, k1 = int(crow[r0]), int(crow[r1])
+        connectivity = dk.Connectivity.from_csr(
+            crow[r0 : r1 + 1] - k0, c.col_indices[k0:k1], c.in_features, soma_ptr[s0 : s1 + 1] - r0
+        )
+        owned = {
+            "synapse_weight": slice(k0, k1),
+            "dendrite_bias": slice(r0, r1),
+            "cable_weight": slice(r0, r1),
+            "soma_bias": slice(s0, s1),
+        }
+        parameters = {name: problem.parameters[name][part].double() for name, part in owned.items()}
+        yield _Chunk(slice(s0, s1), connectivity, parameters)
+
+
+def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative L2 difference of the named results; infinite where a shape is wrong."""
+    errors = []
+    for name, value in found.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            return math.inf
+        difference = (value.detach().double() - wanted).norm()
+        errors.append(float(difference / wanted.norm().clamp(min=np.finfo(np.float64).tiny)))
+    return max(errors) if all(math.isfinite(e) for e in errors) else math.inf

@@ -1,0 +1,70 @@
+"""Times several candidates in one run so that another load on the machine meets all of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ROUNDS = 10
+MIN_SAMPLES = 3
+MAX_SAMPLES = 2000
+SLOW = 2.0  # seconds: one sample beyond the estimate is enough
+QUICK = 0.02  # seconds: caches are warmed up before each block of samples
+
+
+@dataclass
+class Task:
+    run: Callable[[], object]
+    surroundings: Callable[[], AbstractContextManager[object]] = nullcontext
+    samples: list[float] = field(default_factory=list)  # seconds
+
+    def measure(self) -> float:
+        started = time.perf_counter()
+        self.run()
+        return time.perf_counter() - started
+
+    def summary(self) -> dict[str, float]:
+        """Milliseconds."""
+        p20, p50, p80 = np.percentile(self.samples, [20, 50, 80])
+        ms = {"p20": 1e3 * float(p20), "p50": 1e3 * float(p50), "p80": 1e3 * float(p80)}
+        return {**ms, "samples": len(self.samples)}
+
+
+def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:
+    """Fill the tasks' samples: about `seconds` in all, an equal share of it for each task.
+
+    Every task must have run before. Its samples are spread over rounds of blocks, in another order
+    in every round; a task much slower than its share takes part in some of the rounds only.
+    """
+    share = seconds / max(1, len(tasks))
+    estimates = []
+    for task in tasks:
+        with task.surroundings():
+            estimates.append(task.measure())
+    wanted = [
+        int(np.clip(share / estimate, 1 if estimate > SLOW else MIN_SAMPLES, MAX_SAMPLES))
+        for estimate in estimates
+    ]
+    rng = np.random.default_rng(seed)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(ROUNDS):
+            for i in rng.permutation(len(tasks)):
+                count = wanted[i] * (turn + 1) // ROUNDS - wanted[i] * turn // ROUNDS
+                if count:
+                    _block(tasks[i], count, warm_up=estimates[i] < QUICK)
+    finally:
+        gc.enable()
+
+
+def _block(task: Task, count: int, warm_up: bool) -> None:
+    with task.surroundings():
+        if warm_up:
+            task.run()
+        task.samples += [task.measure() for _ in range(count)]

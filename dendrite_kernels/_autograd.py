@@ -1,0 +1,372 @@
+"""How the operations differentiate.
+
+Eager code takes the fused Functions: little per call, and no [B, R] activation kept. What they
+cannot serve -- torch.func transforms, forward mode, the gradient of a gradient -- is composed of
+the sparse product and plain torch operations. The sparse product is bilinear, so its derivatives
+are the same two operators again, to any order and in both modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from . import ops
+from .topology import Connectivity
+
+Maybe = torch.Tensor | None
+
+
+def transforms_active() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at what runs now."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _add(a: Maybe, b: Maybe) -> Maybe:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+class SparseLinear(torch.autograd.Function):
+    """Keeps x and the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.connectivity, ctx.has_bias = connectivity, bias is not None
+        return ops.run_sparse_forward(x, weight, bias, connectivity)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+        x, weight = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[0]
+        recorded = torch.is_grad_enabled()  # create_graph=True
+        run = SparseLinearBackward.apply if recorded else ops.run_sparse_backward
+        dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
+        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+
+
+class TransformableSparseLinear(torch.autograd.Function):
+    """SparseLinear under torch.func and forward mode; slower to call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    ) -> torch.Tensor:
+        return ops.run_sparse_forward(x, weight, bias, connectivity)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, bias, ctx.connectivity = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+        x, weight = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[0]
+        dx, dw, db = SparseLinearBackward.apply(grad, x, weight, ctx.connectivity, need_x)
+        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Maybe, weight_t: Maybe, bias_t: Maybe, _: None) -> torch.Tensor:
+        x, weight = ctx.saved_tensors
+        apply, connectivity = TransformableSparseLinear.apply, ctx.connectivity
+        u_t = None if x_t is None else apply(x_t, weight, None, connectivity)
+        u_t = u_t if weight_t is None else _add(u_t, apply(x, weight_t, None, connectivity))
+        if bias_t is not None:
+            u_t = _add(u_t, bias_t.expand(*x.shape[:-1], -1))
+        if u_t is None:
+            raise RuntimeError("Expected a tangent of x, weight or bias, got none")
+        return u_t
+
+
+class SparseLinearBackward(torch.autograd.Function):
+    """(grad, x, weight) -> (dx, dw, db): linear in grad, and in x or the weights."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        connectivity: Connectivity,
+        need_x: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return ops.run_sparse_backward(grad, x, weight, connectivity, need_x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad, x, weight, ctx.connectivity, ctx.need_x = inputs
+        ctx.save_for_backward(grad, x, weight)
+        ctx.save_for_forward(grad, x, weight)
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_dx: torch.Tensor, of_dw: torch.Tensor, of_db: torch.Tensor
+    ) -> tuple[Maybe, ...]:
+        # <of_dx, dx> + <of_dw, dw> + <of_db, db>, differentiated
+        grad, x, weight = ctx.saved_tensors
+        linear, backward = TransformableSparseLinear.apply, SparseLinearBackward.apply
+        by_grad = linear(x, of_dw, of_db, ctx.connectivity)
+        by_x, _, _ = backward(grad, x, of_dw, ctx.connectivity, True)
+        by_weight = None
+        if ctx.need_x:
+            by_grad = by_grad + linear(of_dx, weight, None, ctx.connectivity)
+            _, by_weight, _ = backward(grad, of_dx, weight, ctx.connectivity, False)
+        return by_grad, by_x, by_weight, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, grad_t: Maybe, x_t: Maybe, weight_t: Maybe, *_: None
+    ) -> tuple[torch.Tensor, ...]:
+        grad, x, weight = ctx.saved_tensors
+        parts = [
+            (grad_t, x, weight, (0, 1, 2)),
+            (grad, x_t, weight, (1,)),
+            (grad, x, weight_t, (0,)),
+        ]
+        tangents: list[Maybe] = [None, None, None]
+        for g, a, w, which in parts:
+            if g is None or a is None or w is None:
+                continue
+            outputs = SparseLinearBackward.apply(g, a, w, ctx.connectivity, ctx.need_x)
+            for i in which:
+                tangents[i] = _add(tangents[i], outputs[i])
+        shapes = ((x if ctx.need_x else x[:0]).shape, weight.shape, grad.shape[-1:])
+        return tuple(
+            x.new_zeros(shape) if t is None else t
+            for t, shape in zip(tangents, shapes, strict=True)
+        )
+
+
+def _owners(pointer: torch.Tensor, items: int, device: torch.device) -> torch.Tensor:
+    """Which stretch of `pointer` each of the items is in, int64 [items]."""
+    return torch.repeat_interleave(pointer.to(device).long().diff(), output_size=items)
+
+
+def _soma_of(connectivity: Connectivity, device: torch.device) -> torch.Tensor:
+    return _owners(connectivity.soma_ptr, connectivity.num_dendrites, device)  # [R]
+
+
+def _sums(values: torch.Tensor, owner: torch.Tensor, owners: int) -> torch.Tensor:
+    """values [..., items] -> [..., owners]: what each owner's items add up to."""
+    return values.new_zeros((*values.shape[:-1], owners)).index_add(-1, owner, values)
+
+
+def cable(
+    a: torch.Tensor, cable_weight: torch.Tensor, soma_bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    """Block sum of dendrites into somas: a [..., R] -> v [..., S], no [S, R] matrix anywhere."""
+    per_soma, somas = connectivity.dendrites_per_soma, connectivity.num_somas
+    if per_soma is not None:
+        blocks = (somas, per_soma)
+        v = torch.einsum(
+            "...sd,sd->...s", a.unflatten(-1, blocks), cable_weight.unflatten(0, blocks)
+        )
+    else:
+        v = _sums(a * cable_weight, _soma_of(connectivity, a.device), somas)
+    return v if soma_bias is None else v + soma_bias
+
+
+def gathered_sparse_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    """x [..., N] -> u [..., R] of plain torch operations, by way of [..., nnz] products.
+
+    For torch.func inside torch.compile: the compiler follows no autograd.Function through
+    transforms (torch 2.13 drops parts of its gradients without a word).
+    """
+    device = x.device
+    product = x.index_select(-1, connectivity.col_indices.to(device)) * weight
+    row = _owners(connectivity.crow_indices, connectivity.nnz, device)
+    u = _sums(product, row, connectivity.num_dendrites)
+    return u if bias is None else u + bias
+
+
+class DendriticLayer(torch.autograd.Function):
+    """Keeps x, y, the parameters and one sign bit per dendrite and sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,  # [B, N]
+        synapse_weight: torch.Tensor,
+        dendrite_bias: Maybe,
+        cable_weight: torch.Tensor,
+        soma_bias: Maybe,
+        connectivity: Connectivity,
+        slope: float,
+    ) -> torch.Tensor:
+        y, signs = ops.run_dendritic_forward(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
+        )
+        ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
+        ctx.connectivity, ctx.slope = connectivity, slope
+        ctx.has_soma_bias = soma_bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+        x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
+        parameters = synapse_weight, dendrite_bias, cable_weight
+        options = ctx.connectivity, ctx.slope, ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
+            gradients = _composed_backward(grad, x, y, *parameters, *options)
+        else:
+            gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
+        return *_wanted(ctx, gradients, dendrite_bias), None, None
+
+
+def _wanted(
+    ctx: Any, gradients: tuple[torch.Tensor, ...], dendrite_bias: Maybe
+) -> tuple[Maybe, ...]:
+    dx, dw, dbd, dc, dbs = gradients
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dw,
+        None if dendrite_bias is None else dbd,
+        dc,
+        dbs if ctx.has_soma_bias else None,
+    )
+
+
+def _composed_backward(
+    grad: torch.Tensor,  # [B, S]
+    x: torch.Tensor,
+    y: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    connectivity: Connectivity,
+    slope: float,
+    need_x: bool,
+) -> tuple[torch.Tensor, ...]:
+    """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
+
+    The masks have no derivative: the activation is piecewise linear.
+    """
+    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity)
+    grad_v = torch.where(y > 0, grad, slope * grad)
+    spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
+    q = torch.where(u > 0, spread, slope * spread)
+    dc = (q * u).sum(0)
+    dx, dw, dbd = SparseLinearBackward.apply(
+        q * cable_weight, x, synapse_weight, connectivity, need_x
+    )
+    return dx, dw, dbd, dc, grad_v.sum(0)
+
+
+# ---- the operators' own derivatives: for compiled and exported programs ----
+
+
+def _setup_dendritic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices, ctx.slope, saved = inputs
+    y, signs = output
+    ctx.has_soma_bias, ctx.saved_signs = soma_bias is not None, saved
+    ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices)
+
+
+def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Maybe, ...]:
+    if not ctx.saved_signs:
+        raise RuntimeError(
+            "Expected a program traced with gradients enabled, got one that saves no signs"
+        )
+    x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors[:6]
+    crow, col, soma_ptr = ctx.saved_tensors[6:]
+    parameters, indices = (synapse_weight, dendrite_bias, cable_weight), (crow, col, soma_ptr)
+    options = ctx.slope, ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        gradients = _composed_backward(grad, x, y, *parameters, connectivity, *options)
+    else:
+        gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
+    return *_wanted(ctx, gradients, dendrite_bias), *(None,) * 5
+
+
+def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias, *indices = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, *indices)
+
+
+def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+    x, weight, crow, col, soma_ptr = ctx.saved_tensors
+    indices = crow, col, soma_ptr
+    need_x = ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        dx, dw, db = SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
+    else:
+        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 3
+
+
+torch.library.register_autograd(
+    "dendrite_kernels::dendritic_forward",
+    _differentiate_dendritic,
+    setup_context=_setup_dendritic,
+    lib=ops.library,
+)
+torch.library.register_autograd(
+    "dendrite_kernels::sparse_forward",
+    _differentiate_sparse,
+    setup_context=_setup_sparse,
+    lib=ops.library,
+)
+
+
+def _needs_grad(*tensors: Maybe) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # any() would be a generator's start and end slower
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def sparse_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    """x [B, N] -> u [B, R]; arguments fit."""
+    run: Callable[..., torch.Tensor] = ops.run_sparse_forward
+    if transforms_active():
+        compiling = torch.compiler.is_compiling()
+        run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
+    elif not torch.compiler.is_compiling() and _needs_grad(x, weight, bias):
+        run = SparseLinear.apply
+    return run(x, weight, bias, connectivity)
+
+
+def dendritic_layer(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    soma_bias: Maybe,
+    connectivity: Connectivity,
+    slope: float,
+) -> torch.Tensor:
+    """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0; arguments fit."""
+    if transforms_active():
+        a = F.leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, connectivity), slope)
+        return F.leaky_relu(cable(a, cable_weight, soma_bias, connectivity), slope)
+    needs_grad = _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
+    if needs_grad and not torch.compiler.is_compiling():
+        y: torch.Tensor = DendriticLayer.apply(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
+        )
+        return y
+    return ops.run_dendritic_forward(
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, needs_grad
+    )[0]

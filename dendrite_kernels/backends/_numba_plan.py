@@ -1,0 +1,278 @@
+"""How a call is cut into tasks: sizes, scratch memory and the native functions to run, in order.
+
+A plan depends on sizes, number of threads and the connectivity only, so it is made once for each
+and kept; `_numba_launch.py` runs it on a call's arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..topology import Connectivity
+from . import _numba_entry
+from ._numba_backward import STRIP
+from ._numba_kernels import CHUNK
+from ._numba_token import ISA_BITS, Spec, isa
+
+_MIB = 1 << 20
+_PASS = 3 * _MIB // 2  # x tiles a thread goes through for block after block should stay in L2
+_PRIVATE = 256 * _MIB  # what all threads' own sums of G may take
+_GRAIN = 1 << 17  # multiplications worth one more thread
+_ROWS = 1024  # dendrites per block where the connectivity has no blocks
+_ALIGNMENT = 128  # two cache lines: neighbours in memory are fetched in pairs
+_BYTES = {"float32": 4, "float64": 8}
+
+Fields = tuple[tuple[str, int], ...]  # of a job, with their values
+
+
+class Step(NamedTuple):
+    """One phase: set fields of the job, run the native function on range(tasks)."""
+
+    native: int
+    tasks: int
+    fields: Fields
+
+
+class Plan(NamedTuple):
+    """All of a call but its arrays."""
+
+    fields: Fields
+    regions: Fields  # scratch memory: address fields of the job and their offsets
+    scratch: int  # bytes
+    steps: tuple[Step, ...]
+
+
+class Call(NamedTuple):
+    """What a plan is made for."""
+
+    batch: int
+    element: str
+    threads: int
+    linear: bool
+
+    @property
+    def size(self) -> int:
+        return _BYTES[self.element]
+
+    def threads_for(self, connectivity: Connectivity) -> int:
+        """Threads that have enough to do."""
+        work = max(self.batch, 32) * connectivity.nnz  # a tile takes its time even if half empty
+        return max(1, min(self.threads, work // _GRAIN))
+
+
+def round_up(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@functools.cache
+def _l2_bytes() -> int:
+    """Of one core's second-level cache; a common size where the system does not say."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
+        return int(text.strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return _MIB
+
+
+@functools.cache
+def _native(task: str, element: str, features: int, lanes: int, linear: bool) -> int:
+    column = "uint16" if features <= 65536 else "int32"  # as Connectivity.columns
+    register = ISA_BITS[isa()] // (8 * _BYTES[element])
+    return _numba_entry.address(task, Spec(element, column, lanes, register, linear, build=""))
+
+
+class _Builder:
+    """Collects the parts of a plan."""
+
+    def __init__(self, call: Call, connectivity: Connectivity, lanes: int, somas: int) -> None:
+        self.call, self.lanes = call, lanes
+        self.features = connectivity.in_features
+        self.tiles = -(-call.batch // lanes)
+        self.scratch = 0
+        self.steps: list[Step] = []
+        self.regions: dict[str, int] = {}
+        self.fields = {
+            "samples": call.batch,
+            "features": self.features,
+            "rows": connectivity.num_dendrites,
+            "somas": somas,
+            "tiles": self.tiles,
+            "crow": connectivity.crow_indices.data_ptr(),
+            "columns": connectivity.columns.ctypes.data,
+            "soma_ptr": connectivity.soma_ptr.data_ptr(),
+        }
+
+    def reserve(self, **elements: int) -> None:
+        """Scratch memory for so many elements each."""
+        for name, count in elements.items():
+            self.regions[name] = self.scratch
+            self.scratch += round_up(count * self.call.size)
+
+    def reserve_each(self, tasks: int, elements: int) -> None:
+        """A workspace of so many elements for every task."""
+        stride = round_up(elements * self.call.size)
+        self.fields["workspace_stride"] = stride
+        self.reserve(workspace=tasks * stride // self.call.size)
+
+    def step(self, task: str, tasks: int, **fields: int) -> None:
+        native = _native(task, self.call.element, self.features, self.lanes, self.call.linear)
+        self.steps.append(Step(native, tasks, (("tasks", tasks), *fields.items())))
+
+    def plan(self) -> Plan:
+        fields, regions = tuple(self.fields.items()), tuple(self.regions.items())
+        return Plan(fields, regions, self.scratch, tuple(self.steps))
+
+
+def _few_lanes(call: Call) -> int:
+    """32 samples of float32 in a tile, 16 of float64; half of that for a batch that fits it."""
+    return (64 if call.batch * call.size <= 64 else 128) // call.size
+
+
+def forward_plan(connectivity: Connectivity, call: Call) -> Plan:
+    """Tasks are shares of all pairs of a tile and a chunk of somas (or of rows)."""
+    outputs = connectivity.num_dendrites if call.linear else connectivity.num_somas
+    build = _Builder(call, connectivity, _few_lanes(call), outputs)
+    units = build.tiles * max(1, outputs // CHUNK)
+    tasks = min(call.threads_for(connectivity), units)
+    build.reserve_each(tasks, build.lanes * (build.features + 2 * CHUNK + 1))
+    build.step("forward", tasks)
+    return build.plan()
+
+
+def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
+    """See `_by_rows` (without dx), `_by_blocks` and `_by_tiles`."""
+    size, features = call.size, connectivity.in_features
+    somas = 0 if call.linear else connectivity.num_somas
+    # Four vectors of samples hide the latency of broadcasts; two keep x in the cache where there
+    # are many inputs. (Narrower machines need more vectors for the same samples anyway.)
+    wide = isa() == "avx512" and call.batch * size > 128 and 256 * features <= _l2_bytes() // 2
+    lanes = 256 // size if wide else _few_lanes(call)
+    build = _Builder(call, connectivity, lanes, somas)
+    threads = call.threads_for(connectivity)
+    if not need_x:
+        return _by_rows(build, somas, threads)
+    plan = connectivity.transposed
+    build.fields |= {
+        "blocks": plan.slot_ptr.size - 1,
+        "block_rows": plan.block_rows,
+        "group": plan.group,
+        "slots": int(plan.slot_ptr[-1]),
+    }
+    for name in ("column_ptr", "column", "groups", "slot_ptr", "row", "slot"):
+        build.fields[name] = getattr(plan, name).ctypes.data
+    groups = split(build.tiles, build.fields["blocks"], threads)
+    if _prefer_tiles(build, groups, threads):
+        return _by_tiles(build, somas, threads)
+    return _by_blocks(build, somas, threads, *groups)
+
+
+def _passes(tiles: int, at_once: int) -> Sequence[dict[str, int]]:
+    """Fields of the job for each group of tiles whose x is transposed together."""
+    return [
+        {
+            "first_tile": first,
+            "tiles": min(at_once, tiles - first),
+            "accumulate": int(first > 0),
+            "finish": int(first + at_once >= tiles),
+        }
+        for first in range(0, tiles, at_once)
+    ]
+
+
+def _tiles_per_pass(build: _Builder) -> int:
+    return max(1, _PASS // (build.call.size * build.lanes * build.features))
+
+
+def _by_rows(build: _Builder, somas: int, threads: int) -> Plan:
+    """Threads own dendrites, nothing is summed twice."""
+    at_once = min(build.tiles, _tiles_per_pass(build))
+    build.fields["block_rows"] = _ROWS
+    build.reserve_each(threads, STRIP * build.lanes)
+    build.reserve(
+        x_tiles=at_once * build.lanes * build.features, grad_tiles=at_once * build.lanes * somas
+    )
+    for fields in _passes(build.tiles, at_once):
+        build.step("prepare", threads, **fields)
+        build.step("rows", threads)
+    return build.plan()
+
+
+def split(tiles: int, blocks: int, threads: int) -> tuple[int, int]:
+    """Groups of tiles and groups of blocks, at most `threads` pairs, that end first.
+
+    Among equals the one with most groups of blocks: no G of theirs is summed twice, and reading
+    weights and writing gradients is divided too.
+    """
+    choices = range(1, min(threads, blocks) + 1)
+    pairs = [(min(threads // blocks_, tiles), blocks_) for blocks_ in choices]
+    return min(pairs, key=lambda pair: (_turns(tiles, pair[0]) * _turns(blocks, pair[1]), -pair[1]))
+
+
+def _turns(items: int, groups: int) -> int:
+    """Items of the largest group."""
+    return -(-items // groups)
+
+
+def _prefer_tiles(build: _Builder, groups: tuple[int, int], threads: int) -> bool:
+    """Whether threads should have their own G, and no dx of others, rather than their own dx."""
+    blocks, slots = build.fields["blocks"], build.fields["slots"]
+    if build.tiles < threads or threads * slots * build.call.size > _PRIVATE:
+        return False
+    by_tiles = _turns(build.tiles, threads) * blocks
+    by_blocks = _turns(build.tiles, groups[0]) * _turns(blocks, groups[1])
+    smaller = build.call.batch * build.features > 4 * slots
+    return by_tiles <= by_blocks * (1.25 if smaller else 1) and (smaller or groups[1] < threads)
+
+
+def _by_blocks(
+    build: _Builder, somas: int, threads: int, tile_groups: int, block_groups: int
+) -> Plan:
+    """Threads own blocks of dendrites, or of a group of tiles if there are fewer blocks; dx is
+    summed over the groups of blocks, G over the groups of tiles.
+    """
+    fields, lanes, tasks = build.fields, build.lanes, tile_groups * block_groups
+    at_once = min(build.tiles, tile_groups * _tiles_per_pass(build))
+    fields |= {"tile_groups": tile_groups, "block_groups": block_groups}
+    fields["weigh_first"] = int(tile_groups > 1)  # else the block's only owner weighs it
+    q = fields["block_rows"] * lanes
+    build.reserve_each(max(tasks, threads), q)
+    x_tiles = at_once * lanes * build.features
+    build.reserve(
+        x_tiles=x_tiles,
+        grad_tiles=at_once * lanes * somas,
+        weights=fields["slots"],
+        dx_tiles=block_groups * x_tiles,
+        sums=tile_groups * fields["slots"],
+        row_sums=tile_groups * fields["rows"],
+    )
+    for turn in _passes(build.tiles, at_once):
+        turn["finish"] *= int(tile_groups == 1)
+        build.step("prepare", threads, **turn)
+        build.step("gather", tasks)
+        build.step("output", threads)
+    if tile_groups > 1:
+        build.step("collect", threads)
+    return build.plan()
+
+
+def _by_tiles(build: _Builder, somas: int, threads: int) -> Plan:
+    """Threads own tiles; G is summed over the threads."""
+    fields, lanes = build.fields, build.lanes
+    fields |= {"tile_groups": threads, "weigh_first": 1}
+    q = fields["block_rows"] * lanes
+    build.reserve_each(threads, lanes * (2 * build.features + somas) + q)
+    build.reserve(
+        weights=fields["slots"],
+        sums=threads * fields["slots"],
+        row_sums=threads * fields["rows"],
+        soma_sums=threads * somas,
+    )
+    if somas == 0:
+        del build.regions["soma_sums"]
+    build.step("prepare", threads, tiles=0)  # weights only
+    build.step("tiles", threads, tiles=build.tiles)
+    build.step("collect", threads)
+    return build.plan()

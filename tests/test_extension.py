@@ -1,0 +1,419 @@
+"""The compiled module: what it links, what its parts export, what it checks, where it writes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import mmap
+import re
+import runpy
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import conftest
+import numpy as np
+import oracle
+import pytest
+import setuptools
+import torch
+from test_backends import output
+from torch import Tensor
+
+import dendrite_kernels as dk
+from dendrite_kernels.backends import cpp
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTENSION = conftest.cpp_extension()
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="_cpu was not built")
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is missing")
+    return found
+
+
+def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
+    """(type, name) of each symbol, as nm prints them."""
+    printed = subprocess.run(
+        [tool("nm"), *options, str(file)], capture_output=True, text=True, check=True
+    ).stdout
+    return [(m[1], m[2]) for m in re.finditer(r"^(?:[0-9a-f]+)? +([A-Za-z]) (\S+)", printed, re.M)]
+
+
+# What it links
+
+
+@needs_extension
+def test_extension_needs_no_symbol_of_torch_or_openmp() -> None:
+    """One binary for every torch version; torch brings the only OpenMP runtime."""
+    undefined = [name for _, name in symbols(Path(EXTENSION.__file__), "-D", "--undefined-only")]
+    assert any(name.startswith("Py") for name in undefined)  # nm works
+    foreign = re.compile(r"torch|c10|at::|_ZN2at|caffe|gomp|omp_|kmp", re.I)
+    assert [name for name in undefined if foreign.search(name)] == []
+
+
+@needs_extension
+def test_extension_exports_its_entry_only() -> None:
+    defined = [name for _, name in symbols(Path(EXTENSION.__file__), "-D", "--defined-only")]
+    assert [name for name in defined if not name.startswith("_Z")] == ["PyInit__cpu"]
+    assert not [name for name in defined if "dk" in name]
+
+
+@needs_extension
+def test_extension_links_no_openmp_library() -> None:
+    tool("readelf")
+    file = str(EXTENSION.__file__)
+    printed = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True)
+    libraries = re.findall(r"\(NEEDED\).*\[(.*)\]", printed.stdout)
+    assert any(name.startswith("libc.") for name in libraries)
+    assert not [name for name in libraries if re.search(r"omp|torch|c10", name)]
+
+
+# What its parts export
+
+
+def setup_constants() -> dict[str, Any]:
+    """Of setup.py, which is run with nothing to build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.chdir(ROOT)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_instruction_set_units_share_no_symbol(tmp_path: Path) -> None:
+    """A weak symbol (an inline function of the standard library, say) that two units define is
+    linked once, from any of them: an old CPU would then meet instructions it does not have.
+    """
+    compiler, setup = tool("g++"), setup_constants()
+    if not (ROOT / "csrc").is_dir() or not setup["IS_X86"]:
+        pytest.skip("needs the sources and an x86 compiler")
+
+    def compile_one(source: str) -> Path:
+        made = tmp_path / f"{source}.o"
+        flags = [*setup["FLAGS"], "-fPIC", *setup["KERNEL_FLAGS"], *setup["ISA_FLAGS"][source]]
+        unit = ROOT / "csrc" / "cpu" / source
+        subprocess.run([compiler, *flags, "-c", str(unit), "-o", str(made)], check=True)
+        return made
+
+    units = [source for source, flags in setup["ISA_FLAGS"].items() if flags]  # base may share
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, units))
+    exported = []
+    for made in objects:
+        found = symbols(made)
+        assert [s for s in found if s[0] in "WwVvu"] == [], made.name
+        exported += [name for kind, name in found if kind.isupper() and kind != "U"]
+        assert {name for kind, name in found if kind == "U"} <= {
+            "memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_",
+        }  # fmt: skip
+    assert len(exported) == len(set(exported)) == len(objects)  # each its table, nothing else
+    assert all("kernels_" in name for name in exported)
+
+
+# What it checks
+
+
+def network() -> dk.Connectivity:
+    return dk.connectivity.random(30, 10, 4, 6, seed=0)
+
+
+def call(kind: str, **changed: Any) -> None:
+    """_cpu.forward or _cpu.backward on 33 samples, with some arguments changed."""
+    dk.use_backend("cpp")  # configures the module
+    dk.use_backend(None)
+    c = network()
+    values: dict[str, Any] = {
+        "topology": cpp._topology(c, transposed=True),
+        "grad": torch.randn(33, 10),
+        "x": torch.randn(33, 30),
+        "y": torch.zeros(33, 10),
+        "signs": torch.zeros(2, 40, dtype=torch.int32),
+        "synapse_weight": torch.randn(240),
+        "dendrite_bias": torch.randn(40),
+        "cable_weight": torch.randn(40),
+        "soma_bias": torch.randn(10),
+        "slope": 0.1,
+        "dx": torch.empty(33, 30),
+        "dw": torch.empty(240),
+        "dbd": torch.empty(40),
+        "dc": torch.empty(40),
+        "dbs": torch.empty(10),
+        "threads": 2,
+    }
+    assert set(changed) <= set(values)
+    values |= changed
+    order = {
+        "forward": (
+            "topology", "x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias",
+            "slope", "y", "signs", "threads",
+        ),
+        "backward": (
+            "topology", "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias",
+            "cable_weight", "slope", "dx", "dw", "dbd", "dc", "dbs", "threads",
+        ),
+    }  # fmt: skip
+    getattr(EXTENSION, kind)(*(values[name] for name in order[kind]))
+
+
+TENSORS = [
+    ("forward", name)
+    for name in (
+        "x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias", "y", "signs",
+    )
+] + [
+    ("backward", name)
+    for name in (
+        "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias", "cable_weight", "dx", "dw",
+        "dbd", "dc", "dbs",
+    )
+]  # fmt: skip
+SHAPES = {
+    "x": (33, 30), "grad": (33, 10), "y": (33, 10), "signs": (2, 40), "dx": (33, 30),
+    "synapse_weight": (240,), "dw": (240,), "soma_bias": (10,), "dbs": (10,),
+}  # fmt: skip
+BAD: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "strided": (
+        lambda t: torch.stack([t, t], -1)[..., 0], ValueError, "Expected a contiguous tensor",
+    ),
+    "shorter": (lambda t: t[..., 1:].contiguous(), ValueError, "Expected shape .* got"),
+    "one": (lambda t: t[..., :1].contiguous(), ValueError, "Expected shape .* got"),
+    "fewer rows": (lambda t: t[1:].contiguous(), ValueError, "Expected shape .* got"),
+    "one dimension more": (lambda t: t[None], ValueError, "Expected (shape|2 dimensions).* got"),
+    "float64": (lambda t: t.double(), TypeError, "Expected dtype .* got"),
+    "float16": (lambda t: t.half(), TypeError, "Expected dtype .* got"),
+    "bfloat16": (lambda t: t.bfloat16(), TypeError, "Expected dtype .* got"),
+    "complex64": (lambda t: t.to(torch.complex64), TypeError, "Expected dtype .* got"),
+    "int64": (lambda t: t.long(), TypeError, "Expected dtype .* got"),
+    "uint8": (lambda t: t.to(torch.uint8), TypeError, "Expected dtype .* got"),
+    "meta": (lambda t: t.to("meta"), RuntimeError, "meta"),
+    "numpy": (lambda t: t.numpy(), (TypeError, RuntimeError), "numpy.ndarray"),  # type: ignore[dict-item]
+    "list": (lambda t: t.tolist(), TypeError, "Expected a torch.Tensor, got list"),
+}  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize(("kind", "name"), TENSORS)
+def test_bad_tensors_are_refused(kind: str, name: str, fault: str) -> None:
+    """A wrong one may not reach a pointer, whoever calls."""
+    change, error, message = BAD[fault]
+    dtype = torch.int32 if name == "signs" else torch.float32
+    good = torch.zeros(SHAPES.get(name, (40,)), dtype=dtype)
+    call(kind, **{name: good})
+    with pytest.raises(error, match=message):
+        call(kind, **{name: change(good)})
+
+
+@needs_extension
+def test_names_are_in_the_messages() -> None:
+    with pytest.raises(ValueError, match=r"signs: Expected shape \[2, 40\], got \[1, 40\]"):
+        call("forward", signs=torch.zeros(1, 40, dtype=torch.int32))
+    with pytest.raises(TypeError, match="cable_weight: Expected dtype float32, got"):
+        call("forward", cable_weight=torch.zeros(40, dtype=torch.float64))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pair
+        for pair in TENSORS
+        if pair[1] in ("x", "synapse_weight", "grad", "dw", "dbd", "dc", "dbs")
+    ]
+    + [("forward", "y"), ("backward", "y"), ("backward", "signs")],
+)
+def test_only_some_tensors_are_optional(kind: str, name: str) -> None:
+    with pytest.raises(TypeError, match=r"Expected a torch\.Tensor, got NoneType"):
+        call(kind, **{name: None})
+
+
+@needs_extension
+def test_gradient_of_x_needs_the_plan() -> None:
+    topology = cpp._topology(network(), transposed=False)
+    with pytest.raises(ValueError, match=r"Expected a transposed plan .*, got none"):
+        call("backward", topology=topology)
+    call("backward", topology=topology, dx=None)
+
+
+@needs_extension
+def test_transposed_view_of_one_row_counts_as_contiguous() -> None:
+    """Strides of a dimension of size 1, or of no elements, mean nothing."""
+    c = network()
+    layer = dk.DendriticLayer(c)
+    row = torch.randn(30, 1).T
+    assert torch.equal(layer(row), layer(row.clone()))
+    assert layer(torch.empty(30, 0).T).shape == (0, 10)
+
+
+@needs_extension
+def test_extension_before_torch_is_configured_refuses_tensors() -> None:
+    output(
+        """
+import torch
+from dendrite_kernels import _cpu
+import numpy as np
+topology = _cpu.Topology(2, np.array([0, 1], np.int32), np.array([1], np.uint16),
+                         np.array([0, 1], np.int32), 1)
+x = torch.ones(1, 2)
+try:
+    _cpu.forward(topology, x, x[0, :1], None, None, None, 1.0, x[:, :1], None, 1)
+except TypeError as error:
+    assert "Expected a torch.Tensor" in str(error)
+else:
+    raise AssertionError("computed without a pool")
+"""
+    )
+
+
+# Where it writes and reads
+
+
+class Guarded:
+    """Memory between two pages that may not be touched."""
+
+    def __init__(self, size: int, at_end: bool) -> None:
+        page = mmap.PAGESIZE
+        inner = max(1, -(-size // page)) * page
+        self.memory = mmap.mmap(-1, inner + 2 * page)
+        self.offset = page + (inner - size if at_end else 0)
+        libc = ctypes.CDLL(None, use_errno=True)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        for edge in (start, start + page + inner):
+            assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+
+    def array(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(self.memory, dtype, count, self.offset).reshape(shape)
+
+
+def guard(values: np.ndarray[Any, Any], at_end: bool) -> np.ndarray[Any, Any]:
+    copied = Guarded(values.nbytes, at_end).array(values.dtype, values.shape)
+    copied[...] = values
+    return copied
+
+
+GUARDED_RUN = """
+import test_extension
+for at_end in (True, False):
+    test_extension.run_guarded(at_end)
+print(test_extension.EXTENSION.isa())
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_kernels_of_each_instruction_set(isa: str) -> None:
+    """The environment chooses them. They are exact, and stay within their arrays: each array of a
+    call lies against a page that may not be touched, where a stray load or store ends the process.
+    """
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux")
+    supported = dk.backend_info()["cpp"]["supported_isas"]
+    if isa not in supported:
+        pytest.skip(f"this machine has {supported}")
+    assert output(GUARDED_RUN, DENDRITE_KERNELS_ISA=isa).strip() == isa
+
+
+@pytest.mark.skipif(
+    not dk.backend_info()["numba"]["available"], reason="the Numba backend is unavailable"
+)
+def test_numba_kernels_stay_within_what_they_are_given() -> None:
+    output("import test_extension; test_extension.run_numba_guarded()")
+
+
+def run_numba_guarded() -> None:
+    kernels = importlib.import_module("dendrite_kernels.backends.numba")
+    for c in (network(), dk.connectivity.random(17, 40, 30, 5, seed=0)):
+        for batch in (1, 33, 70):
+            for at_end in (True, False):
+
+                def draw(*shape: int, end: bool = at_end) -> Tensor:
+                    return torch.from_numpy(guard(torch.randn(shape).numpy(), end))
+
+                x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
+                cable, bs = draw(c.num_dendrites), draw(c.num_somas)
+                y, signs = kernels.dendritic_forward(x, w, bd, cable, bs, c, 0.1, True)
+                y, signs = (torch.from_numpy(guard(t.numpy(), at_end)) for t in (y, signs))
+                grad, grad_u = draw(batch, c.num_somas), draw(batch, c.num_dendrites)
+                for need_x in (True, False):
+                    kernels.dendritic_backward(grad, x, y, signs, w, bd, cable, c, 0.1, need_x)
+                    kernels.sparse_backward(grad_u, x, w, c, need_x)
+                kernels.sparse_forward(x, w, bd, c)
+
+
+def run_guarded(at_end: bool) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    dk.use_backend("cpp")
+    networks = [
+        dk.connectivity.random(30, 10, 4, 6, seed=0),
+        dk.connectivity.random(33, 5, 3, 16, constant_fan_in=True, seed=0),
+        dk.connectivity.random(3, 1, 1, 1, seed=0),
+        dk.connectivity.random(17, 40, 30, 5, seed=0),  # two blocks
+        dk.connectivity.random(70_000, 3, 2, 8, seed=0),  # wide columns
+        dk.Connectivity.from_mask(rng.random((40, 61)) < 0.2, soma_ptr=[0, 0, 1, 7, 7, 36, 40]),
+        dk.Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
+    ]
+    for c in networks:
+        for batch in (1, 32, 33, 70) if c.in_features < 70_000 else (33,):
+            for dtype in (torch.float32, torch.float64):
+                check_guarded(c, batch, dtype, at_end)
+
+
+def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bool) -> None:
+    """Both operations, both ways of backward, on two threads."""
+
+    def fenced(tensor: Tensor) -> Tensor:
+        return torch.from_numpy(guard(tensor.numpy(), at_end))
+
+    def draw(*shape: int) -> Tensor:
+        return fenced(torch.randn(shape, dtype=dtype))
+
+    def blank(*shape: int) -> Tensor:
+        return fenced(torch.full(shape, torch.nan, dtype=dtype))
+
+    plan = c.transposed
+    topology = EXTENSION.Topology(
+        c.in_features,
+        guard(c.crow_indices.numpy(), at_end),
+        guard(c.columns, at_end),
+        guard(c.soma_ptr.numpy(), at_end),
+        c.fan_in or 0,
+    )
+    arrays = plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot
+    topology.set_transposed(plan.block_rows, plan.group, *(guard(a, at_end) for a in arrays))
+    x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
+    cable, bs, grad = draw(c.num_dendrites), draw(c.num_somas), draw(batch, c.num_somas)
+    y, words = blank(batch, c.num_somas), (batch + 31) // 32
+    signs = fenced(torch.full((words, c.num_dendrites), -1, dtype=torch.int32))
+    EXTENSION.forward(topology, x, w, bd, cable, bs, 0.1, y, signs, 2)
+    dx, dw, dbd = blank(batch, c.in_features), blank(c.nnz), blank(c.num_dendrites)
+    dc, dbs = blank(c.num_dendrites), blank(c.num_somas)
+    for wanted in (dx, None):
+        EXTENSION.backward(
+            topology, grad, x, y, signs, w, bd, cable, 0.1, wanted, dw, dbd, dc, dbs, 2
+        )
+    leaves = [t.double().requires_grad_() for t in (x, w, bd, cable, bs)]
+    function: Any = oracle.dendritic_layer
+    exact = function(*leaves, c, 0.1)
+    gradients = torch.autograd.grad(exact, leaves, grad.double())
+    found = oracle.errors([y, dx, dw, dbd, dc, dbs], [exact.detach(), *gradients])
+    assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
+    u, grad_u = blank(batch, c.num_dendrites), draw(batch, c.num_dendrites)
+    EXTENSION.forward(topology, x, w, bd, None, None, 1.0, u, None, 2)
+    for wanted in (dx, None):
+        EXTENSION.backward(
+            topology, grad_u, x, None, None, w, None, None, 1.0, wanted, dw, dbd, None, None,
+            2,
+        )  # fmt: skip
+    linear: Any = oracle.sparse_linear
+    exact = linear(*leaves[:3], c)
+    gradients = torch.autograd.grad(exact, leaves[:3], grad_u.double())
+    found = oracle.errors([u, dx, dw, dbd], [exact.detach(), *gradients])
+    assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
