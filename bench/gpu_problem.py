@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class BlockSum(nn.Module):
 
     def __init__(self, layer: dk.DendriticLayer) -> None:
         super().__init__()
-        self.source, self.slope = layer, layer.negative_slope
+        self.source, self.slope = copy.deepcopy(layer), layer.negative_slope
         c = layer.connectivity
         self.blocks = (c.num_somas, c.num_dendrites // c.num_somas)
         self.columns = c.col_indices.long().cuda()
@@ -108,6 +109,11 @@ class Gather(BlockSum):
     def synapses(self, features: Tensor) -> Tensor:
         weight = self.source.synapse_weight.view(self.shape[0], -1, 1)
         return (features[self.columns.view(self.shape[0], -1)] * weight).sum(1)
+
+
+# Those that decide come first, in case the time runs out.
+DENSE = ("masked dense fp32", "masked dense tf32", "masked dense bf16")
+OTHERS = ("torch csr", "embedding_bag", "gather, compiled")
 
 
 def peers(layer: dk.DendriticLayer) -> dict[str, Callable[[], nn.Module]]:

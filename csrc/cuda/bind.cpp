@@ -1,67 +1,17 @@
 // Python module _cuda: checks every tensor and starts kernels on the stream that it is given. The
 // caller (backends/cuda.py) allocates everything, workspaces too, as torch tensors.
 #include <pybind11/pybind11.h>
-#ifndef DK_EMULATE
-#include <cuda_runtime_api.h>
-#endif
 
 #include <vector>
 
-#ifdef DK_EMULATE
-#include "emulator.h"
-#endif
 #include "launch.h"
+#include "runtime.h"
 #include "tensor.h"
 
 namespace py = pybind11;
 
 namespace dk {
 namespace {
-
-#ifdef DK_EMULATE
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-#else
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-// Makes the tensors' device current for the launch.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_));
-    if (device != previous_) check(cudaSetDevice(device));
-    moved_ = device != previous_;
-  }
-  ~DeviceGuard() {
-    if (moved_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool moved_ = false;
-};
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-py::tuple limits(int device) {
-  return py::make_tuple(attribute(cudaDevAttrMultiProcessorCount, device),
-                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-}
-
-int version(cudaError_t (*ask)(int*)) {
-  int value = 0;
-  check(ask(&value));
-  return value;
-}
-#endif
 
 void require(const char* error) {
   if (error) throw std::runtime_error(std::string("CUDA kernel launch: ") + error);

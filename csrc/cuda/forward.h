@@ -8,25 +8,21 @@ namespace dk {
 // Sign bits of one dendrite: a word for each 32 samples of the tile, or the tile's part of one.
 template <class K>
 struct SignWords {
-  static constexpr int kWords = K::kGroups == 1 ? K::kVec : 1;
+  static constexpr int kWords = K::kSamples < 32 ? 1 : K::kSamples / 32;
   uint32_t word[kWords];
 
   // Every lane calls it with its samples' u. The bits of lanes 0 .. kLanes - 1 count; other groups
   // repeat them.
   DK_DEVICE void take(const typename K::A (&u)[K::kVec], bool keep) {
-    uint32_t packed = 0;
+    constexpr uint32_t kMine = K::kLanes == 32 ? kAllLanes : (1u << K::kLanes % 32) - 1;
+    uint32_t taken[kWords] = {};
 #pragma unroll
-    for (int v = 0; v < K::kVec; ++v) {
-      const uint32_t ballot = __ballot_sync(kAllLanes, u[v] > 0);
-      if constexpr (K::kGroups == 1) {
-        if (keep) word[v] = ballot;
-      } else {
-        packed |= (ballot & ((1u << K::kLanes) - 1)) << (v * K::kLanes);
-      }
-    }
-    if constexpr (K::kGroups > 1) {
-      if (keep) word[0] = packed;
-    }
+    for (int v = 0; v < K::kVec; ++v)
+      taken[v * K::kLanes / 32] |= (__ballot_sync(kAllLanes, u[v] > 0) & kMine)
+                                   << (v * K::kLanes % 32);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if (keep) word[i] = taken[i];
   }
 
   DK_DEVICE void store(uint32_t* signs, int64_t rows, int64_t r, int64_t b0, int64_t batch) const {

@@ -48,15 +48,15 @@ struct Kinds;
 template <>
 struct Kinds<4> {
   template <class T>
-  using of = List<Kind<T, 2, 1, true, uint16_t>, Kind<T, 1, 1, true, uint16_t>,
-                  Kind<T, 1, 2, true, uint16_t>, Kind<T, 1, 4, true, uint16_t>,
+  using of = List<Kind<T, 2, 1, true, uint16_t>, Kind<T, 2, 2, true, uint16_t>,
+                  Kind<T, 2, 4, true, uint16_t>, Kind<T, 2, 8, true, uint16_t>,
                   Kind<T, 2, 1, false, uint16_t>, Kind<T, 2, 1, false, int32_t>>;
 };
 template <>
 struct Kinds<2> {
   template <class T>
-  using of = List<Kind<T, 4, 1, true, uint16_t>, Kind<T, 2, 1, true, uint16_t>,
-                  Kind<T, 2, 2, true, uint16_t>, Kind<T, 2, 4, true, uint16_t>,
+  using of = List<Kind<T, 4, 1, true, uint16_t>, Kind<T, 4, 2, true, uint16_t>,
+                  Kind<T, 4, 4, true, uint16_t>, Kind<T, 4, 8, true, uint16_t>,
                   Kind<T, 4, 1, false, uint16_t>, Kind<T, 4, 1, false, int32_t>>;
 };
 template <>

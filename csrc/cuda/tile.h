@@ -7,8 +7,9 @@
 namespace dk {
 
 // GROUPS = 1: the 32 lanes of a warp hold different samples, VEC each, and a synapse is one gather
-// of 32 * VEC samples. GROUPS = 2, 4: where so many samples do not fit shared memory, or are not
+// of 32 * VEC samples. GROUPS = 2, 4, 8: where so many samples do not fit shared memory, or are not
 // there, groups of 32 / GROUPS lanes take different synapses of the row and are summed at its end.
+// A lane always gathers 8 bytes: half a warp empties the 32 banks in one go.
 template <class T_, int VEC_, int GROUPS_, bool SHARED_, class Index_>
 struct Kind {
   using T = T_;

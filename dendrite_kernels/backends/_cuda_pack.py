@@ -98,13 +98,17 @@ def _slots(lengths: Array, table: Array, index: Array, kind: Kind) -> Array:
         start = np.cumsum(lengths) - lengths
         slots: Array = first[rows] + np.arange(index.size) - start[rows]
         return slots
-    # The tile's row n lies in the banks n % groups: that group gathers it, while it has room.
-    bank = index.astype(np.int64) % kind.groups
-    order = np.argsort(rows * kind.groups + bank, kind="stable")
+    # The tile's row n lies in the banks n % banks: the groups of that remainder gather it, in turn,
+    # while they have room.
+    banks, sharing = kind.banks, kind.groups // kind.banks
+    bank = index.astype(np.int64) % banks
+    key = rows * banks + bank
+    order = np.argsort(key, kind="stable")
     rank = np.empty(index.size, np.int64)
-    rank[order] = _rank_in_run((rows * kind.groups + bank)[order])
-    room = np.diff(table)[rows] * _CHUNK
-    slots = first[rows] + rank // _CHUNK * kind.step + bank * _CHUNK + rank % _CHUNK
+    rank[order] = _rank_in_run(key[order])
+    room = np.diff(table)[rows] * _CHUNK * sharing
+    group, place = bank + rank % sharing * banks, rank // sharing
+    slots = first[rows] + place // _CHUNK * kind.step + group * _CHUNK + place % _CHUNK
     left = np.flatnonzero(rank >= room)  # these fill what stays free in their row
     is_free = np.ones(int(table[-1]) * kind.step, np.bool_)
     is_free[slots[rank < room]] = False

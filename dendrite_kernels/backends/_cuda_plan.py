@@ -16,12 +16,13 @@ GRID_LIMIT = 2**31 - 1
 _RESERVED = 1024  # bytes of shared memory that the driver keeps for each block
 _WARPS = (32, 16, 8, 4)
 _PARTIAL_BYTES = 64 << 20  # of partial sums are always granted; beyond, twice the gradient's size
-# A rough model in cycles of one multiprocessor; only ratios matter. Gathers of a warp from 2 (4)
-# different rows meet in a bank, less often for synapses that were dealt out by bank.
-_CONFLICTS = {1: 1.0, 2: 1.12, 4: 1.4}
+# A rough model in cycles of one multiprocessor; only ratios matter. Half a warp gathers from one
+# row of the tile, or from 2 (4) that may meet in a bank, less often when dealt out by bank.
+_CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.4}
+_ROW_COST = 12.0  # to finish a packed row, for a warp
 _CACHE_COST = 6.0  # of a gather from L2, relative to shared memory
 _CHUNK_COST = 3.0  # to load the indices and weights of eight synapses
-_CHUNK_LATENCY = {True: 60.0, False: 600.0}  # of one chunk in a warp alone, by Kind.shared
+_CHUNK_LATENCY = {True: 250.0, False: 900.0}  # of one chunk in a warp alone, by Kind.shared
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,19 @@ class Kind:
         return 32 // self.groups * self.vec
 
     @property
+    def banks(self) -> int:
+        """Rows of the tile that share the banks of shared memory, 128 bytes; a lane has 8."""
+        return max(1, self.groups // 2)
+
+    @property
     def step(self) -> int:
         """Synapses that a warp loads at once: rows are packed to a multiple."""
         return 8 if self.groups == 1 else 4 * self.groups
 
 
 KINDS = {
-    4: (Kind(2, 1, True), Kind(1, 1, True), Kind(1, 2, True), Kind(1, 4, True), Kind(2, 1, False)),
-    2: (Kind(4, 1, True), Kind(2, 1, True), Kind(2, 2, True), Kind(2, 4, True), Kind(4, 1, False)),
+    4: (*(Kind(2, groups, True) for groups in (1, 2, 4, 8)), Kind(2, 1, False)),
+    2: (*(Kind(4, groups, True) for groups in (1, 2, 4, 8)), Kind(4, 1, False)),
     8: (Kind(1, 1, True), Kind(1, 4, True), Kind(1, 1, False)),
 }  # by the bytes of a stored sample
 
@@ -65,6 +71,7 @@ class Work:
     batch: int
     gathered: int  # rows of the tile, without the row of zeros for pads
     outputs: int  # one for each warp: somas, or inputs in backward-input
+    rows: int  # of packed synapses: dendrites, or inputs in backward-input
     synapses: int
     itemsize: int  # bytes of a stored sample
 
@@ -161,10 +168,12 @@ def _block_cost(plan: TilePlan, work: Work, limits: Limits) -> float:
     kind, warps = plan.kind, plan.threads // 32
     row = kind.samples * work.itemsize / 128  # wavefronts for the samples of one synapse
     gather = row * (_CONFLICTS[kind.groups] if kind.shared else _CACHE_COST)
-    synapses = work.synapses / plan.parts
-    throughput = synapses * (gather + _CHUNK_COST / 8 / kind.groups)
-    chain = -(-work.outputs // (plan.parts * warps)) * work.synapses / max(work.outputs, 1)
-    latency = chain / kind.step * (_CHUNK_LATENCY[kind.shared] + gather * kind.step)
+    rows = max(work.rows, 1)
+    steps = -(-work.synapses // (rows * kind.step)) * rows  # pads and all
+    step_cost = kind.step * gather + _CHUNK_COST
+    throughput = (steps * step_cost + rows * _ROW_COST) / plan.parts
+    chain = -(-work.outputs // (plan.parts * warps)) * steps / max(work.outputs, 1)
+    latency = chain * (_CHUNK_LATENCY[kind.shared] + step_cost)
     if not kind.shared:
         return max(throughput, latency / _resident(plan, limits))
     stage = work.gathered * row * 2 + work.gathered / (4 * warps) * 16

@@ -186,7 +186,8 @@ def _forward(
         warps = y.shape[1] if cable is not None else -(-y.shape[1] // 32)
         few_blocks = min(-(-warps // 4), 16 * limits.multiprocessors)
     else:
-        work = Work(batch, inputs, y.shape[1], connectivity.nnz, x.itemsize)
+        rows = connectivity.num_dendrites
+        work = Work(batch, inputs, y.shape[1], rows, connectivity.nnz, x.itemsize)
         plan = _cuda_plan.plan_tiles(work, limits)
         layout = _rows(connectivity, x.device, plan.kind)
         if not plan.kind.shared:
@@ -222,7 +223,7 @@ def _backward(
     somas = None if cable is None else _somas(connectivity, device)
 
     plan = _cuda_plan.plan_weight(
-        Work(batch, inputs, outputs, connectivity.nnz, x.itemsize), limits
+        Work(batch, inputs, outputs, rows, connectivity.nnz, x.itemsize), limits
     )
     layout = _rows(connectivity, device, plan.kind)
     grad_v = _tiles(plan, grad, y, slope, False, True, stream)
@@ -269,7 +270,7 @@ def _backward_input(
 ) -> None:
     batch, inputs = dx.shape
     device, stream = dx.device, _stream(dx.device)
-    work = Work(batch, grad.shape[1], inputs, connectivity.nnz, weight.itemsize)
+    work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize)
     plan = _cuda_plan.plan_tiles(work, _limits(device.index))
     layout = _columns(connectivity, device, plan.kind, cable is not None)
     grad_v = _tiles(plan, grad, y, slope, layout.has_pads, True, stream)
