@@ -157,9 +157,15 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
   // often.
   const int64_t block_rows = call.batch * N * int64_t(sizeof(T)) <= kHotBytes ? 128 : 1024;
   const int64_t blocks = ceil_div(R, block_rows);
-  int64_t widest = 0;
-  for (int64_t r = 0; r < R; r += block_rows)
-    widest = max64(widest, net.crow[min64(R, r + block_rows)] - net.crow[r] + block_rows * L);
+  int64_t widest = 0;  // G of one block
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t size = 0;
+    for (int64_t p = block * block_rows; p < min64(R, (block + 1) * block_rows); ++p) {
+      const int64_t r = dendrite_at(net, p);
+      size += padded_row<T>(net.crow[r + 1] - net.crow[r]);
+    }
+    widest = max64(widest, size);
+  }
   Carver carver;
   const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
@@ -183,14 +189,16 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
   parallel(runtime, threads, [&](int64_t i) {
     T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * block_rows * kTile;
     for (int64_t block = blocks * i / threads; block < blocks * (i + 1) / threads; ++block) {
-      const int64_t r0 = block * block_rows, r1 = min64(R, r0 + block_rows);
+      const int64_t p0 = block * block_rows, p1 = min64(R, p0 + block_rows);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        gather_rows<T, V, Column>(net, call, r0, r1, tile, S ? soma + tile * S * kTile : nullptr,
+        gather_rows<T, V, Column>(net, call, p0, p1, tile, S ? soma + tile * S * kTile : nullptr,
                                   x + tile * N * kTile, tile == 0, q, G0, G);
       }
-      for (int64_t r = r0; r < r1; ++r) {
-        const T* row = G + (net.crow[r] - net.crow[r0]) + (r - r0) * L;
-        finish_row(net, call, r, G0[r], RowSums<T>{row, net.crow[r]});
+      const T* row = G;
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t r = dendrite_at(net, p);
+        finish_row(net, call, r, G0[p], RowSums<T>{row, net.crow[r]});
+        row += padded_row<T>(net.crow[r + 1] - net.crow[r]);
       }
     }
   });

@@ -122,6 +122,14 @@ class BoundTopology {
     net.group = group;
     net.blocks = column_ptr.size() - 1;
   }
+  void set_order(const Array<int32_t>& order, const Array<int32_t>& soma,
+                 const Array<int32_t>& crow, const py::array& columns, int64_t mixed_somas) {
+    net.order = keep(order);
+    net.soma = keep(soma);
+    net.ordered_crow = keep(crow);
+    net.ordered_columns = keep_any(columns);
+    net.mixed_somas = mixed_somas;
+  }
   Topology net{};
 
  private:
@@ -258,7 +266,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   py::class_<BoundTopology>(m, "Topology")
       .def(py::init<int64_t, const Array<int32_t>&, const py::array&, const Array<int32_t>&,
                     int64_t>())
-      .def("set_transposed", &BoundTopology::set_transposed);
+      .def("set_transposed", &BoundTopology::set_transposed)
+      .def("set_order", &BoundTopology::set_order);
   m.def(
       "poison_workspaces", [](bool on) { poison_workspaces = on; },
       "For tests: NaN in every workspace.");

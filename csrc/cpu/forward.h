@@ -77,6 +77,26 @@ DK_INLINE vec<T> leaky_relu(vec<T> u, vec<T> slope) {
   return u > vec<T>{} ? u : u * slope;
 }
 
+// visit(dendrite, u) for dendrites r0..r1-1 of one strip, two at a time: their accumulators hide
+// each other's latency.
+template <class T, int Tile, int FanIn, class Column, class Visit>
+DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
+                                 const T* x, int64_t r0, int64_t r1, const Visit& visit) {
+  constexpr int V = kStrip<T, Tile>;
+  int64_t r = r0;
+  for (; r + 2 <= r1; r += 2) {
+    vec<T> u[2 * V];
+    dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
+    visit(r, u);
+    visit(r + 1, u + V);
+  }
+  if (r < r1) {
+    vec<T> u[V];
+    dendrites<T, Tile, FanIn, 1, Column>(net, call, x, r, u);
+    visit(r, u);
+  }
+}
+
 // Somas s0..s1-1 of one strip -> y[soma - s0][tile]
 template <class T, int Tile, int FanIn, class Column>
 __attribute__((noinline)) void forward_somas(const dk::Topology& net,
@@ -90,27 +110,43 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
     vec<T> v[V];
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { v[t] = bias; });
-    const auto cable = [&](int64_t r, const vec<T>* u) DK_LAMBDA {
-      if (signs) store_signs<T, V>(signs + r, strip, u);
-      const vec<T> c = splat(call.cable[r]);
-      unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
-    };
-    int64_t r = net.soma_ptr[s];
-    const int64_t end = net.soma_ptr[s + 1];
-    for (; r + 2 <= end; r += 2) {
-      vec<T> u[2 * V];
-      dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
-      cable(r, u);
-      cable(r + 1, u + V);
-    }
-    if (r < end) {
-      vec<T> u[V];
-      dendrites<T, Tile, FanIn, 1, Column>(net, call, x, r, u);
-      cable(r, u);
-    }
+    for_each_dendrite<T, Tile, FanIn, Column>(
+        net, call, x, net.soma_ptr[s], net.soma_ptr[s + 1],
+        [&](int64_t r, const vec<T>* u) DK_LAMBDA {
+          if (signs) store_signs<T, V>(signs + r, strip, u);
+          const vec<T> c = splat(call.cable[r]);
+          unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
+        });
     T* out = y + (s - s0) * Tile;
     unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, leaky_relu<T>(v[t], slope)); });
   }
+}
+
+// The same for a packed call: the order mixes the dendrites of somas s0..s1-1, whose sums live in
+// y meanwhile.
+template <class T, int Tile, int FanIn, class Column>
+__attribute__((noinline)) void forward_mixed(const dk::Topology& net,
+                                             const dk::ForwardCall<T>& call, const T* x, int strip,
+                                             int64_t s0, int64_t s1, uint32_t* signs, T* y) {
+  constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
+  x += strip * V * L;
+  y += strip * V * L;
+  const vec<T> slope = splat(call.slope);
+  for (int64_t s = s0; s < s1; ++s) {
+    const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
+    unroll<V>([&](auto t) DK_LAMBDA { store(y + (s - s0) * Tile + t * L, bias); });
+  }
+  for_each_dendrite<T, Tile, FanIn, Column>(
+      net, call, x, net.soma_ptr[s0], net.soma_ptr[s1], [&](int64_t p, const vec<T>* u) DK_LAMBDA {
+        if (signs) store_signs<T, V>(signs + net.order[p], strip, u);
+        const vec<T> c = splat(call.cable[p]);
+        T* v = y + (net.soma[p] - s0) * Tile;
+        unroll<V>([&](auto t) DK_LAMBDA {
+          store(v + t * L, c * leaky_relu<T>(u[t], slope) + load(v + t * L));
+        });
+      });
+  for (T* v = y; v < y + (s1 - s0) * Tile; v += Tile)
+    unroll<V>([&](auto t) DK_LAMBDA { store(v + t * L, leaky_relu<T>(load(v + t * L), slope)); });
 }
 
 // Rows r0..r1-1 of one strip, no soma stage -> u[row - r0][tile]
@@ -121,89 +157,111 @@ __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::F
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L;
   y += strip * V * L;
-  int64_t r = r0;
-  for (; r + 2 <= r1; r += 2) {
-    vec<T> u[2 * V];
-    dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
-    unroll<2>([&](auto d) DK_LAMBDA {
-      unroll<V>([&](auto t) DK_LAMBDA { store(y + (r + d - r0) * Tile + t * L, u[d * V + t]); });
-    });
-  }
-  if (r < r1) {
-    vec<T> u[V];
-    dendrites<T, Tile, FanIn, 1, Column>(net, call, x, r, u);
-    unroll<V>([&](auto t) DK_LAMBDA { store(y + (r - r0) * Tile + t * L, u[t]); });
-  }
+  for_each_dendrite<T, Tile, FanIn, Column>(
+      net, call, x, r0, r1, [&](int64_t r, const vec<T>* u) DK_LAMBDA {
+        unroll<V>([&](auto t) DK_LAMBDA { store(y + (r - r0) * Tile + t * L, u[t]); });
+      });
 }
 
 template <class T>
 using ForwardKernel = void (*)(const dk::Topology&, const dk::ForwardCall<T>&, const T*, int,
                                int64_t, int64_t, uint32_t*, T*);
 
-template <class T, int Tile, class Column>
-ForwardKernel<T> pick_forward(int64_t fan_in, bool somas) {
-#define DK_FAN_IN(K) \
-  case K:            \
-    return somas ? forward_somas<T, Tile, K, Column> : forward_rows<T, Tile, K, Column>;
-  switch (fan_in) {
-    DK_FAN_IN(8)
-    DK_FAN_IN(16)
-    DK_FAN_IN(32)
-    DK_FAN_IN(48)
-    default:
-      return somas ? forward_somas<T, Tile, 0, Column> : forward_rows<T, Tile, 0, Column>;
-  }
-#undef DK_FAN_IN
+template <class T, int Tile, int FanIn, class Column>
+ForwardKernel<T> pick_stage(const dk::Topology& net, bool somas) {
+  if (!somas) return forward_rows<T, Tile, FanIn, Column>;
+  return net.order ? forward_mixed<T, Tile, FanIn, Column> : forward_somas<T, Tile, FanIn, Column>;
 }
 
-// First soma (or row) whose share of the work starts at or after `target`; a dendrite costs its
-// synapses and 4 more.
-DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outputs,
+template <class T, int Tile, class Column>
+ForwardKernel<T> pick_forward(const dk::Topology& net, bool somas) {
+  switch (net.fan_in) {
+    case 8:
+      return pick_stage<T, Tile, 8, Column>(net, somas);
+    case 16:
+      return pick_stage<T, Tile, 16, Column>(net, somas);
+    case 32:
+      return pick_stage<T, Tile, 32, Column>(net, somas);
+    case 48:
+      return pick_stage<T, Tile, 48, Column>(net, somas);
+    default:
+      return pick_stage<T, Tile, 0, Column>(net, somas);
+  }
+}
+
+// First soma (or row), of those that are multiples of `whole`, whose share of the work starts at or
+// after `target`; a dendrite costs its synapses and 4 more.
+DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outputs, int64_t whole,
                               int64_t target) {
-  int64_t lo = 0, hi = outputs;
+  int64_t lo = 0, hi = ceil_div(outputs, whole);
   while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2, r = somas ? net.soma_ptr[mid] : mid;
+    const int64_t mid = (lo + hi) / 2, r = somas ? net.soma_ptr[mid * whole] : mid * whole;
     if (net.crow[r] + 4 * r < target)
       lo = mid + 1;
     else
       hi = mid;
   }
-  return lo;
+  return min64(lo * whole, outputs);
+}
+
+// Topology and parameters of the dendrites in their order, so that they are read one after the
+// other: copied once, read for every tile.
+template <class T>
+void pack(const dk::Runtime& runtime, dk::Topology& net, dk::ForwardCall<T>& call, T* room) {
+  T *weight = room, *cable = weight + net.nnz, *bias = cable + net.rows;
+  const int64_t threads = useful_threads(runtime, net.nnz / 4);
+  parallel(runtime, threads, [&](int64_t thread) {
+    for (int64_t p = net.rows * thread / threads; p < net.rows * (thread + 1) / threads; ++p) {
+      const int64_t r = net.order[p], begin = net.crow[r];
+      T* out = weight + net.ordered_crow[p];
+      for (int64_t j = begin; j < net.crow[r + 1]; ++j) *out++ = call.weight[j];
+      cable[p] = call.cable[r];
+      if (call.dendrite_bias) bias[p] = call.dendrite_bias[r];
+    }
+  });
+  call.weight = weight;
+  call.cable = cable;
+  if (call.dendrite_bias) call.dendrite_bias = bias;
+  net.crow = net.ordered_crow;
+  net.columns = net.ordered_columns;
 }
 
 // Work is the line (tile 0, all outputs), (tile 1, all outputs), ...; every thread takes an equal
 // stretch of it and transposes the tiles that it meets for itself: no barrier, and a small batch
 // still splits over the outputs.
 template <class T, int Tile>
-void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
-                   const dk::Runtime& runtime) {
-  constexpr int kChunk = 16;  // outputs per transpose back
+void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime& runtime) {
   constexpr int kStrips = Tile / (kStrip<T, Tile> * kLanes<T>);
   const bool somas = call.cable != nullptr;
+  // Somas whose dendrites are mixed stay together. Outputs go back in chunks of whole vectors.
+  const int64_t whole = somas && net.order ? net.mixed_somas : 1, chunk = max64(16, whole);
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t tiles = ceil_div(call.batch, Tile), cost = net.nnz + 4 * net.rows,
                 total = tiles * cost;
   const int64_t threads = useful_threads(runtime, total);
-  const auto kernel = net.narrow ? pick_forward<T, Tile, uint16_t>(net.fan_in, somas)
-                                 : pick_forward<T, Tile, int32_t>(net.fan_in, somas);
+  const auto kernel = net.narrow ? pick_forward<T, Tile, uint16_t>(net, somas)
+                                 : pick_forward<T, Tile, int32_t>(net, somas);
   Carver carver;
+  const int64_t packed = somas && net.order ? carver.reserve<T>(net.nnz + 2 * net.rows) : 0;
   const int64_t x_tile = carver.reserve<T>(threads * N * Tile),
-                y_tile = carver.reserve<T>(threads * kChunk * Tile);
+                y_tile = carver.reserve<T>(threads * chunk * Tile);
   carver.allocate(runtime);
+  if (somas && net.order) pack(runtime, net, call, carver.at<T>(packed));
   parallel(runtime, threads, [&](int64_t thread) {
     const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
     T* xt = carver.at<T>(x_tile) + thread * N * Tile;
-    T* yt = carver.at<T>(y_tile) + thread * kChunk * Tile;
+    T* yt = carver.at<T>(y_tile) + thread * chunk * Tile;
     for (int64_t tile = begin / cost; tile < tiles && tile * cost < end; ++tile) {
-      const int64_t first = find_output(net, somas, outputs, begin - tile * cost);
-      const int64_t last =
-          (tile + 1) * cost <= end ? outputs : find_output(net, somas, outputs, end - tile * cost);
+      const int64_t first = find_output(net, somas, outputs, whole, begin - tile * cost);
+      const int64_t last = (tile + 1) * cost <= end
+                               ? outputs
+                               : find_output(net, somas, outputs, whole, end - tile * cost);
       if (first >= last) continue;
       const int64_t sample = tile * Tile, samples = min64(Tile, call.batch - sample);
       transpose_in<T, Tile / kLanes<T>>(Rows<T>{call.x + sample * N, N}, samples, 0, N, xt);
       uint32_t* signs = call.signs ? call.signs + tile * net.rows : nullptr;
-      for (int64_t o = first; o < last; o += kChunk) {
-        const int64_t stop = min64(last, o + kChunk);
+      for (int64_t o = first; o < last; o += chunk) {
+        const int64_t stop = min64(last, o + chunk);
         for (int strip = 0; strip < kStrips; ++strip)
           kernel(net, call, xt, strip, o, stop, signs, yt);
         transpose_out<T, Tile / kLanes<T>>(yt, stop - o, samples, call.y + sample * outputs + o,

@@ -13,6 +13,10 @@ DK_INLINE T cable_weight(const dk::BackwardCall<T>& call, int64_t r) {
   return call.cable ? call.cable[r] : T(1);
 }
 
+DK_INLINE int64_t dendrite_at(const dk::Topology& net, int64_t position) {
+  return net.order ? net.order[position] : position;
+}
+
 DK_INLINE int64_t soma_of(const dk::Topology& net, int64_t r) {
   int64_t lo = 0, hi = net.somas;  // the last soma that starts at or before r and is not empty
   while (hi - lo > 1) {
@@ -51,28 +55,28 @@ class SumStream {
   int count_ = 0;
 };
 
-// visit(row, q) for rows r0..r1-1 on one tile, q being V vectors; G0 += sum_b q.
-// soma_grad[soma][tile] is the gradient at the somas; null: q is the incoming gradient itself,
-// transposed into `buffer` first.
+// visit(position, q) for positions p0..p1-1 on one tile, q being V vectors;
+// G0[position] += sum_b q. soma_grad[soma][tile] is the gradient at the somas; null: q is the
+// incoming gradient itself, transposed into `buffer` first.
 template <class T, int V, class Visit>
-DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r0,
-                          int64_t r1, int64_t tile, const T* soma_grad, bool first, T* buffer,
+DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p0,
+                          int64_t p1, int64_t tile, const T* soma_grad, bool first, T* buffer,
                           T* G0, const Visit& visit) {
   constexpr int L = kLanes<T>, kTile = V * L;
-  SumStream<T> sums(G0 + r0, first);
-  const auto emit = [&](int64_t r, const vec<T>* q) DK_LAMBDA {
+  SumStream<T> sums(G0 + p0, first);
+  const auto emit = [&](int64_t p, const vec<T>* q) DK_LAMBDA {
     vec<T> sum = q[0];
     unroll<V - 1>([&](auto t) DK_LAMBDA { sum += q[t + 1]; });
     sums.push(sum);
-    visit(r, q);
+    visit(p, q);
   };
   const int64_t sample = tile * kTile;
   if (!soma_grad) {
     const Rows<T> grad{call.grad + sample * net.rows, net.rows};
-    transpose_in<T, V>(grad, min64(kTile, call.batch - sample), r0, r1, buffer);
-    for (int64_t r = r0; r < r1; ++r) {
+    transpose_in<T, V>(grad, min64(kTile, call.batch - sample), p0, p1, buffer);
+    for (int64_t r = p0; r < p1; ++r) {
       vec<T> q[V];
-      unroll<V>([&](auto t) DK_LAMBDA { q[t] = load(buffer + (r - r0) * kTile + t * L); });
+      unroll<V>([&](auto t) DK_LAMBDA { q[t] = load(buffer + (r - p0) * kTile + t * L); });
       emit(r, q);
     }
     sums.finish();
@@ -80,21 +84,32 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   }
   const int64_t last_word = (call.batch - 1) / 32;
   const vec<T> slope = splat(call.slope);
-  for (int64_t r = r0, s = soma_of(net, r0); r < r1; ++s) {
-    vec<T> active[V], inactive[V];
+  vec<T> active[V], inactive[V];
+  const auto enter_soma = [&](int64_t s) DK_LAMBDA {
     unroll<V>([&](auto t) DK_LAMBDA {
       active[t] = load(soma_grad + s * kTile + t * L);
       inactive[t] = slope * active[t];
     });
-    for (const int64_t end = min64(r1, net.soma_ptr[s + 1]); r < end; ++r) {
-      vec<T> q[V];
-      unroll<V>([&](auto t) DK_LAMBDA {
-        const int64_t b = sample + t * L;
-        const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
-        const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
-        q[t] = select_bits<T>(bits, active[t], inactive[t]);
-      });
-      emit(r, q);
+  };
+  const auto dendrite = [&](int64_t p, int64_t r) DK_LAMBDA {
+    vec<T> q[V];
+    unroll<V>([&](auto t) DK_LAMBDA {
+      const int64_t b = sample + t * L;
+      const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
+      const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
+      q[t] = select_bits<T>(bits, active[t], inactive[t]);
+    });
+    emit(p, q);
+  };
+  if (net.order) {
+    for (int64_t p = p0; p < p1; ++p) {
+      enter_soma(net.soma[p]);
+      dendrite(p, net.order[p]);
+    }
+  } else {
+    for (int64_t r = p0, s = soma_of(net, p0); r < p1; ++s) {
+      enter_soma(s);
+      for (const int64_t end = min64(p1, net.soma_ptr[s + 1]); r < end; ++r) dendrite(r, r);
     }
   }
   sums.finish();
@@ -294,19 +309,26 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
 
 // ---- without dx: gather rows of x in CSR order, no plan ----
 
-// G of rows r0..r1-1 on one tile, row r at gap(r) = crow[r] - crow[r0] + (r - r0) * kLanes, so that
-// each row may end in a whole vector without touching the next.
+// Room for G of a dendrite in gather_rows: it ends in a whole vector.
+template <class T>
+DK_INLINE int64_t padded_row(int64_t synapses) {
+  return ceil_div(synapses, kLanes<T>) * kLanes<T>;
+}
+
+// G of positions p0..p1-1 on one tile, one padded row after the other.
 template <class T, int V, class Column>
 __attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
-                                           int64_t r0, int64_t r1, int64_t tile, const T* soma_grad,
+                                           int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
                                            const T* x, bool first, T* buffer, T* G0, T* G) {
   constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
+  const int32_t* crow = net.order ? net.ordered_crow : net.crow;
+  const auto* columns = static_cast<const Column*>(net.order ? net.ordered_columns : net.columns);
+  T* out = G;
   for_each_q<T, V>(
-      net, call, r0, r1, tile, soma_grad, first, buffer, G0,
-      [&](int64_t r, const vec<T>* q) DK_LAMBDA {
-        const int64_t count = net.crow[r + 1] - net.crow[r];
-        const Column* column = static_cast<const Column*>(net.columns) + net.crow[r];
-        T* out = G + (net.crow[r] - net.crow[r0]) + (r - r0) * L;
+      net, call, p0, p1, tile, soma_grad, first, buffer, G0,
+      [&](int64_t p, const vec<T>* q) DK_LAMBDA {
+        const int64_t count = crow[p + 1] - crow[p];
+        const Column* column = columns + crow[p];
         const auto product = [&](int64_t k) DK_LAMBDA {
           const T* p = x + int64_t(column[k]) * kTile;
           vec<T> sum;

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..topology import Connectivity
-from . import _pool
+from . import _order, _pool
 
 
 @functools.cache
@@ -78,10 +78,28 @@ def _bind_transposed(connectivity: Connectivity) -> Any:
     return topology
 
 
-def _topology(connectivity: Connectivity, transposed: bool) -> Any:
-    if transposed:
-        return connectivity.cached("cpp transposed", lambda: _bind_transposed(connectivity))
+def _bind_ordered(connectivity: Connectivity) -> Any:
+    order = _order.visiting_order(connectivity)
+    if order is None:
+        return _topology(connectivity)
+    topology = _bind(connectivity)
+    topology.set_order(*order, _order.MIXED_SOMAS)
+    return topology
+
+
+def _topology(connectivity: Connectivity) -> Any:
+    """What needs no gradient of x and has no somas."""
     return connectivity.cached("cpp", lambda: _bind(connectivity))
+
+
+def _transposed(connectivity: Connectivity) -> Any:
+    """What needs the gradient of x."""
+    return connectivity.cached("cpp transposed", lambda: _bind_transposed(connectivity))
+
+
+def _ordered(connectivity: Connectivity) -> Any:
+    """What needs no gradient of x and has somas."""
+    return connectivity.cached("cpp ordered", lambda: _bind_ordered(connectivity))
 
 
 def dendritic_forward(
@@ -99,7 +117,7 @@ def dendritic_forward(
     y = x.new_empty((batch, connectivity.num_somas))
     signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
     _load()[0].forward(
-        _topology(connectivity, False),
+        _ordered(connectivity),
         x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
         y, signs if save_signs else None, _threads(),
     )  # fmt: skip
@@ -125,7 +143,7 @@ def dendritic_backward(
     dbs = new((connectivity.num_somas,))
     if batch:
         _load()[0].backward(
-            _topology(connectivity, need_x),
+            (_transposed if need_x else _ordered)(connectivity),
             grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, negative_slope,
             dx if need_x else None, dw, dbd, dc, dbs, _threads(),
         )  # fmt: skip
@@ -136,7 +154,7 @@ def sparse_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
 ) -> torch.Tensor:
     u = x.new_empty((x.shape[0], connectivity.num_dendrites))
-    topology = _topology(connectivity, False)
+    topology = _topology(connectivity)
     _load()[0].forward(topology, x, weight, bias, None, None, 1.0, u, None, _threads())
     return u
 
@@ -154,7 +172,7 @@ def sparse_backward(
     dw, db = new(weight.shape), new((connectivity.num_dendrites,))
     if batch:
         _load()[0].backward(
-            _topology(connectivity, need_x),
+            (_transposed if need_x else _topology)(connectivity),
             grad, x, None, None, weight, None, None, 1.0,
             dx if need_x else None, dw, db, None, None, _threads(),
         )  # fmt: skip
