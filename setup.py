@@ -37,9 +37,9 @@ FLAGS = [
 KERNEL_FLAGS = ["-fno-trapping-math", "-fno-math-errno"]
 ISA_FLAGS = {
     "kernels_base.cpp": [],
-    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ],
 }

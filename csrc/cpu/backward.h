@@ -43,8 +43,8 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
     const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
     const int64_t s0 = split<T>(S, i, runtime.threads), s1 = split<T>(S, i + 1, runtime.threads);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      transpose_in<T, V>(Rows<T>{call.x + tile * kTile * N, N}, samples(tile), n0, n1,
-                         x + (tile * N + n0) * kTile);
+      tile_in<T, V>(call.storage, call.x, tile * kTile, samples(tile), N, n0, n1,
+                    x + (tile * N + n0) * kTile);
       if (s0 < s1)
         soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
                             call.dsoma_bias);
@@ -85,7 +85,7 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
         for (int64_t e = 0; e < (n1 - n0) * kTile; e += kLanes<T>)
           store(sum + e, load(sum + e) + load(partial + e));
       }
-      transpose_out<T, V>(sum, n1 - n0, samples(tile), call.dx + tile * kTile * N + n0, N);
+      tile_out<T, V>(call.storage, sum, n1 - n0, samples(tile), call.dx, tile * kTile, N, n0);
     }
   });
 }
@@ -122,14 +122,14 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
       const bool first = tile == begin;
-      transpose_in<T, V>(Rows<T>{call.x + tile * kTile * N, N}, samples, 0, N, x);
+      tile_in<T, V>(call.storage, call.x, tile * kTile, samples, N, 0, N, x);
       if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
       for (int64_t block = 0; block < net.blocks; ++block) {
         const int64_t r0 = block * net.block_rows, r1 = min64(R, r0 + net.block_rows);
         make_q<T, V>(net, call, r0, r1, tile, S ? soma : nullptr, first, q, G0 + i * R);
         gather<T, V, Column>(net, block, weight, q, x, block == 0, first, dx, G + i * slots);
       }
-      transpose_out<T, V>(dx, N, samples, call.dx + tile * kTile * N, N);
+      tile_out<T, V>(call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
     }
   });
   parallel(runtime, min64(runtime.threads, net.blocks), [&](int64_t i) {
@@ -179,8 +179,8 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
     const int64_t s0 = split<T>(S, i, threads), s1 = split<T>(S, i + 1, threads);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
-      transpose_in<T, V>(Rows<T>{call.x + tile * kTile * N, N}, samples, n0, n1,
-                         x + (tile * N + n0) * kTile);
+      tile_in<T, V>(call.storage, call.x, tile * kTile, samples, N, n0, n1,
+                    x + (tile * N + n0) * kTile);
       if (s0 < s1)
         soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
                             call.dsoma_bias);

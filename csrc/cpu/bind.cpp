@@ -23,7 +23,8 @@ std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables{&kernels_base};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
@@ -146,24 +147,33 @@ class BoundTopology {
 
 // ---- calls ----
 
+// How x, y and their gradients are stored; everything else is of the type that sums are.
+struct Samples {
+  int64_t batch;
+  Storage storage;
+  Type type;
+};
+
 template <class T>
 void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
-             py::handle cable, py::handle soma_bias, double slope, py::handle y, py::handle signs,
-             int64_t batch, int threads,
+             py::handle cable, py::handle soma_bias, double slope, bool round_x, py::handle y,
+             py::handle signs, const Samples& samples, int threads,
              void (*kernel)(const Topology&, const ForwardCall<T>&, const Runtime&)) {
   const Topology& net = bound.net;
   ForwardCall<T> call{};
-  call.batch = batch;
-  call.x = pointer<T>(x, "x", {batch, net.in_features});
+  const int64_t batch = call.batch = samples.batch;
+  call.storage = samples.storage;
+  call.round_x = round_x;
+  call.x = checked(x, "x", samples.type, {batch, net.in_features});
   call.weight = pointer<T>(weight, "synapse_weight", {net.nnz});
   call.dendrite_bias = pointer_or_null<T>(dendrite_bias, "dendrite_bias", {net.rows});
   call.cable = pointer_or_null<T>(cable, "cable_weight", {net.rows});
   call.soma_bias = pointer_or_null<T>(soma_bias, "soma_bias", {net.somas});
   call.slope = T(slope);
-  call.y = pointer<T>(y, "y", {batch, call.cable ? net.somas : net.rows});
+  call.y = checked(y, "y", samples.type, {batch, call.cable ? net.somas : net.rows});
   if (!signs.is_none())
     call.signs =
-        static_cast<uint32_t*>(checked(signs, "signs", Type::i32, {(batch + 31) / 32, net.rows}));
+        static_cast<uint32_t*>(checked(signs, "signs", kInt32, {(batch + 31) / 32, net.rows}));
   if (batch == 0) return;
   py::gil_scoped_release release;
   Workspace workspace;
@@ -174,25 +184,26 @@ template <class T>
 void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::handle y,
               py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
               double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
-              py::handle dcable, py::handle dsoma_bias, int64_t batch, int threads,
+              py::handle dcable, py::handle dsoma_bias, const Samples& samples, int threads,
               void (*kernel)(const Topology&, const BackwardCall<T>&, const Runtime&)) {
   const Topology& net = bound.net;
   const bool somas = !cable.is_none();
   const int64_t outputs = somas ? net.somas : net.rows;
   BackwardCall<T> call{};
-  call.batch = batch;
-  call.grad = pointer<T>(grad, "grad", {batch, outputs});
-  call.x = pointer<T>(x, "x", {batch, net.in_features});
+  const int64_t batch = call.batch = samples.batch;
+  call.storage = samples.storage;
+  call.grad = checked(grad, "grad", samples.type, {batch, outputs});
+  call.x = checked(x, "x", samples.type, {batch, net.in_features});
   call.weight = pointer<T>(weight, "synapse_weight", {net.nnz});
   call.dendrite_bias = pointer_or_null<T>(dendrite_bias, "dendrite_bias", {net.rows});
   call.slope = T(slope);
-  call.dx = pointer_or_null<T>(dx, "grad of x", {batch, net.in_features});
+  if (!dx.is_none()) call.dx = checked(dx, "grad of x", samples.type, {batch, net.in_features});
   call.dweight = pointer<T>(dweight, "grad of synapse_weight", {net.nnz});
   call.ddendrite_bias = pointer<T>(ddendrite_bias, "grad of dendrite_bias", {net.rows});
   if (somas) {
-    call.y = pointer<T>(y, "y", {batch, outputs});
+    call.y = checked(y, "y", samples.type, {batch, outputs});
     call.signs =
-        static_cast<uint32_t*>(checked(signs, "signs", Type::i32, {(batch + 31) / 32, net.rows}));
+        static_cast<uint32_t*>(checked(signs, "signs", kInt32, {(batch + 31) / 32, net.rows}));
     call.cable = pointer<T>(cable, "cable_weight", {net.rows});
     call.dcable = pointer<T>(dcable, "grad of cable_weight", {net.rows});
     call.dsoma_bias = pointer<T>(dsoma_bias, "grad of soma_bias", {net.somas});
@@ -205,30 +216,37 @@ void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::han
   kernel(net, call, runtime(threads, workspace));
 }
 
-// Runs f(T(), batch) for the dtype and length of x.
+// Runs f(T(), samples) for the dtype and length of x, T being the type of sums.
 template <class F>
 void dispatch(py::handle x, const F& f) {
   const DLTensorAbi t = borrow(x, "x");
   if (t.ndim != 2) throw py::value_error("x: Expected 2 dimensions, got " + std::to_string(t.ndim));
-  if (has_type(t, Type::f32))
-    f(float(), t.shape[0]);
-  else if (has_type(t, Type::f64))
-    f(double(), t.shape[0]);
+  if (has_type(t, kFloat32))
+    f(float(), Samples{t.shape[0], Storage::full, kFloat32});
+  else if (has_type(t, kFloat64))
+    f(double(), Samples{t.shape[0], Storage::full, kFloat64});
+  else if (has_type(t, kBfloat16))
+    f(float(), Samples{t.shape[0], Storage::bf16, kBfloat16});
+  else if (has_type(t, kFloat16))
+    f(float(), Samples{t.shape[0], Storage::f16, kFloat16});
   else
-    throw py::type_error("x: Expected dtype float32 or float64, got another dtype");
+    throw py::type_error(
+        "x: Expected dtype float32, float64, bfloat16 or float16, got another dtype");
 }
 
 void any_forward(const BoundTopology& bound, py::handle x, py::handle weight,
                  py::handle dendrite_bias, py::handle cable, py::handle soma_bias, double slope,
-                 py::handle y, py::handle signs, int threads) {
-  dispatch(x, [&](auto zero, int64_t batch) {
+                 bool round_x, py::handle y, py::handle signs, int threads) {
+  dispatch(x, [&](auto zero, const Samples& samples) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 4)
-      forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, y, signs, batch, threads,
-                 table->forward_f32);
-    else
-      forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, y, signs, batch, threads,
-                 table->forward_f64);
+    const auto kernel = [] {
+      if constexpr (sizeof(T) == 4)
+        return table->forward_f32;
+      else
+        return table->forward_f64;
+    }();
+    forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, round_x, y, signs, samples,
+               threads, kernel);
   });
 }
 
@@ -236,14 +254,16 @@ void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py:
                   py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
                   double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
                   py::handle dcable, py::handle dsoma_bias, int threads) {
-  dispatch(x, [&](auto zero, int64_t batch) {
+  dispatch(x, [&](auto zero, const Samples& samples) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 4)
-      backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
-                  ddendrite_bias, dcable, dsoma_bias, batch, threads, table->backward_f32);
-    else
-      backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
-                  ddendrite_bias, dcable, dsoma_bias, batch, threads, table->backward_f64);
+    const auto kernel = [] {
+      if constexpr (sizeof(T) == 4)
+        return table->backward_f32;
+      else
+        return table->backward_f64;
+    }();
+    backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
+                ddendrite_bias, dcable, dsoma_bias, samples, threads, kernel);
   });
 }
 

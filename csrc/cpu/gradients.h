@@ -72,8 +72,8 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   };
   const int64_t sample = tile * kTile;
   if (!soma_grad) {
-    const Rows<T> grad{call.grad + sample * net.rows, net.rows};
-    transpose_in<T, V>(grad, min64(kTile, call.batch - sample), p0, p1, buffer);
+    tile_in<T, V>(call.storage, call.grad, sample, min64(kTile, call.batch - sample), net.rows, p0,
+                  p1, buffer);
     for (int64_t r = p0; r < p1; ++r) {
       vec<T> q[V];
       unroll<V>([&](auto t) DK_LAMBDA { q[t] = load(buffer + (r - p0) * kTile + t * L); });
@@ -296,8 +296,13 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
                    int64_t s0, int64_t s1, bool first, T* out, T* dsoma_bias) {
   constexpr int L = kLanes<T>, kTile = V * L;
   const int64_t sample = tile * kTile, S = net.somas;
-  const SomaGradient<T> source{call.grad + sample * S, call.y + sample * S, S, call.slope};
-  transpose_in<T, V>(source, min64(kTile, call.batch - sample), s0, s1, out);
+  with_storage<T>(call.storage, [&](auto* type) DK_LAMBDA {
+    using Stored = std::remove_pointer_t<decltype(type)>;
+    const Stored *grad = static_cast<const Stored*>(call.grad) + sample * S,
+                 *y = static_cast<const Stored*>(call.y) + sample * S;
+    const SomaGradient<T, Stored> source{grad, y, S, call.slope};
+    transpose_in<T, V>(source, min64(kTile, call.batch - sample), s0, s1, out);
+  });
   SumStream<T> sums(dsoma_bias + s0, first);
   for (int64_t s = s0; s < s1; ++s) {
     vec<T> sum{};

@@ -44,24 +44,34 @@ struct Runtime {
   void* workspace_context;
 };
 
+// What x, y and their gradients are stored as: float32 or float64 as T says, or 16-bit numbers that
+// are widened to float32. Parameters and their gradients are always T.
+enum class Storage { full, bf16, f16 };
+
 // cable == nullptr: no soma stage, y is u [B, R] (a sparse linear layer).
 template <class T>
 struct ForwardCall {
   int64_t batch;
-  const T *x, *weight, *dendrite_bias, *cable, *soma_bias;  // biases may be null
-  T* y;                                                     // [B, S] or [B, R]
-  uint32_t* signs;                                          // [ceil(B / 32), R] or null
+  Storage storage;
+  bool round_x;   // to bfloat16 on its way into the synapses (float32 only)
+  const void* x;  // [B, N]
+  const T *weight, *dendrite_bias, *cable, *soma_bias;  // biases may be null
+  void* y;                                              // [B, S] or [B, R]
+  uint32_t* signs;                                      // [ceil(B / 32), R] or null
   T slope;
 };
 
 template <class T>
 struct BackwardCall {
   int64_t batch;
-  const T *grad, *x, *y, *weight, *dendrite_bias, *cable;  // cable, y null: sparse linear
+  Storage storage;
+  const void *grad, *x, *y;                 // y null: sparse linear
+  const T *weight, *dendrite_bias, *cable;  // cable null: sparse linear
   const uint32_t* signs;
   T slope;
-  T *dx, *dweight, *ddendrite_bias, *dcable,
-      *dsoma_bias;  // dx null: not needed; dcable, dsoma_bias null: sparse linear
+  void* dx;  // null: not needed
+  T *dweight, *ddendrite_bias;
+  T *dcable, *dsoma_bias;  // null: sparse linear
 };
 
 struct KernelTable {

@@ -29,16 +29,15 @@ struct DLExchangeAbi {
   void* current_stream;
 };
 
-enum class Type { f32, f64, i32 };
-
-inline const char* type_name(Type type) {
-  return type == Type::f32 ? "float32" : type == Type::f64 ? "float64" : "int32";
-}
+struct Type {
+  uint8_t code, bits;  // DLPack's
+  const char* name;
+};
+constexpr Type kInt32{0, 32, "int32"}, kFloat32{2, 32, "float32"}, kFloat64{2, 64, "float64"},
+    kFloat16{2, 16, "float16"}, kBfloat16{4, 16, "bfloat16"};
 
 inline bool has_type(const DLTensorAbi& t, Type type) {
-  constexpr uint8_t kInt = 0, kFloat = 2;
-  const uint8_t code = type == Type::i32 ? kInt : kFloat, bits = type == Type::f64 ? 64 : 32;
-  return t.type_code == code && t.type_bits == bits && t.type_lanes == 1;
+  return t.type_code == type.code && t.type_bits == type.bits && t.type_lanes == 1;
 }
 
 // The table that torch.Tensor.__dlpack_c_exchange_api__ publishes; set once by configure().
@@ -67,7 +66,7 @@ inline void* checked(pybind11::handle object, const char* name, Type type,
   if (t.device_type != kCpu)
     throw pybind11::value_error(std::string(name) + ": Expected a CPU tensor, got another device");
   if (!has_type(t, type))
-    throw pybind11::type_error(std::string(name) + ": Expected dtype " + type_name(type) +
+    throw pybind11::type_error(std::string(name) + ": Expected dtype " + type.name +
                                ", got another dtype");
   bool same = t.ndim == int32_t(shape.size());
   for (int32_t i = 0; same && i < t.ndim; ++i) same = t.shape[i] == shape.begin()[i];
@@ -90,7 +89,7 @@ inline void* checked(pybind11::handle object, const char* name, Type type,
 
 template <class T>
 T* pointer(pybind11::handle object, const char* name, std::initializer_list<int64_t> shape) {
-  constexpr Type type = sizeof(T) == 8 ? Type::f64 : Type::f32;
+  constexpr Type type = sizeof(T) == 8 ? kFloat64 : kFloat32;
   return static_cast<T*>(checked(object, name, type, shape));
 }
 
