@@ -8,7 +8,6 @@ are the same two operators again, to any order and in both modes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,11 +36,16 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Maybe,
+        connectivity: Connectivity,
+        round_x: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.connectivity, ctx.has_bias = connectivity, bias is not None
-        return ops.run_sparse_forward(x, weight, bias, connectivity)
+        return ops.run_sparse_forward(x, weight, bias, connectivity, round_x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
@@ -50,7 +54,7 @@ class SparseLinear(torch.autograd.Function):
         recorded = torch.is_grad_enabled()  # create_graph=True
         run = SparseLinearBackward.apply if recorded else ops.run_sparse_backward
         dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+        return dx if need_x else None, dw, db if ctx.has_bias else None, None, None
 
 
 class TransformableSparseLinear(torch.autograd.Function):
@@ -208,10 +212,10 @@ class DendriticLayer(torch.autograd.Function):
         soma_bias: Maybe,
         connectivity: Connectivity,
         slope: float,
+        round_x: bool,
     ) -> torch.Tensor:
-        y, signs = ops.run_dendritic_forward(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
-        )
+        parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+        y, signs = ops.run_dendritic_forward(x, *parameters, connectivity, slope, True, round_x)
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
         ctx.connectivity, ctx.slope = connectivity, slope
         ctx.has_soma_bias = soma_bias is not None
@@ -226,7 +230,7 @@ class DendriticLayer(torch.autograd.Function):
             gradients = _composed_backward(grad, x, y, *parameters, *options)
         else:
             gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
-        return *_wanted(ctx, gradients, dendrite_bias), None, None
+        return *_wanted(ctx, gradients, dendrite_bias), None, None, None
 
 
 def _wanted(
@@ -257,7 +261,14 @@ def _composed_backward(
 
     The masks have no derivative: the activation is piecewise linear.
     """
-    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity)
+    if x.dtype in ops.LOW:  # in float32, rounded once
+        dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
+        dx, *gradients = _composed_backward(
+            grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
+            cable_weight.float(), connectivity, slope, need_x,
+        )  # fmt: skip
+        return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
+    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity, False)
     grad_v = torch.where(y > 0, grad, slope * grad)
     spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
     q = torch.where(u > 0, spread, slope * spread)
@@ -272,7 +283,8 @@ def _composed_backward(
 
 
 def _setup_dendritic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices, ctx.slope, saved = inputs
+    x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices = inputs[:8]
+    ctx.slope, saved = inputs[8:10]
     y, signs = output
     ctx.has_soma_bias, ctx.saved_signs = soma_bias is not None, saved
     ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices)
@@ -292,11 +304,11 @@ def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Mayb
         gradients = _composed_backward(grad, x, y, *parameters, connectivity, *options)
     else:
         gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
-    return *_wanted(ctx, gradients, dendrite_bias), *(None,) * 5
+    return *_wanted(ctx, gradients, dendrite_bias), *(None,) * 6
 
 
 def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, *indices = inputs
+    x, weight, bias, *indices, _ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, *indices)
 
@@ -310,7 +322,7 @@ def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         dx, dw, db = SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
     else:
         dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
-    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 3
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 4
 
 
 torch.library.register_autograd(
@@ -335,17 +347,26 @@ def _needs_grad(*tensors: Maybe) -> bool:
     return False
 
 
+def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to bfloat16, in the dtype of x; its gradient is that of x."""
+    rounded = x.bfloat16().to(x.dtype)
+    return torch.where(x.isfinite(), x + (rounded - x).detach(), rounded)
+
+
 def sparse_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity, round_x: bool
 ) -> torch.Tensor:
     """x [B, N] -> u [B, R]; arguments fit."""
-    run: Callable[..., torch.Tensor] = ops.run_sparse_forward
     if transforms_active():
         compiling = torch.compiler.is_compiling()
         run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
+        x = round_to_bfloat16(x) if round_x else x
+        u: torch.Tensor = run(x, weight, bias, connectivity)
     elif not torch.compiler.is_compiling() and _needs_grad(x, weight, bias):
-        run = SparseLinear.apply
-    return run(x, weight, bias, connectivity)
+        u = SparseLinear.apply(x, weight, bias, connectivity, round_x)
+    else:
+        u = ops.run_sparse_forward(x, weight, bias, connectivity, round_x)
+    return u
 
 
 def dendritic_layer(
@@ -356,17 +377,16 @@ def dendritic_layer(
     soma_bias: Maybe,
     connectivity: Connectivity,
     slope: float,
+    round_x: bool,
 ) -> torch.Tensor:
     """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0; arguments fit."""
     if transforms_active():
-        a = F.leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, connectivity), slope)
-        return F.leaky_relu(cable(a, cable_weight, soma_bias, connectivity), slope)
-    needs_grad = _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
+        u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, round_x)
+        v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
+        return F.leaky_relu(v, slope)
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    needs_grad = _needs_grad(x, *parameters)
     if needs_grad and not torch.compiler.is_compiling():
-        y: torch.Tensor = DendriticLayer.apply(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
-        )
+        y: torch.Tensor = DendriticLayer.apply(x, *parameters, connectivity, slope, round_x)
         return y
-    return ops.run_dendritic_forward(
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, needs_grad
-    )[0]
+    return ops.run_dendritic_forward(x, *parameters, connectivity, slope, needs_grad, round_x)[0]

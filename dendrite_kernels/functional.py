@@ -9,13 +9,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from . import _autograd
+from . import _autograd, ops
 from .reference import activation_function
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
-_LOW = (torch.float16, torch.bfloat16)  # computed in float32, rounded once
+_LOW = ops.LOW
 _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 # Piecewise linear through the origin: backward needs only the sign of what went in.
 _SLOPES = {"relu": 0.0, "identity": 1.0}
@@ -34,6 +34,12 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in _EXACT and dtype not in _LOW:
         expected = "float32, float64, bfloat16 or float16"
         raise TypeError(f"Expected {name} of dtype {expected}, got {dtype}")
+
+
+def check_precision(precision: str | None) -> None:
+    """ValueError unless the precision has a name."""
+    if precision not in (None, "bf16"):
+        raise ValueError(f"Expected precision None or 'bf16', got {precision!r}")
 
 
 def _require_connectivity(connectivity: Connectivity) -> None:
@@ -79,7 +85,7 @@ def _check(
     parameters: tuple[Maybe, ...],
     lengths: tuple[int, ...],
 ) -> torch.dtype | None:
-    """The low precision to round the output to, or None.
+    """The low precision that the output has, or None.
 
     Everything must fit before a kernel runs.
     """
@@ -126,17 +132,28 @@ def _unflatten(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def _takes_low(x: torch.Tensor) -> bool:
+    """Whether the operators take x in its low precision; transforms differentiate in float32."""
+    return x.dtype in _LOW and not _autograd.transforms_active()
+
+
 def sparse_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    connectivity: Connectivity,
+    *,
+    precision: str | None = None,
 ) -> torch.Tensor:
     """u = x W^T + bias with W [R, N] sparse: only the synapses that exist are computed.
 
     Args:
-        x: [..., N], any strides; float64, float32, or bfloat16 and float16, which are computed
-            in float32 and rounded once, as under autocast.
+        x: [..., N], any strides; float64, float32, or bfloat16 and float16, whose sums are
+            float32 and are rounded once, as under autocast.
         weight: [nnz], in the order of connectivity.col_indices.
         bias: [R] or None.
         connectivity: which inputs each of the R rows sees; its somas play no part.
+        precision: see dendritic_layer.
 
     Returns:
         [..., R].
@@ -147,13 +164,25 @@ def sparse_linear(
     _require_connectivity(connectivity)
     lengths = connectivity.nnz, connectivity.num_dendrites
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
+    round_x = _rounds(x, precision)
     if connectivity.is_dense:  # dense synapses are a matrix product
+        x = _autograd.round_to_bfloat16(x) if round_x else x
         return F.linear(
             x, weight.reshape(connectivity.num_dendrites, connectivity.in_features), bias
         )
-    if low is not None:
-        return _in_float32(partial(sparse_linear, connectivity=connectivity), low, x, weight, bias)
-    return _unflatten(_autograd.sparse_linear(_flatten(x), weight, bias, connectivity), x)
+    if low is not None and not _takes_low(x):
+        wide = partial(sparse_linear, connectivity=connectivity, precision=precision)
+        return _in_float32(wide, low, x, weight, bias)
+    u = _autograd.sparse_linear(_flatten(x), weight, bias, connectivity, round_x)
+    return _unflatten(u if low is None else u.to(low), x)
+
+
+def _rounds(x: torch.Tensor, precision: str | None) -> bool:
+    """Whether x must be rounded to bfloat16."""
+    check_precision(precision)
+    if precision is not None and x.dtype == torch.float64:
+        raise ValueError(f"Expected precision None for x of dtype {x.dtype}, got {precision!r}")
+    return precision is not None and x.dtype != torch.bfloat16
 
 
 def dendritic_layer(
@@ -166,6 +195,7 @@ def dendritic_layer(
     *,
     activation: str = "leaky_relu",
     negative_slope: float = 0.1,
+    precision: str | None = None,
 ) -> torch.Tensor:
     """A dendrosomatic layer: synapses -> dendrites -> cable -> somas.
 
@@ -176,8 +206,8 @@ def dendritic_layer(
     dendrite and sample; other activations keep u; dense synapses are a matrix product.
 
     Args:
-        x: [..., N], any strides; float64, float32, or bfloat16 and float16, which are computed
-            in float32 and rounded once, as under autocast.
+        x: [..., N], any strides; float64, float32, or bfloat16 and float16, whose sums are
+            float32 and are rounded once, as under autocast.
         synapse_weight: [nnz], in the order of connectivity.col_indices.
         dendrite_bias: [R] or None.
         cable_weight: [R].
@@ -185,6 +215,10 @@ def dendritic_layer(
         connectivity: which inputs each dendrite sees, which dendrites each soma owns.
         activation: leaky_relu, relu, identity, tanh, sigmoid, gelu, silu or elu, at both stages.
         negative_slope: of leaky_relu, >= 0 (the derivative at 0 is the slope, as in PyTorch).
+        precision: "bf16" lets forward round x to bfloat16, which may be faster where x is large:
+            each input is off by at most 2**-9 of itself, so that u is off by at most 2**-9 times
+            the sum of |w x|; nothing changes for integers up to 256, such as pixels. Weights, sums
+            and the backward pass stay as they are. Not for float64.
 
     Returns:
         [..., S].
@@ -200,15 +234,22 @@ def dendritic_layer(
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)
-    if low is not None and not connectivity.is_dense:
+    round_x = _rounds(x, precision)
+    slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
+    if low is not None and not c.is_dense and (slope is None or not _takes_low(x)):
         wide = partial(
-            dendritic_layer, connectivity=c, activation=activation, negative_slope=negative_slope
+            dendritic_layer,
+            connectivity=c,
+            activation=activation,
+            negative_slope=negative_slope,
+            precision=precision,
         )
         return _in_float32(wide, low, x, *tensors)
-    slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     if slope is None or connectivity.is_dense:
         phi = activation_function(activation, negative_slope)
-        a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))
+        u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
+        a = phi(u)
         y = phi(_autograd.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
-    return _unflatten(_autograd.dendritic_layer(_flatten(x), *tensors, c, slope), x)
+    y = _autograd.dendritic_layer(_flatten(x), *tensors, c, slope, round_x)
+    return _unflatten(y if low is None else y.to(low), x)

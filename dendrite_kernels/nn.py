@@ -62,6 +62,9 @@ class _Sparse(nn.Module):
         super().__setstate__(state)
         ops.index_tensors(self.connectivity)
 
+    def _precision_repr(self) -> str:
+        return "" if self.precision is None else f", precision={self.precision}"
+
     def described(self) -> Connectivity:
         """The connectivity that a state dict holds: of the whole layer, where this is a shard."""
         return self.connectivity
@@ -110,7 +113,8 @@ class DendriticLayer(_Sparse):
             that activations keep their scale. "paper": Glorot uniform with the fans of the dense
             matrices, then masked, as the official code does (paper.md section 1, item 12):
             small activations and a slow start. Biases start at 0.
-        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
+        precision: "bf16" rounds the input to bfloat16, see functional.dendritic_layer.
+        device, dtype: of the parameters; with float16 and bfloat16 sums are float32.
 
     Shape: [..., N] -> [..., S].
 
@@ -126,6 +130,7 @@ class DendriticLayer(_Sparse):
         activation: str = "leaky_relu",
         negative_slope: float = 0.1,
         init: Init = "fan_in",
+        precision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,7 +138,9 @@ class DendriticLayer(_Sparse):
         functional.check_activation(activation, negative_slope)
         functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         self.activation = activation
+        functional.check_precision(precision)
         self.negative_slope = float(negative_slope)
+        self.precision = precision
         c = connectivity
 
         def parameter(size: int) -> nn.Parameter:
@@ -169,13 +176,14 @@ class DendriticLayer(_Sparse):
             self.connectivity,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            precision=self.precision,
         )
 
     def extra_repr(self) -> str:
         slope = f"({self.negative_slope:g})" if self.activation == "leaky_relu" else ""
         bias = self.dendrite_bias is not None
         options = f"bias={bias}, activation={self.activation}{slope}, init={self.init}"
-        return f"{self.connectivity}, {options}"
+        return f"{self.connectivity}, {options}{self._precision_repr()}"
 
 
 class SparseLinear(_Sparse):
@@ -189,7 +197,8 @@ class SparseLinear(_Sparse):
         bias: whether outputs have one.
         init: "fan_in" or "paper", see DendriticLayer.
         negative_slope: of the leaky ReLU that follows, for the scale of "fan_in".
-        device, dtype: of the parameters; float16 and bfloat16 are computed in float32.
+        precision: "bf16" rounds the input to bfloat16, see functional.dendritic_layer.
+        device, dtype: of the parameters; with float16 and bfloat16 sums are float32.
 
     Shape: [..., N] -> [..., R].
 
@@ -204,13 +213,16 @@ class SparseLinear(_Sparse):
         bias: bool = True,
         init: Init = "fan_in",
         negative_slope: float = 0.1,
+        precision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(connectivity, init)
         functional.check_activation("leaky_relu", negative_slope)
         functional.check_dtype("parameters", dtype or torch.get_default_dtype())
+        functional.check_precision(precision)
         self.negative_slope = float(negative_slope)
+        self.precision = precision
         rows = connectivity.num_dendrites
         self.weight = nn.Parameter(torch.empty(connectivity.nnz, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
@@ -227,7 +239,10 @@ class SparseLinear(_Sparse):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., R]
-        return functional.sparse_linear(x, self.weight, self.bias, self.connectivity)
+        return functional.sparse_linear(
+            x, self.weight, self.bias, self.connectivity, precision=self.precision
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.connectivity}, bias={self.bias is not None}, init={self.init}"
+        options = f"bias={self.bias is not None}, init={self.init}{self._precision_repr()}"
+        return f"{self.connectivity}, {options}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .backends import select
+from .backends import Backend, select
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
@@ -23,14 +23,18 @@ _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor soma_ptr"
 library = torch.library.Library("dendrite_kernels", "DEF")
 library.define(
     "dendritic_forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor cable_weight,"
-    f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs) -> (Tensor, Tensor)"
+    f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs,"
+    " bool round_x=False) -> (Tensor, Tensor)"
 )
 library.define(
     "dendritic_backward(Tensor grad, Tensor x, Tensor y, Tensor signs, Tensor synapse_weight,"
     f" Tensor? dendrite_bias, Tensor cable_weight, {_INDICES}, float negative_slope, bool need_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}) -> Tensor")
+library.define(
+    f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}, bool round_x=False)"
+    " -> Tensor"
+)
 library.define(
     f"sparse_backward(Tensor grad, Tensor x, Tensor weight, {_INDICES}, bool need_x)"
     " -> (Tensor, Tensor, Tensor)"
@@ -85,6 +89,36 @@ def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"Expected grad of {x.shape[0]} rows like x, got shape {list(grad.shape)}")
 
 
+LOW = (torch.float16, torch.bfloat16)  # samples may be stored as these; sums are float32
+
+
+def _samples(backend: Backend, t: torch.Tensor) -> torch.Tensor:
+    """x, y or a gradient of theirs as the backend takes it."""
+    return _plain(t.float() if t.dtype in LOW and not backend.STORES_LOW else t)
+
+
+def _parameter(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A parameter as backends take it: float32 beside samples of low precision."""
+    return _plain(t.float() if x.dtype in LOW else t)
+
+
+def _optional(t: Maybe, x: torch.Tensor) -> Maybe:
+    return None if t is None else _parameter(t, x)
+
+
+def _rounded(
+    backend: Backend, x: torch.Tensor, round_x: bool
+) -> tuple[torch.Tensor, tuple[bool, ...]]:
+    """x as the backend takes it, and the last argument if the backend must still round x."""
+    if round_x and not backend.ROUNDS_X:
+        x, round_x = x.bfloat16().to(x.dtype), False
+    return _samples(backend, x), (True,) if round_x else ()
+
+
+def _like(parameter: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(g.to(parameter.dtype) for g in gradients)
+
+
 def _compute_dendritic_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -94,17 +128,22 @@ def _compute_dendritic_forward(
     connectivity: Connectivity,
     negative_slope: float,
     save_signs: bool,
+    round_x: bool = False,  # the dispatcher leaves defaults out
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return select(x.device).dendritic_forward(
-        _plain(x),
-        _plain(synapse_weight),
-        None if dendrite_bias is None else _plain(dendrite_bias),
-        _plain(cable_weight),
-        None if soma_bias is None else _plain(soma_bias),
+    backend = select(x.device)
+    samples, rounds = _rounded(backend, x, round_x)
+    y, signs = backend.dendritic_forward(
+        samples,
+        _parameter(synapse_weight, x),
+        _optional(dendrite_bias, x),
+        _parameter(cable_weight, x),
+        _optional(soma_bias, x),
         connectivity,
         negative_slope,
         save_signs,
+        *rounds,
     )
+    return y.to(x.dtype), signs
 
 
 def _compute_dendritic_backward(
@@ -120,29 +159,34 @@ def _compute_dendritic_backward(
     need_x: bool,
 ) -> Five:
     _check_batch(grad, x)
-    return select(x.device).dendritic_backward(
-        _plain(grad),
-        _plain(x),
-        _plain(y),
+    backend = select(x.device)
+    dx, *gradients = backend.dendritic_backward(
+        _samples(backend, grad),
+        _samples(backend, x),
+        _samples(backend, y),
         signs.reshape(-1, connectivity.num_dendrites).contiguous(),
-        _plain(synapse_weight),
-        None if dendrite_bias is None else _plain(dendrite_bias),
-        _plain(cable_weight),
+        _parameter(synapse_weight, x),
+        _optional(dendrite_bias, x),
+        _parameter(cable_weight, x),
         connectivity,
         negative_slope,
         need_x,
     )
+    dw, dbd, dc, dbs = _like(synapse_weight, *gradients)
+    return dx.to(x.dtype), dw, dbd, dc, dbs
 
 
 def _compute_sparse_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    connectivity: Connectivity,
+    round_x: bool = False,
 ) -> torch.Tensor:
-    return select(x.device).sparse_forward(
-        _plain(x),
-        _plain(weight),
-        None if bias is None else _plain(bias),
-        connectivity,
-    )
+    backend = select(x.device)
+    samples, rounds = _rounded(backend, x, round_x)
+    parameters = _parameter(weight, x), _optional(bias, x)
+    return backend.sparse_forward(samples, *parameters, connectivity, *rounds).to(x.dtype)
 
 
 def _compute_sparse_backward(
@@ -153,9 +197,16 @@ def _compute_sparse_backward(
     need_x: bool,
 ) -> Three:
     _check_batch(grad, x)
-    return select(x.device).sparse_backward(
-        _plain(grad), _plain(x), _plain(weight), connectivity, need_x
+    backend = select(x.device)
+    dx, *gradients = backend.sparse_backward(
+        _samples(backend, grad),
+        _samples(backend, x),
+        _parameter(weight, x),
+        connectivity,
+        need_x,
     )
+    dw, db = _like(weight, *gradients)
+    return dx.to(x.dtype), dw, db
 
 
 def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable[..., Any]:
@@ -226,9 +277,10 @@ def run_dendritic_forward(
     connectivity: Connectivity,
     negative_slope: float,
     save_signs: bool,
+    round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
-    options = negative_slope, save_signs
+    options = negative_slope, save_signs, round_x
     if not _observed(x, synapse_weight):
         return _compute_dendritic_forward(x, *parameters, connectivity, *options)
     result: tuple[torch.Tensor, torch.Tensor] = dendritic_forward(
@@ -258,11 +310,15 @@ def run_dendritic_backward(
 
 
 def run_sparse_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    connectivity: Connectivity,
+    round_x: bool = False,
 ) -> torch.Tensor:
     if not _observed(x, weight):
-        return _compute_sparse_forward(x, weight, bias, connectivity)
-    u: torch.Tensor = sparse_forward(x, weight, bias, *index_tensors(connectivity))
+        return _compute_sparse_forward(x, weight, bias, connectivity, round_x)
+    u: torch.Tensor = sparse_forward(x, weight, bias, *index_tensors(connectivity), round_x)
     return u
 
 
@@ -294,6 +350,7 @@ def _fake_dendritic_forward(
     soma_ptr: torch.Tensor,
     negative_slope: float,
     save_signs: bool,
+    round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     words = (x.shape[0] + 31) // 32 if save_signs else 0
     signs = x.new_empty(words * cable_weight.shape[0], dtype=torch.int32)
@@ -317,8 +374,8 @@ def _fake_dendritic_backward(
 ) -> Five:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
     rows, somas = cable_weight.shape[0], soma_ptr.shape[0] - 1
-    dw = x.new_empty(synapse_weight.shape)
-    return dx, dw, x.new_empty(rows), x.new_empty(rows), x.new_empty(somas)
+    new = synapse_weight.new_empty
+    return dx, new(synapse_weight.shape), new(rows), new(rows), new(somas)
 
 
 @torch.library.register_fake("dendrite_kernels::sparse_forward", lib=library)
@@ -329,6 +386,7 @@ def _fake_sparse_forward(
     crow_indices: torch.Tensor,
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
+    round_x: bool = False,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], crow_indices.shape[0] - 1))
 
@@ -344,7 +402,7 @@ def _fake_sparse_backward(
     need_x: bool,
 ) -> Three:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
-    return dx, x.new_empty(weight.shape), x.new_empty(crow_indices.shape[0] - 1)
+    return dx, weight.new_empty(weight.shape), weight.new_empty(crow_indices.shape[0] - 1)
 
 
 # ---- torch.func.vmap ----

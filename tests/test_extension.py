@@ -23,7 +23,7 @@ from test_backends import output
 from torch import Tensor
 
 import dendrite_kernels as dk
-from dendrite_kernels.backends import cpp
+from dendrite_kernels.backends import _order, cpp
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION: Any = cpp._load()[0]
@@ -128,7 +128,7 @@ def call(kind: str, **changed: Any) -> None:
     dk.use_backend(None)
     c = network()
     values: dict[str, Any] = {
-        "topology": cpp._topology(c, transposed=True),
+        "topology": cpp._transposed(c),
         "grad": torch.randn(33, 10),
         "x": torch.randn(33, 30),
         "y": torch.zeros(33, 10),
@@ -138,6 +138,7 @@ def call(kind: str, **changed: Any) -> None:
         "cable_weight": torch.randn(40),
         "soma_bias": torch.randn(10),
         "slope": 0.1,
+        "round_x": False,
         "dx": torch.empty(33, 30),
         "dw": torch.empty(240),
         "dbd": torch.empty(40),
@@ -150,7 +151,7 @@ def call(kind: str, **changed: Any) -> None:
     order = {
         "forward": (
             "topology", "x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias",
-            "slope", "y", "signs", "threads",
+            "slope", "round_x", "y", "signs", "threads",
         ),
         "backward": (
             "topology", "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias",
@@ -234,7 +235,7 @@ def test_only_some_tensors_are_optional(kind: str, name: str) -> None:
 
 @needs_extension
 def test_gradient_of_x_needs_the_plan() -> None:
-    topology = cpp._topology(network(), transposed=False)
+    topology = cpp._topology(network())
     with pytest.raises(ValueError, match=r"Expected a transposed plan .*, got none"):
         call("backward", topology=topology)
     call("backward", topology=topology, dx=None)
@@ -261,7 +262,7 @@ topology = _cpu.Topology(2, np.array([0, 1], np.int32), np.array([1], np.uint16)
                          np.array([0, 1], np.int32), 1)
 x = torch.ones(1, 2)
 try:
-    _cpu.forward(topology, x, x[0, :1], None, None, None, 1.0, x[:, :1], None, 1)
+    _cpu.forward(topology, x, x[0, :1], None, None, None, 1.0, False, x[:, :1], None, 1)
 except TypeError as error:
     assert "Expected a torch.Tensor" in str(error)
 else:
@@ -356,6 +357,7 @@ def run_guarded(at_end: bool) -> None:
         dk.connectivity.random(3, 1, 1, 1, seed=0),
         dk.connectivity.random(17, 40, 30, 5, seed=0),  # two blocks
         dk.connectivity.random(70_000, 3, 2, 8, seed=0),  # wide columns
+        dk.connectivity.local_receptive_fields((9, 7), 70, 3, 16, seed=0),  # an order
         dk.Connectivity.from_mask(rng.random((40, 61)) < 0.2, soma_ptr=[0, 0, 1, 7, 7, 36, 40]),
         dk.Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
     ]
@@ -378,26 +380,38 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
         return fenced(torch.full(shape, torch.nan, dtype=dtype))
 
     plan = c.transposed
-    topology = EXTENSION.Topology(
-        c.in_features,
-        guard(c.crow_indices.numpy(), at_end),
-        guard(c.columns, at_end),
-        guard(c.soma_ptr.numpy(), at_end),
-        c.fan_in or 0,
+    topology, ordered = (
+        EXTENSION.Topology(
+            c.in_features,
+            guard(c.crow_indices.numpy(), at_end),
+            guard(c.columns, at_end),
+            guard(c.soma_ptr.numpy(), at_end),
+            c.fan_in or 0,
+        )
+        for _ in range(2)
     )
+    order = _order.visiting_order(c)
+    if order is not None:
+        ordered.set_order(*(guard(a, at_end) for a in order), _order.MIXED_SOMAS)
     arrays = plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot
     topology.set_transposed(plan.block_rows, plan.group, *(guard(a, at_end) for a in arrays))
     x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
     cable, bs, grad = draw(c.num_dendrites), draw(c.num_somas), draw(batch, c.num_somas)
     y, words = blank(batch, c.num_somas), (batch + 31) // 32
     signs = fenced(torch.full((words, c.num_dendrites), -1, dtype=torch.int32))
-    EXTENSION.forward(topology, x, w, bd, cable, bs, 0.1, y, signs, 2)
     dx, dw, dbd = blank(batch, c.in_features), blank(c.nnz), blank(c.num_dendrites)
     dc, dbs = blank(c.num_dendrites), blank(c.num_somas)
-    for wanted in (dx, None):
-        EXTENSION.backward(
-            topology, grad, x, y, signs, w, bd, cable, 0.1, wanted, dw, dbd, dc, dbs, 2
-        )
+
+    def run(x: Tensor, y: Tensor, grad: Tensor, dx: Tensor, round_x: bool = False) -> None:
+        for net, wanted in ((topology, dx), (ordered, None)):
+            EXTENSION.forward(net, x, w, bd, cable, bs, 0.1, round_x, y, signs, 2)
+            EXTENSION.backward(
+                net, grad, x, y, signs, w, bd, cable, 0.1, wanted, dw, dbd, dc, dbs, 2
+            )
+
+    if dtype == torch.float32:
+        check_low_precision(fenced, run, [x, y, grad, dx])
+    run(x, y, grad, dx)
     leaves = [t.double().requires_grad_() for t in (x, w, bd, cable, bs)]
     function: Any = oracle.dendritic_layer
     exact = function(*leaves, c, 0.1)
@@ -405,7 +419,7 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     found = oracle.errors([y, dx, dw, dbd, dc, dbs], [exact.detach(), *gradients])
     assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
     u, grad_u = blank(batch, c.num_dendrites), draw(batch, c.num_dendrites)
-    EXTENSION.forward(topology, x, w, bd, None, None, 1.0, u, None, 2)
+    EXTENSION.forward(topology, x, w, bd, None, None, 1.0, False, u, None, 2)
     for wanted in (dx, None):
         EXTENSION.backward(
             topology, grad_u, x, None, None, w, None, None, 1.0, wanted, dw, dbd, None, None,
@@ -416,3 +430,23 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     gradients = torch.autograd.grad(exact, leaves[:3], grad_u.double())
     found = oracle.errors([u, dx, dw, dbd], [exact.detach(), *gradients])
     assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
+
+
+def check_low_precision(
+    fenced: Callable[[Tensor], Tensor], run: Callable[..., None], samples: list[Tensor]
+) -> None:
+    """Samples of 16 bits give what the same numbers in float32 give, rounded; samples: x, y, grad,
+    dx."""
+    for low in (torch.bfloat16, torch.float16):
+        # numpy knows no bfloat16: fence the bits
+        narrow = [fenced(t.to(low).view(torch.int16)).view(low) for t in samples]
+        run(*narrow)
+        wide = [fenced(t.float()) for t in narrow]
+        run(*wide)
+        assert torch.equal(narrow[1], wide[1].to(low))
+        assert torch.equal(narrow[3], wide[3].to(low))
+    x, y, grad, dx = samples
+    rounded = fenced(x.bfloat16().float()), fenced(y.clone()), grad, dx
+    run(*rounded)
+    run(x, y, grad, dx, round_x=True)
+    assert torch.equal(y, rounded[1])

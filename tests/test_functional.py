@@ -32,14 +32,14 @@ NETWORKS: dict[str, Callable[[], Connectivity]] = {
     "fan-in 7": lambda: dk.connectivity.random(90, 5, 3, 7, constant_fan_in=True, seed=0),
     "variable fan-in": lambda: dk.connectivity.random(100, 12, 4, 16, seed=0),
     "ragged": lambda: ragged(61, 40, [0, 0, 1, 7, 7, 36, 40]),
-    "receptive fields": lambda: dk.connectivity.local_receptive_fields((9, 7), 10, 3, 16, seed=0),
+    "receptive fields": lambda: dk.connectivity.local_receptive_fields((9, 7), 150, 3, 16, seed=0),
     "colour": lambda: dk.connectivity.global_receptive_fields((8, 8), 6, 4, 16, channels=3, seed=0),
     "D=1": lambda: dk.connectivity.random(50, 37, 1, 8, seed=0),
     "S=1": lambda: dk.connectivity.random(50, 1, 70, 9, seed=0),
     "N=1": lambda: Connectivity.from_csr([0, 1, 1, 2, 3], [0, 0, 0], 1, dendrites_per_soma=2),
     "no synapse": lambda: Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
     "wide": lambda: dk.connectivity.random(65537, 9, 4, 12, constant_fan_in=True, seed=0),
-    "several blocks": lambda: dk.connectivity.random(40, 50, 45, 5, seed=0),
+    "several blocks": lambda: dk.connectivity.random(40, 130, 18, 5, seed=0),
 }
 
 

@@ -25,6 +25,12 @@ Maybe = torch.Tensor | None
 class Backend(Protocol):
     """The functions of a backend. B samples, N inputs, R dendrites, S somas; contiguous tensors."""
 
+    # Takes x, y and their gradients as bfloat16 and float16, then with float32 parameters; of the
+    # others, all tensors of a call are float32 or all float64.
+    STORES_LOW: bool
+    # Rounds x to bfloat16 on its way into the synapses where asked; others are never asked.
+    ROUNDS_X: bool
+
     def unavailable(self) -> str | None:
         """Why this backend cannot serve here, or None if it can."""
 
@@ -41,6 +47,7 @@ class Backend(Protocol):
         connectivity: Connectivity,
         negative_slope: float,
         save_signs: bool,
+        round_x: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y [B, S] and sign words int32 [ceil(B / 32), R] ([0, R] unless save_signs).
 
@@ -63,7 +70,12 @@ class Backend(Protocol):
         """dx [B, N] ([0, N] unless need_x), dw [nnz], dbd [R], dc [R], dbs [S]."""
 
     def sparse_forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Maybe,
+        connectivity: Connectivity,
+        round_x: bool = False,
     ) -> torch.Tensor:
         """u [B, R]."""
 

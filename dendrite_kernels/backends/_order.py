@@ -19,7 +19,7 @@ from ..topology import Connectivity
 # Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
 MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
 _SAMPLE = 4096  # pairs of neighbours that are looked at
-_SHARED = 0.2  # of a dendrite's inputs its neighbour must share for an order to pay
+_SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
 
 class Order(NamedTuple):
@@ -80,24 +80,27 @@ def _measure_gain(connectivity: Connectivity) -> bool:
     pair = np.unique(np.linspace(0, rows - 2, min(rows - 1, _SAMPLE), dtype=np.int64))
     by_centre = np.argsort(_centres(connectivity), kind="stable")
     sorted_share = _shared(connectivity, by_centre[pair], by_centre[pair + 1])
-    return sorted_share > _SHARED and sorted_share > 1.5 * _shared(connectivity, pair, pair + 1)
+    return sorted_share > _SHARED and sorted_share > 2 * _shared(connectivity, pair, pair + 1)
 
 
 def _shared(connectivity: Connectivity, one: Array, other: Array) -> float:
     """Which part of the inputs of dendrites `one` [P] their partners in `other` see as well."""
     crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
-    both = [_inputs_of_pairs(crow, col, part, connectivity.in_features) for part in (one, other)]
-    return np.intersect1d(*both, assume_unique=True).size / max(1, both[0].size)
+    inputs = connectivity.in_features
+    mine, its = (_inputs_of_pairs(crow, col, rows, inputs) for rows in (one, other))
+    return np.intersect1d(mine, its, assume_unique=True).size / max(1, mine.size)
 
 
 def _inputs_of_pairs(crow: Array, col: Array, rows: Array, inputs: int) -> Array:
     """pair * N + input for each input of dendrite rows[pair]: int64, unique."""
     pair = np.repeat(np.arange(rows.size, dtype=np.int64), crow[rows + 1] - crow[rows])
-    return pair * inputs + col[_synapses_of(crow, rows)]
+    unique: Array = pair * inputs + col[_synapses_of(crow, rows)]
+    return unique
 
 
 def _synapses_of(crow: Array, rows: Array) -> Array:
     """CSR positions of the synapses of `rows`, row after row: int64."""
     lengths = (crow[rows + 1] - crow[rows]).astype(np.int64)
     ends = np.cumsum(lengths)
-    return np.arange(lengths.sum()) + np.repeat(crow[rows] - (ends - lengths), lengths)
+    synapses: Array = np.arange(lengths.sum()) + np.repeat(crow[rows] - (ends - lengths), lengths)
+    return synapses

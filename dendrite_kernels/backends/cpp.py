@@ -11,6 +11,9 @@ import torch
 from ..topology import Connectivity
 from . import _order, _pool
 
+STORES_LOW = True
+ROUNDS_X = True
+
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
@@ -111,6 +114,7 @@ def dendritic_forward(
     connectivity: Connectivity,
     negative_slope: float,
     save_signs: bool,
+    round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = x.shape[0]
     words = (batch + 31) // 32 if save_signs else 0
@@ -118,7 +122,7 @@ def dendritic_forward(
     signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
     _load()[0].forward(
         _ordered(connectivity),
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope, round_x,
         y, signs if save_signs else None, _threads(),
     )  # fmt: skip
     return y, signs
@@ -137,7 +141,8 @@ def dendritic_backward(
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, inputs = x.shape
-    new = x.new_empty if batch else x.new_zeros  # no sample, no kernel: gradients are zero
+    like = synapse_weight  # of its dtype are the gradients of parameters
+    new = like.new_empty if batch else like.new_zeros  # no sample, no kernel: they are zero
     dx = x.new_empty((batch if need_x else 0, inputs))
     dw, dbd, dc = new(synapse_weight.shape), new(cable_weight.shape), new(cable_weight.shape)
     dbs = new((connectivity.num_somas,))
@@ -151,11 +156,15 @@ def dendritic_backward(
 
 
 def sparse_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    connectivity: Connectivity,
+    round_x: bool = False,
 ) -> torch.Tensor:
     u = x.new_empty((x.shape[0], connectivity.num_dendrites))
     topology = _topology(connectivity)
-    _load()[0].forward(topology, x, weight, bias, None, None, 1.0, u, None, _threads())
+    _load()[0].forward(topology, x, weight, bias, None, None, 1.0, round_x, u, None, _threads())
     return u
 
 
@@ -167,7 +176,7 @@ def sparse_backward(
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, inputs = x.shape
-    new = x.new_empty if batch else x.new_zeros
+    new = weight.new_empty if batch else weight.new_zeros
     dx = x.new_empty((batch if need_x else 0, inputs))
     dw, db = new(weight.shape), new((connectivity.num_dendrites,))
     if batch:

@@ -21,6 +21,9 @@ from ._cuda_plan import Kind, Limits, TilePlan, Work
 Maybe = torch.Tensor | None
 _ALIGNMENT = 16  # bytes, of vector loads
 
+STORES_LOW = True
+ROUNDS_X = False
+
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:

@@ -38,6 +38,9 @@ _SIGN_BITS = 32  # samples per word of `signs`
 
 # --- what is there ---
 
+STORES_LOW = False
+ROUNDS_X = False
+
 
 @functools.cache
 def unavailable() -> str | None:

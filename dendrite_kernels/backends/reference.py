@@ -9,6 +9,9 @@ import torch
 from .. import reference
 from ..topology import Connectivity
 
+STORES_LOW = False
+ROUNDS_X = False
+
 
 def unavailable() -> str | None:
     return None

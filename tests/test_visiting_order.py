@@ -1,0 +1,132 @@
+"""The order in which C++ kernels visit dendrites: when there is one, and that nobody sees it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import dendrite_kernels as dk
+from dendrite_kernels import Connectivity
+from dendrite_kernels.backends import _order, cpp
+
+needs_cpp = pytest.mark.skipif(
+    not dk.backend_info()["cpp"]["available"], reason="the C++ backend was not built"
+)
+SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
+
+
+def uneven(seed: int = 0) -> Connectivity:
+    """Somas of 0 to 5 dendrites of 0 to 20 synapses."""
+    rng = np.random.default_rng(seed)
+    soma_ptr = np.concatenate(([0], np.cumsum(rng.integers(0, 6, SOMAS))))
+    mask = rng.random((soma_ptr[-1], 60)) < rng.random((soma_ptr[-1], 1)) * 0.3
+    return Connectivity.from_mask(torch.from_numpy(mask), soma_ptr=soma_ptr)
+
+
+def pruned_fields() -> Connectivity:
+    """Local receptive fields that lost synapses here and there."""
+    full = dk.connectivity.local_receptive_fields((16, 16), SOMAS, 4, 25, seed=0)
+    mask = full.to_mask() & (torch.rand(full.num_dendrites, full.in_features) < 0.9)
+    return Connectivity.from_mask(mask, dendrites_per_soma=4)
+
+
+ORDERED: dict[str, Callable[[], Connectivity]] = {
+    "local": lambda: dk.connectivity.local_receptive_fields((16, 12), SOMAS, 5, 16, seed=0),
+    "colour": lambda: dk.connectivity.local_receptive_fields(
+        (12, 12), SOMAS, 3, 16, channels=3, seed=0
+    ),
+    "few somas": lambda: dk.connectivity.local_receptive_fields((9, 9), 3, 40, 16, seed=0),
+    "pruned": pruned_fields,
+    "variable": lambda: dk.connectivity.random(90, SOMAS, 6, 12, seed=0),
+    "uneven": uneven,
+}
+NATURAL: dict[str, Callable[[], Connectivity]] = {
+    "constant": lambda: dk.connectivity.random(90, SOMAS, 6, 12, constant_fan_in=True, seed=0),
+    "global": lambda: dk.connectivity.global_receptive_fields((20, 20), SOMAS, 16, 16, seed=0),
+    "one dendrite": lambda: Connectivity.from_csr([0, 3], [0, 1, 2], 4),
+    "no synapse": lambda: Connectivity.from_csr([0, 0, 0], [], 4),
+    "sorted already": lambda: Connectivity.from_mask(
+        torch.ones(40, 40).tril(3).triu(-3).bool(), dendrites_per_soma=4
+    ).stack([dk.connectivity.random(40, 10, 4, 7, constant_fan_in=True, seed=0)]),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
+    c = ORDERED[name]()
+    order = _order.visiting_order(c)
+    assert order is not None
+    dendrite = order.dendrite.astype(np.int64)
+    assert np.array_equal(np.sort(dendrite), np.arange(c.num_dendrites))
+    soma_ptr, crow = c.soma_ptr.numpy(), c.crow_indices.numpy()
+    soma = np.searchsorted(soma_ptr, np.arange(c.num_dendrites), side="right") - 1
+    assert np.array_equal(order.soma, soma[dendrite])
+    for first in range(0, c.num_somas, _order.MIXED_SOMAS):
+        stop = min(first + _order.MIXED_SOMAS, c.num_somas)
+        part = dendrite[soma_ptr[first] : soma_ptr[stop]]
+        assert np.array_equal(np.sort(part), np.arange(soma_ptr[first], soma_ptr[stop]))
+    for position, r in enumerate(dendrite):
+        here = order.columns[order.crow[position] : order.crow[position + 1]]
+        assert np.array_equal(here, c.col_indices[crow[r] : crow[r + 1]])
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_no_order_where_it_gains_nothing(name: str) -> None:
+    assert _order.visiting_order(NATURAL[name]()) is None
+
+
+def test_neighbours_share_inputs_or_have_the_same_length() -> None:
+    local = ORDERED["local"]()
+    order = _order.visiting_order(local)
+    assert order is not None
+    columns = order.columns.reshape(-1, 16)
+    shared = [np.intersect1d(a, b).size for a, b in itertools.pairwise(columns)]
+    assert np.mean(shared) > 5
+    order = _order.visiting_order(uneven())
+    assert order is not None
+    steps = np.diff(np.diff(order.crow))
+    assert (steps < 0).sum() == 2  # ascending within each of the three groups
+
+
+@needs_cpp
+@pytest.mark.parametrize("batch", [1, 16, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ORDERED)
+def test_results_do_not_depend_on_the_order(
+    name: str, dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each dendrite's sum is the same number; only sums of several are added in another order."""
+    c = ORDERED[name]()
+    same = Connectivity.from_csr(c.crow_indices, c.col_indices, c.in_features, c.soma_ptr)
+    ordered = results(c, batch, dtype)
+    monkeypatch.setattr(_order, "visiting_order", lambda c: None)
+    natural = results(same, batch, dtype)
+    assert torch.equal(ordered.pop("signs"), natural.pop("signs"))
+    for result, value in ordered.items():
+        assert oracle.relative_error(value, natural[result]) < 40 * torch.finfo(dtype).eps, result
+
+
+def results(c: Connectivity, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Forward, then the backward that needs no dx from fixed y and signs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    x, weight = draw(batch, c.in_features), draw(c.nnz)
+    bias, cable, soma_bias = draw(c.num_dendrites), draw(c.num_dendrites), draw(c.num_somas)
+    grad, y_fixed = draw(batch, c.num_somas), draw(batch, c.num_somas)
+    y, signs = cpp.dendritic_forward(x, weight, bias, cable, soma_bias, c, 0.1, True)
+    names = "dw", "dbd", "dc", "dbs"
+    gradients = cpp.dendritic_backward(grad, x, y_fixed, signs, weight, bias, cable, c, 0.1, False)[
+        1:
+    ]
+    bits = torch.arange(32)
+    unpacked = (signs[:, None] >> bits[:, None] & 1).flatten(0, 1)[:batch]
+    return {"y": y, "signs": unpacked, **dict(zip(names, gradients, strict=True))}
