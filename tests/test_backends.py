@@ -121,7 +121,7 @@ def test_report_of_the_cpp_backend() -> None:
 @needs_numba
 def test_report_of_the_numba_backend() -> None:
     entry = dk.backend_info()["numba"]
-    assert entry["isa"] in ("base", "avx2", "avx512")
+    assert entry["isa"] in ("base", "avx2", "avx512", "neon")
     assert entry["numba"]
     assert entry["llvmlite"]
     assert entry["cache"] == "on" or entry["cache"].startswith("off: ")

@@ -156,7 +156,7 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
       vec<T> product;
       unroll<V>([&](auto t) DK_LAMBDA {
         const vec<T> value = in_register(load(p + t * L));
-        acc[t] = w * value + acc[t];
+        acc[t] = in_order(w * value + acc[t]);
         product = t == 0 ? value * xv[t] : value * xv[t] + product;
       });
       return product;

@@ -1,7 +1,10 @@
-// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. The only intrinsics
-// are the two that move comparison results between lanes and bits. Everything sits in an unnamed
-// namespace: each ISA unit gets its own copy and no weak symbol can leak from one unit into
-// another.
+// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. Intrinsics are for
+// what compilers do not find by themselves: bits of comparisons, broadcasts of lanes, sums of
+// lanes. Everything sits in an unnamed namespace: each ISA unit gets its own copy and no weak
+// symbol can leak from one unit into another.
+//
+// Which ISA follows from the unit's compiler flags; only NEON, which no flag tells from the
+// portable code since every aarch64 CPU has it, is asked for with DK_NEON.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +14,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(DK_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -27,6 +30,13 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+// Vectors of samples that a kernel works on at once: forward those of two dendrites, backward those
+// of x, of dx and of q. Twice as many need the 32 registers, and pay where a vector is short.
+#if defined(DK_NEON)
+constexpr int kTileVectors = 8;
+#else
+constexpr int kTileVectors = 4;
 #endif
 
 template <class T>
@@ -75,6 +85,15 @@ DK_INLINE V in_register(V v) {
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
+#endif
+  return v;
+}
+// A vector that is computed here and no later: GCC moves such work past a branch, where what it
+// needs is spilled by then. (x86 compilers were seen to leave it alone.)
+template <class V>
+DK_INLINE V in_order(V v) {
+#if defined(DK_NEON)
+  asm volatile("" : "+w"(v));
 #endif
   return v;
 }
@@ -149,6 +168,39 @@ template <class T, int... I>
 DK_INLINE typename Simd<T>::mask lane_bits_impl(std::integer_sequence<int, I...>) {
   return typename Simd<T>::mask{(1 << I)...};
 }
+// Bit i in lane i.
+template <class T>
+DK_INLINE typename Simd<T>::mask lane_bits() {
+  return lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// The same of V vectors, the first in the lowest bits.
+template <class T, int V>
+DK_INLINE uint32_t positive_bits(const vec<T>* u) {
+#if defined(DK_NEON)
+  // A lane collects one bit of each vector; adding up the lanes is slow and done once.
+  const auto bits = [&](int t) DK_LAMBDA { return (u[t] > vec<T>{}) & lane_bits<T>(); };
+  auto collected = bits(V - 1);
+  unroll<V - 1>([&](auto i) DK_LAMBDA {
+    constexpr int kShift = kLanes<T>;
+    if constexpr (sizeof(T) == 4)
+      collected = (decltype(collected))vsliq_n_s32((int32x4_t)bits(V - 2 - i), (int32x4_t)collected,
+                                                   kShift);
+    else
+      collected = (decltype(collected))vsliq_n_s64((int64x2_t)bits(V - 2 - i), (int64x2_t)collected,
+                                                   kShift);
+  });
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(vaddvq_s32((int32x4_t)collected));
+  else
+    return uint32_t(vaddvq_s64((int64x2_t)collected));
+#else
+  uint32_t bits = 0;
+  unroll<V>([&](auto t) DK_LAMBDA { bits |= positive_bits<T>(u[t]) << (t * kLanes<T>); });
+  return bits;
+#endif
+}
+
 // Lane i is `set` where bit i is 1, `clear` where it is 0. Bits past the lanes are ignored.
 template <class T>
 DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
@@ -159,8 +211,7 @@ DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
     return (vec<T>)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)clear, (__m512d)set);
 #else
   using mask = typename Simd<T>::mask;
-  const mask lane = lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
-  return ((mask{} + int32_t(bits)) & lane) != 0 ? set : clear;
+  return ((mask{} + int32_t(bits)) & lane_bits<T>()) != 0 ? set : clear;
 #endif
 }
 
@@ -248,10 +299,18 @@ DK_INLINE vec<T> fold_blocks(vec<T> a, vec<T> b) {
 // v[i] in that block.
 template <class T>
 DK_INLINE vec<T> fold_group(const vec<T>* v) {
+#if defined(DK_NEON)
+  if constexpr (sizeof(T) == 4)
+    return (vec<T>)vpaddq_f32(vpaddq_f32((float32x4_t)v[0], (float32x4_t)v[1]),
+                              vpaddq_f32((float32x4_t)v[2], (float32x4_t)v[3]));
+  else
+    return (vec<T>)vpaddq_f64((float64x2_t)v[0], (float64x2_t)v[1]);
+#else
   if constexpr (sizeof(T) == 4)
     return fold_units<T, 2>(fold_units<T, 1>(v[0], v[1]), fold_units<T, 1>(v[2], v[3]));
   else
     return fold_units<T, 1>(v[0], v[1]);
+#endif
 }
 // Finishes kLanes / kBlockLanes group folds: lane i of the result is the whole sum of the i-th
 // vector.
@@ -275,12 +334,19 @@ DK_INLINE vec<T> lane_sums(const vec<T>* v) {
 }
 template <class T>
 DK_INLINE T lane_sum(vec<T> v) {
+#if defined(DK_NEON)
+  if constexpr (sizeof(T) == 4)
+    return vaddvq_f32((float32x4_t)v);
+  else
+    return vaddvq_f64((float64x2_t)v);
+#else
   constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
   if constexpr (kGroups >= 2) v = fold_blocks<T>(v, v);
   if constexpr (kGroups == 4) v = fold_blocks<T>(v, v);
   v = fold_units<T, 1>(v, v);
   if constexpr (sizeof(T) == 4) v = fold_units<T, 2>(v, v);
   return v[0];
+#endif
 }
 
 // In-register transpose of a kLanes x kLanes matrix: 128-bit blocks inside, then the blocks among
