@@ -88,12 +88,18 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
     });
     for (const int64_t end = min64(r1, net.soma_ptr[s + 1]); r < end; ++r) {
       vec<T> q[V];
-      unroll<V>([&](auto t) DK_LAMBDA {
-        const int64_t b = sample + t * L;
-        const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
-        const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
-        q[t] = select_bits<T>(bits, active[t], inactive[t]);
-      });
+      if constexpr (V > 4) {  // short vectors: the whole tile lies in one word
+        static_assert(32 % kTile == 0);
+        const uint32_t bits = call.signs[sample / 32 * net.rows + r] >> (sample % 32);
+        select_bits<T, V>(bits, active, inactive, q);
+      } else {
+        unroll<V>([&](auto t) DK_LAMBDA {
+          const int64_t b = sample + t * L;
+          const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
+          const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
+          q[t] = select_bits<T>(bits, active[t], inactive[t]);
+        });
+      }
       emit(r, q);
     }
   }

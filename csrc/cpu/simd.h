@@ -215,6 +215,16 @@ DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
 #endif
 }
 
+// The same of V vectors that share one word of bits, the first the lowest.
+template <class T, int V>
+DK_INLINE void select_bits(uint32_t bits, const vec<T>* set, const vec<T>* clear, vec<T>* out) {
+  using mask = typename Simd<T>::mask;
+  const mask all = mask{} + int32_t(bits);
+  unroll<V>([&](auto t) DK_LAMBDA {
+    out[t] = (all & lane_bits<T>() << (t * kLanes<T>)) != 0 ? set[t] : clear[t];
+  });
+}
+
 // ---- shuffles ----
 
 template <class V, class F, int... I>
