@@ -8,12 +8,14 @@ VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all test-neon test-sanitize lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
 	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
 	@echo 'make test         run the tests; make test-all: the slow ones too'
+	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
+	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
@@ -28,6 +30,12 @@ test: .venv/.installed-test
 
 test-all: .venv/.installed-test
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+test-neon: .venv/.installed-test
+	$(VENV_PYTHON) -m tests.cpu_kernels.build neon
+
+test-sanitize: .venv/.installed-test
+	$(VENV_PYTHON) -m tests.cpu_kernels.build sanitize
 
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .

@@ -42,10 +42,14 @@ ISA_FLAGS = {
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ],
+    # Scheduled before registers are given out, loads run so far ahead that accumulators spill.
+    "kernels_neon.cpp": ["-fno-schedule-insns"],
 }
+X86_UNITS = ["kernels_base.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
+ARM_UNITS = ["kernels_base.cpp", "kernels_neon.cpp"]
+UNITS = {"x86_64": X86_UNITS, "amd64": X86_UNITS, "aarch64": ARM_UNITS, "arm64": ARM_UNITS}
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildOptional(build_ext):
@@ -91,10 +95,10 @@ class BuildOptional(build_ext):
 
 def cpu_extension() -> Extension:
     room = Path("csrc", "cpu")
-    isas = sorted(ISA_FLAGS) if IS_X86 else ["kernels_base.cpp"]
+    units = UNITS.get(platform.machine().lower(), ["kernels_base.cpp"])
     return Extension(
         "dendrite_kernels._cpu",
-        sources=[str(room / name) for name in ["bind.cpp", *isas]],
+        sources=[str(room / name) for name in ["bind.cpp", *units]],
         depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in room.glob(pattern)),
         include_dirs=[pybind11.get_include()],
         extra_compile_args=FLAGS,

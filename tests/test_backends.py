@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -121,10 +123,24 @@ def test_report_of_the_cpp_backend() -> None:
 @needs_numba
 def test_report_of_the_numba_backend() -> None:
     entry = dk.backend_info()["numba"]
-    assert entry["isa"] in ("base", "avx2", "avx512")
+    assert entry["isa"] in ("base", "avx2", "avx512", "neon")
     assert entry["numba"]
     assert entry["llvmlite"]
     assert entry["cache"] == "on" or entry["cache"].startswith("off: ")
+
+
+@needs_numba
+def test_numba_takes_neon_on_arm_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One environment variable serves both backends."""
+    token = importlib.import_module("dendrite_kernels.backends._numba_token")
+    monkeypatch.setenv("DENDRITE_KERNELS_ISA", "neon")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with pytest.raises(RuntimeError, match=r"Expected DENDRITE_KERNELS_ISA among .*, got 'neon'"):
+        token.isa.__wrapped__()
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert token.isa.__wrapped__() == "neon"
+    monkeypatch.delenv("DENDRITE_KERNELS_ISA")
+    assert token.isa.__wrapped__() in token.ISA_BITS
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -6,7 +6,6 @@ import ctypes
 import importlib
 import mmap
 import re
-import runpy
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,15 +16,14 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-import setuptools
 import torch
 from test_backends import output
 from torch import Tensor
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import _order, cpp
+from tests.cpu_kernels import build
 
-ROOT = Path(__file__).resolve().parents[1]
 EXTENSION: Any = cpp._load()[0]
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="_cpu was not built")
 
@@ -37,10 +35,10 @@ def tool(name: str) -> str:
     return found
 
 
-def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
+def symbols(file: Path, *options: str, nm: str = "nm") -> list[tuple[str, str]]:
     """(type, name) of each symbol, as nm prints them."""
     printed = subprocess.run(
-        [tool("nm"), *options, str(file)], capture_output=True, text=True, check=True
+        [tool(nm), *options, str(file)], capture_output=True, text=True, check=True
     ).stdout
     return [(m[1], m[2]) for m in re.finditer(r"^(?:[0-9a-f]+)? +([A-Za-z]) (\S+)", printed, re.M)]
 
@@ -77,35 +75,22 @@ def test_extension_links_no_openmp_library() -> None:
 # What its parts export
 
 
-def setup_constants() -> dict[str, Any]:
-    """Of setup.py, which is run with nothing to build."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        patch.chdir(ROOT)
-        return runpy.run_path(str(ROOT / "setup.py"))
-
-
-def test_instruction_set_units_share_no_symbol(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["native", pytest.param("neon", marks=pytest.mark.slow)])
+def test_instruction_set_units_share_no_symbol(target: str) -> None:
     """A weak symbol (an inline function of the standard library, say) that two units define is
     linked once, from any of them: an old CPU would then meet instructions it does not have.
     """
-    compiler, setup = tool("g++"), setup_constants()
-    if not (ROOT / "csrc").is_dir() or not setup["IS_X86"]:
-        pytest.skip("needs the sources and an x86 compiler")
-
-    def compile_one(source: str) -> Path:
-        made = tmp_path / f"{source}.o"
-        flags = [*setup["FLAGS"], "-fPIC", *setup["KERNEL_FLAGS"], *setup["ISA_FLAGS"][source]]
-        unit = ROOT / "csrc" / "cpu" / source
-        subprocess.run([compiler, *flags, "-c", str(unit), "-o", str(made)], check=True)
-        return made
-
-    units = [source for source, flags in setup["ISA_FLAGS"].items() if flags]  # base may share
+    reason = build.missing(target)
+    if reason is not None:
+        pytest.skip(reason)
+    units = build.units(target)[1:]  # base may share
+    if not units:
+        pytest.skip(f"base only on {build.HOST}")
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, units))
+        objects = list(pool.map(lambda unit: build.compile_unit(target, unit), units))
     exported = []
     for made in objects:
-        found = symbols(made)
+        found = symbols(made, nm=f"{build.TARGETS[target].prefix}nm")
         assert [s for s in found if s[0] in "WwVvu"] == [], made.name
         exported += [name for kind, name in found if kind.isupper() and kind != "U"]
         assert {name for kind, name in found if kind == "U"} <= {
@@ -307,7 +292,7 @@ print(test_extension.EXTENSION.isa())
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "neon"])
 def test_kernels_of_each_instruction_set(isa: str) -> None:
     """The environment chooses them. They are exact, and stay within their arrays: each array of a
     call lies against a page that may not be touched, where a stray load or store ends the process.

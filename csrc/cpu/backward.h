@@ -221,15 +221,16 @@ void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
 template <class T, class Column>
 void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
-  // Four vectors of samples per tile hide the latency of the broadcasts. Two keep x in the cache
+  // The vectors of samples of one tile hide the latency of the broadcasts. Two keep x in the cache
   // where N is large (AVX-512 only: elsewhere four are few already), and waste less on a small
   // batch.
-  if constexpr (4 * kLanes<T> > 32) {
-    const int64_t wide = 4 * kLanes<T>, tile_bytes = net.in_features * wide * int64_t(sizeof(T));
+  if constexpr (kTileVectors * kLanes<T> > 32) {
+    const int64_t wide = kTileVectors * kLanes<T>,
+                  tile_bytes = net.in_features * wide * int64_t(sizeof(T));
     if (tile_bytes > runtime.l2_bytes / 2 || call.batch <= wide / 2)
       return backward_tiled<T, 2, Column>(net, call, runtime);
   }
-  backward_tiled<T, 4, Column>(net, call, runtime);
+  backward_tiled<T, kTileVectors, Column>(net, call, runtime);
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "kernels.h"
 #include "tensor.h"
 #include "workspace.h"
@@ -18,21 +19,6 @@ namespace dk {
 namespace {
 
 // ---- ISA ----
-
-std::vector<const KernelTable*> supported_tables() {
-  std::vector<const KernelTable*> tables{&kernels_base};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (avx2) tables.push_back(&kernels_avx2);
-  if (avx512) tables.push_back(&kernels_avx512);
-#endif
-  return tables;
-}
 
 // The best supported table, or the one that DENDRITE_KERNELS_ISA names (empty counts as unset).
 const KernelTable* pick_table() {

@@ -9,7 +9,7 @@ namespace {
 // A tile is computed in strips of this many vectors: as many accumulators as the registers hold for
 // two dendrites at once.
 template <class T, int Tile>
-constexpr int kStrip = Tile / kLanes<T> < 4 ? Tile / kLanes<T> : 4;
+constexpr int kStrip = Tile / kLanes<T> < kTileVectors ? Tile / kLanes<T> : kTileVectors;
 
 // acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded a
 // 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
@@ -68,8 +68,7 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
 template <class T, int V>
 DK_INLINE void store_signs(uint32_t* word, int strip, const vec<T>* u) {
   constexpr int kBits = V * kLanes<T>;
-  uint32_t bits = 0;
-  unroll<V>([&](auto t) DK_LAMBDA { bits |= positive_bits<T>(u[t]) << (t * kLanes<T>); });
+  const uint32_t bits = positive_bits<T, V>(u);
   memcpy(reinterpret_cast<char*>(word) + strip * kBits / 8, &bits, kBits / 8);
 }
 

@@ -93,12 +93,18 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   };
   const auto dendrite = [&](int64_t p, int64_t r) DK_LAMBDA {
     vec<T> q[V];
-    unroll<V>([&](auto t) DK_LAMBDA {
-      const int64_t b = sample + t * L;
-      const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
-      const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
-      q[t] = select_bits<T>(bits, active[t], inactive[t]);
-    });
+    if constexpr (V > 4) {  // short vectors: the whole tile lies in one word
+      static_assert(32 % kTile == 0);
+      const uint32_t bits = call.signs[sample / 32 * net.rows + r] >> (sample % 32);
+      select_bits<T, V>(bits, active, inactive, q);
+    } else {
+      unroll<V>([&](auto t) DK_LAMBDA {
+        const int64_t b = sample + t * L;
+        const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
+        const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
+        q[t] = select_bits<T>(bits, active[t], inactive[t]);
+      });
+    }
     emit(p, q);
   };
   if (net.order) {
@@ -171,7 +177,7 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
       vec<T> product;
       unroll<V>([&](auto t) DK_LAMBDA {
         const vec<T> value = in_register(load(p + t * L));
-        acc[t] = w * value + acc[t];
+        acc[t] = in_order(w * value + acc[t]);
         product = t == 0 ? value * xv[t] : value * xv[t] + product;
       });
       return product;

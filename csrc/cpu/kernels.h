@@ -82,6 +82,6 @@ struct KernelTable {
   void (*backward_f64)(const Topology&, const BackwardCall<double>&, const Runtime&);
 };
 
-extern const KernelTable kernels_base, kernels_avx2, kernels_avx512;
+extern const KernelTable kernels_base, kernels_avx2, kernels_avx512, kernels_neon;
 
 }  // namespace dk

@@ -1,7 +1,10 @@
-// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. The only intrinsics
-// are the two that move comparison results between lanes and bits. Everything sits in an unnamed
-// namespace: each ISA unit gets its own copy and no weak symbol can leak from one unit into
-// another.
+// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. Intrinsics are for
+// what compilers do not find by themselves: bits of comparisons, broadcasts of lanes, sums of
+// lanes. Everything sits in an unnamed namespace: each ISA unit gets its own copy and no weak
+// symbol can leak from one unit into another.
+//
+// Which ISA follows from the unit's compiler flags; only NEON, which no flag tells from the
+// portable code since every aarch64 CPU has it, is asked for with DK_NEON.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +14,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(DK_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -27,6 +30,13 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+// Vectors of samples that a kernel works on at once: forward those of two dendrites, backward those
+// of x, of dx and of q. Twice as many need the 32 registers, and pay where a vector is short.
+#if defined(DK_NEON)
+constexpr int kTileVectors = 8;
+#else
+constexpr int kTileVectors = 4;
 #endif
 
 template <class T>
@@ -75,6 +85,15 @@ DK_INLINE V in_register(V v) {
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
+#endif
+  return v;
+}
+// A vector that is computed here and no later: GCC moves such work past a branch, where what it
+// needs is spilled by then. (x86 compilers were seen to leave it alone.)
+template <class V>
+DK_INLINE V in_order(V v) {
+#if defined(DK_NEON)
+  asm volatile("" : "+w"(v));
 #endif
   return v;
 }
@@ -149,6 +168,39 @@ template <class T, int... I>
 DK_INLINE typename Simd<T>::mask lane_bits_impl(std::integer_sequence<int, I...>) {
   return typename Simd<T>::mask{(1 << I)...};
 }
+// Bit i in lane i.
+template <class T>
+DK_INLINE typename Simd<T>::mask lane_bits() {
+  return lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// The same of V vectors, the first in the lowest bits.
+template <class T, int V>
+DK_INLINE uint32_t positive_bits(const vec<T>* u) {
+#if defined(DK_NEON)
+  // A lane collects one bit of each vector; adding up the lanes is slow and done once.
+  const auto bits = [&](int t) DK_LAMBDA { return (u[t] > vec<T>{}) & lane_bits<T>(); };
+  auto collected = bits(V - 1);
+  unroll<V - 1>([&](auto i) DK_LAMBDA {
+    constexpr int kShift = kLanes<T>;
+    if constexpr (sizeof(T) == 4)
+      collected = (decltype(collected))vsliq_n_s32((int32x4_t)bits(V - 2 - i), (int32x4_t)collected,
+                                                   kShift);
+    else
+      collected = (decltype(collected))vsliq_n_s64((int64x2_t)bits(V - 2 - i), (int64x2_t)collected,
+                                                   kShift);
+  });
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(vaddvq_s32((int32x4_t)collected));
+  else
+    return uint32_t(vaddvq_s64((int64x2_t)collected));
+#else
+  uint32_t bits = 0;
+  unroll<V>([&](auto t) DK_LAMBDA { bits |= positive_bits<T>(u[t]) << (t * kLanes<T>); });
+  return bits;
+#endif
+}
+
 // Lane i is `set` where bit i is 1, `clear` where it is 0. Bits past the lanes are ignored.
 template <class T>
 DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
@@ -159,165 +211,18 @@ DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
     return (vec<T>)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)clear, (__m512d)set);
 #else
   using mask = typename Simd<T>::mask;
-  const mask lane = lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
-  return ((mask{} + int32_t(bits)) & lane) != 0 ? set : clear;
+  return ((mask{} + int32_t(bits)) & lane_bits<T>()) != 0 ? set : clear;
 #endif
 }
 
-// ---- shuffles ----
-
-template <class V, class F, int... I>
-DK_INLINE V shuffle_impl(V a, V b, F, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, F::source(I)...);
-}
-// Low/high halves of each 128-bit block of a and b, interleaved in units of W lanes.
-template <class T, int W, bool High>
-struct Unpack {
-  static constexpr int L = kBlockLanes<T>, V = kLanes<T>;
-  static constexpr int source(int i) {
-    const int block = i / L, unit = (i % L) / W, lane = i % W;
-    return (unit % 2 ? V : 0) + block * L + (High ? L / 2 : 0) + (unit / 2) * W + lane;
-  }
-};
-// Lane J of a 128-bit block, in every lane of that block.
-template <class T, int J>
-struct Lane {
-  static constexpr int source(int i) { return i / kBlockLanes<T> * kBlockLanes<T> + J; }
-};
-// The even/odd 128-bit blocks of a, then those of b.
-template <class T, int Odd>
-struct Blocks {
-  static constexpr int L = kBlockLanes<T>, V = kLanes<T>;
-  static constexpr int source(int i) {
-    const int block = (i / L) * 2 + Odd;
-    return block * L + i % L;  // blocks past a's last one are b's
-  }
-};
-template <class T, class F>
-DK_INLINE vec<T> shuffle(vec<T> a, vec<T> b, F f) {
-  return shuffle_impl(a, b, f, std::make_integer_sequence<int, kLanes<T>>{});
-}
-
-// kBlockLanes numbers, repeated in every 128-bit block: with `splat_lane` one load serves several
-// broadcasts. (Intrinsics, since GCC 12 builds the generic shuffle from scalars.)
-template <class T>
-DK_INLINE vec<T> load_block(const T* p) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(p));
-  else
-    return (vec<T>)_mm512_maskz_broadcast_f64x2(0xff, _mm_loadu_pd(p));
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm256_broadcast_ps((const __m128*)p);
-  else
-    return (vec<T>)_mm256_broadcast_pd((const __m128d*)p);
-#else
-  return load(p);
-#endif
-}
-// Lane J of each 128-bit block, in every lane of that block.
-template <class T, int J>
-DK_INLINE vec<T> splat_lane(vec<T> block) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm512_maskz_permute_ps(0xffff, (__m512)block, J * 0x55);
-  else
-    return (vec<T>)_mm512_maskz_permute_pd(0xff, (__m512d)block, J * 0xff);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm256_permute_ps((__m256)block, J * 0x55);
-  else
-    return (vec<T>)_mm256_permute_pd((__m256d)block, J * 0xf);
-#else
-  return shuffle<T>(block, block, Lane<T, J>{});
-#endif
-}
-
-// Sums of adjacent units: the building blocks of transposing reductions.
-template <class T, int W>
-DK_INLINE vec<T> fold_units(vec<T> a, vec<T> b) {
-  return shuffle<T>(a, b, Unpack<T, W, false>{}) + shuffle<T>(a, b, Unpack<T, W, true>{});
-}
-template <class T>
-DK_INLINE vec<T> fold_blocks(vec<T> a, vec<T> b) {
-  return shuffle<T>(a, b, Blocks<T, 0>{}) + shuffle<T>(a, b, Blocks<T, 1>{});
-}
-
-// Reduces kBlockLanes vectors: lane i of every 128-bit block of the result holds the partial sum of
-// v[i] in that block.
-template <class T>
-DK_INLINE vec<T> fold_group(const vec<T>* v) {
-  if constexpr (sizeof(T) == 4)
-    return fold_units<T, 2>(fold_units<T, 1>(v[0], v[1]), fold_units<T, 1>(v[2], v[3]));
-  else
-    return fold_units<T, 1>(v[0], v[1]);
-}
-// Finishes kLanes / kBlockLanes group folds: lane i of the result is the whole sum of the i-th
-// vector.
-template <class T>
-DK_INLINE vec<T> fold_groups(const vec<T>* g) {
-  constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
-  if constexpr (kGroups == 1)
-    return g[0];
-  else if constexpr (kGroups == 2)
-    return fold_blocks<T>(g[0], g[1]);
-  else
-    return fold_blocks<T>(fold_blocks<T>(g[0], g[1]), fold_blocks<T>(g[2], g[3]));
-}
-// Lane i of the result is the sum of the lanes of v[i].
-template <class T>
-DK_INLINE vec<T> lane_sums(const vec<T>* v) {
-  constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
-  vec<T> g[kGroups];
-  unroll<kGroups>([&](auto i) DK_LAMBDA { g[i] = fold_group<T>(v + i * L); });
-  return fold_groups<T>(g);
-}
-template <class T>
-DK_INLINE T lane_sum(vec<T> v) {
-  constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
-  if constexpr (kGroups >= 2) v = fold_blocks<T>(v, v);
-  if constexpr (kGroups == 4) v = fold_blocks<T>(v, v);
-  v = fold_units<T, 1>(v, v);
-  if constexpr (sizeof(T) == 4) v = fold_units<T, 2>(v, v);
-  return v[0];
-}
-
-// In-register transpose of a kLanes x kLanes matrix: 128-bit blocks inside, then the blocks among
-// themselves.
-template <class T>
-DK_INLINE void transpose(vec<T>* r) {
-  constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;
-  unroll<kGroups>([&](auto g) DK_LAMBDA {
-    vec<T>* q = r + g * L;
-    vec<T> lo = shuffle<T>(q[0], q[1], Unpack<T, 1, false>{}),
-           hi = shuffle<T>(q[0], q[1], Unpack<T, 1, true>{});
-    if constexpr (L == 2) {
-      q[0] = lo, q[1] = hi;
-    } else {
-      vec<T> lo2 = shuffle<T>(q[2], q[3], Unpack<T, 1, false>{}),
-             hi2 = shuffle<T>(q[2], q[3], Unpack<T, 1, true>{});
-      q[0] = shuffle<T>(lo, lo2, Unpack<T, 2, false>{}),
-      q[1] = shuffle<T>(lo, lo2, Unpack<T, 2, true>{});
-      q[2] = shuffle<T>(hi, hi2, Unpack<T, 2, false>{}),
-      q[3] = shuffle<T>(hi, hi2, Unpack<T, 2, true>{});
-    }
+// The same of V vectors that share one word of bits, the first the lowest.
+template <class T, int V>
+DK_INLINE void select_bits(uint32_t bits, const vec<T>* set, const vec<T>* clear, vec<T>* out) {
+  using mask = typename Simd<T>::mask;
+  const mask all = mask{} + int32_t(bits);
+  unroll<V>([&](auto t) DK_LAMBDA {
+    out[t] = (all & lane_bits<T>() << (t * kLanes<T>)) != 0 ? set[t] : clear[t];
   });
-  const auto even = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 0>{}); };
-  const auto odd = [](vec<T> a, vec<T> b) { return shuffle<T>(a, b, Blocks<T, 1>{}); };
-  if constexpr (kGroups == 2) {
-    unroll<L>([&](auto j) DK_LAMBDA {
-      vec<T> a = r[j], b = r[L + j];
-      r[j] = even(a, b), r[L + j] = odd(a, b);
-    });
-  } else if constexpr (kGroups == 4) {
-    unroll<L>([&](auto j) DK_LAMBDA {
-      vec<T> e0 = even(r[j], r[L + j]), o0 = odd(r[j], r[L + j]);
-      vec<T> e1 = even(r[2 * L + j], r[3 * L + j]), o1 = odd(r[2 * L + j], r[3 * L + j]);
-      r[j] = even(e0, e1), r[2 * L + j] = odd(e0, e1);
-      r[L + j] = even(o0, o1), r[3 * L + j] = odd(o0, o1);
-    });
-  }
 }
 
 }  // namespace

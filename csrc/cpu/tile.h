@@ -4,7 +4,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "simd.h"
+#include "shuffle.h"
 #include "storage.h"
 
 namespace {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,13 @@ from numba.core import types
 from numba.core.imputils import lower_constant
 from numba.extending import intrinsic, models, register_model, typeof_impl
 
-ISA_BITS = {"base": 128, "avx2": 256, "avx512": 512}  # bits of a vector register
+ISA_BITS = {"base": 128, "neon": 128, "avx2": 256, "avx512": 512}  # of a vector register
 _NEEDS = {"avx512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"), "avx2": ("avx2", "fma")}
 
 
 @functools.cache
 def isa() -> str:
-    """Which vector width kernels are compiled for: base, avx2 or avx512.
+    """Which vector width kernels are compiled for: base, avx2, avx512 or neon.
 
     The host's best, or DENDRITE_KERNELS_ISA. That variable only chooses the width: within it LLVM
     still uses every instruction of the host (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES limit those).
@@ -39,6 +40,8 @@ def isa() -> str:
     else:
         features = {item[1:]: item[0] == "+" for item in listed.split(",") if item}
     usable = [name for name, parts in _NEEDS.items() if all(map(features.get, parts))] + ["base"]
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        usable.insert(0, "neon")  # every such machine has it
     chosen = os.environ.get("DENDRITE_KERNELS_ISA") or usable[0]
     if chosen not in usable:
         raise RuntimeError(f"Expected DENDRITE_KERNELS_ISA among {usable}, got {chosen!r}")

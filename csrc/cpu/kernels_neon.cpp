@@ -1,0 +1,3 @@
+#define DK_ISA neon
+#define DK_NEON
+#include "table.inl"

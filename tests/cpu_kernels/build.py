@@ -1,0 +1,161 @@
+"""Compiles check.cpp with the CPU kernels and runs it, in an emulator where need be.
+
+    python -m tests.cpu_kernels.build neon|sanitize|native
+
+What was compiled from the same sources and flags before is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import setuptools
+
+from tests.cuda_emulator import build as cuda_emulator
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cpu"
+CHECK = Path(__file__).with_name("check.cpp")
+OUTPUT = ROOT / "build" / "cpu_kernels"
+HOST = platform.machine().lower()
+PREFIX = "" if HOST in ("aarch64", "arm64") else "aarch64-linux-gnu-"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to compile for."""
+
+    machine: str  # as in UNITS of setup.py
+    prefix: str = ""  # of the names of its compiler and binutils
+    flags: tuple[str, ...] = ()  # besides those of setup.py
+    link: tuple[str, ...] = ()
+    emulator: str | None = None
+
+
+# Sanitized, -O3 takes GCC more than twice the minutes.
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+TARGETS = {
+    "native": Target(HOST),
+    "sanitize": Target(HOST, flags=SANITIZE, link=SANITIZE[:1]),
+    "neon": Target(
+        "aarch64", PREFIX, link=("-static",), emulator="qemu-aarch64" if PREFIX else None
+    ),
+}
+
+
+def missing(name: str) -> str | None:
+    """Why a target cannot be compiled or run here, or None."""
+    target = TARGETS[name]
+    if not SOURCES.is_dir():
+        return "no csrc beside the tests"
+    if name == "sanitize":
+        return cuda_emulator.missing()
+    needed = [f"{target.prefix}g++", f"{target.prefix}nm", *filter(None, [target.emulator])]
+    absent = [tool for tool in needed if shutil.which(tool) is None]
+    if not absent:
+        return None
+    packages = "g++-aarch64-linux-gnu qemu-user" if target.prefix else "g++"
+    return f"no {', '.join(absent)} on PATH (on Debian and Ubuntu: apt install {packages})"
+
+
+@functools.cache
+def setup_constants() -> dict[str, Any]:
+    """Of setup.py, which is run with nothing to build."""
+    real, before = setuptools.setup, Path.cwd()
+    setuptools.setup = lambda **_: None
+    os.chdir(ROOT)
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        setuptools.setup = real
+        os.chdir(before)
+
+
+def units(name: str) -> list[str]:
+    """Sources of the instruction sets of a target, base first."""
+    found: list[str] = setup_constants()["UNITS"].get(TARGETS[name].machine, ["kernels_base.cpp"])
+    return found
+
+
+def compile_unit(name: str, unit: str) -> Path:
+    """The object file of one of them, with the flags of setup.py."""
+    setup = setup_constants()
+    flags = [*setup["FLAGS"], "-fPIC", *setup["KERNEL_FLAGS"], *setup["ISA_FLAGS"][unit]]
+    return _compile(name, SOURCES / unit, flags)
+
+
+def build(name: str) -> Path:
+    """The program."""
+    target = TARGETS[name]
+    with ThreadPoolExecutor(2) as pool:
+        kernels = pool.map(lambda unit: compile_unit(name, unit), units(name))
+        flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", f"-I{SOURCES}"]
+        objects = [_compile(name, CHECK, flags), *kernels]
+    made = OUTPUT / f"check-{_digest(*(str(path).encode() for path in objects))}"
+    if not made.exists():
+        command = [f"{target.prefix}g++", *target.link, "-pthread", *map(str, objects)]
+        _run_to(made, command)
+    return made
+
+
+def run(name: str) -> subprocess.CompletedProcess[str]:
+    """Compiles and runs it; what it prints is captured."""
+    program = build(name)
+    return subprocess.run(
+        [*filter(None, [TARGETS[name].emulator]), str(program)], capture_output=True, text=True
+    )
+
+
+def _compile(name: str, source: Path, flags: list[str]) -> Path:
+    target = TARGETS[name]
+    command = [f"{target.prefix}g++", *flags, *target.flags, "-c", str(source)]
+    folders = {SOURCES, CHECK.parent}
+    headers = [
+        path for folder in folders for end in ("h", "inl") for path in folder.glob(f"*.{end}")
+    ]
+    content = [path.read_bytes() for path in [source, *sorted(headers)]]
+    made = OUTPUT / f"{source.stem}-{_digest(repr(command).encode(), *content)}.o"
+    if not made.exists():
+        _run_to(made, command)
+    return made
+
+
+def _run_to(made: Path, command: list[str]) -> None:
+    made.parent.mkdir(parents=True, exist_ok=True)
+    temporary = made.with_suffix(f".{os.getpid()}.tmp")
+    subprocess.run([*command, "-o", str(temporary)], check=True)
+    temporary.replace(made)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    name = parser.parse_args().target
+    reason = missing(name)
+    if reason is not None:
+        raise SystemExit(f"cannot check the kernels: {reason}")
+    result = run(name)
+    print(result.stdout + result.stderr, end="")
+    raise SystemExit(result.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The CPU kernels of every instruction set on their own: against loops, in memory with fences."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cpu_kernels import build
+
+pytestmark = pytest.mark.slow  # minutes to compile, and to emulate
+
+
+@pytest.fixture(params=build.TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = build.missing(name)
+    if reason is not None:
+        pytest.skip(reason)
+    return name
+
+
+def test_kernels_match_loops_and_stay_in_bounds(target: str) -> None:
+    result = build.run(target)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert re.match(r"base: \d{5,} cases, all good\n", result.stdout)
+    if target == "neon":
+        assert re.search(r"^neon: \d{5,} cases, all good$", result.stdout, re.M)
