@@ -14,7 +14,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(DK_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
