@@ -18,7 +18,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from ._numba_vector import (
+from ._numba_operations import (
     element, lanes_of, leaky, load, load_int32, multiply_add, register_of, size_of,
     splat, store, store_signs, transpose_in, transpose_out, vstore, weigh,
 )  # fmt: skip

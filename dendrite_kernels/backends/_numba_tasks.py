@@ -21,7 +21,7 @@ from ._numba_backward import (
     weigh_slots,
 )
 from ._numba_kernels import CHUNK, inline, kernel, load_tile, outputs, sign_words, store_tile
-from ._numba_vector import (
+from ._numba_operations import (
     add,
     clear,
     element,
