@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..topology import Connectivity
 from . import _numba_entry
 from ._numba_backward import STRIP
-from ._numba_kernels import CHUNK
+from ._numba_kernels import CHUNK, Job
 from ._numba_token import ISA_BITS, Spec, isa
 
 _MIB = 1 << 20
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     """All of a call but its arrays."""
 
-    fields: Fields
+    job: bytes  # a `Job` with every field that does not depend on the arrays
     regions: Fields  # scratch memory: address fields of the job and their offsets
     scratch: int  # bytes
     steps: tuple[Step, ...]
@@ -122,8 +122,8 @@ class _Builder:
         self.steps.append(Step(native, tasks, (("tasks", tasks), *fields.items())))
 
     def plan(self) -> Plan:
-        fields, regions = tuple(self.fields.items()), tuple(self.regions.items())
-        return Plan(fields, regions, self.scratch, tuple(self.steps))
+        job, regions = bytes(Job(**self.fields)), tuple(self.regions.items())
+        return Plan(job, regions, self.scratch, tuple(self.steps))
 
 
 def _few_lanes(call: Call) -> int:
