@@ -6,18 +6,20 @@ ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all test-numba lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
 	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
 	@echo 'make test         run the tests; make test-all: the slow ones too'
+	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
-	@echo 'make clean        remove .venv, built files and caches'
+	@echo 'make clean        remove .venv, .venv-numba, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
 demo: .venv/.installed-demo
@@ -28,6 +30,22 @@ test: .venv/.installed-test
 
 test-all: .venv/.installed-test
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+# What a user without a compiler gets: a plain install of a copy that holds nothing built before,
+# and the tests on it, away from the package's sources. COMPILERLESS keeps torch.compile's too away.
+COMPILERLESS := CC=false CXX=false DENDRITE_KERNELS_CUDA=0 DENDRITE_KERNELS_REQUIRE=
+COPY := build/numba
+
+test-numba:
+	@test -x .venv-numba/bin/python || $(PYTHON) -m venv .venv-numba
+	rm -rf $(COPY) && mkdir -p $(COPY)
+	tar -cf - --exclude='*.so' --exclude='*.pyd' --exclude=__pycache__ $(SOURCES) | tar -xf - -C $(COPY)
+	$(COMPILERLESS) .venv-numba/bin/python -m pip install -c constraints.txt './$(COPY)[test]'
+	rm -r $(COPY)/dendrite_kernels
+	cd $(COPY) && $(CURDIR)/.venv-numba/bin/python -c 'import dendrite_kernels as dk; \
+	  reason = dk.backend_info()["cpp"]["reason"]; print("cpp:", reason); \
+	  assert reason and "compiler" in reason, reason; dk.use_backend("numba")'
+	cd $(COPY) && $(COMPILERLESS) $(CURDIR)/.venv-numba/bin/python -m pytest -q -m 'not slow' $(ARGS)
 
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .
@@ -43,7 +61,7 @@ gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-numba build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find dendrite_kernels bench tests -name __pycache__ -exec rm -rf {} +
 	find dendrite_kernels -name '*.so' -delete
 

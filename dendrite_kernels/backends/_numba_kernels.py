@@ -49,7 +49,13 @@ class Job(ctypes.Structure):
 
 JOB = types.CPointer(numba.from_dtype(np.dtype(Job)))
 
-OPTIONS = {"boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True}
+# Kernels are called by each other only; wrappers would take a quarter of the compile time.
+OPTIONS = {
+    "boundscheck": False,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 kernel = numba.njit(**OPTIONS)
 inline = numba.njit(**OPTIONS, forceinline=True)
 
