@@ -31,21 +31,25 @@ test: .venv/.installed-test
 test-all: .venv/.installed-test
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
 
-# What a user without a compiler gets: a plain install of a copy that holds nothing built before,
-# and the tests on it, away from the package's sources. COMPILERLESS keeps torch.compile's too away.
-COMPILERLESS := CC=false CXX=false DENDRITE_KERNELS_CUDA=0 DENDRITE_KERNELS_REQUIRE=
+# What a user without a compiler gets: a plain install of a copy that holds nothing built before, and
+# the tests on what was installed, with links to all programs on PATH but compilers.
 COPY := build/numba
+NO_COMPILER := DENDRITE_KERNELS_CUDA=0 DENDRITE_KERNELS_REQUIRE= PATH='$(CURDIR)/$(COPY)/programs'
+NUMBA_PYTHON := cd $(COPY) && env -u CC -u CXX $(NO_COMPILER) '$(CURDIR)/.venv-numba/bin/python'
 
 test-numba:
 	@test -x .venv-numba/bin/python || $(PYTHON) -m venv .venv-numba
-	rm -rf $(COPY) && mkdir -p $(COPY)
+	rm -rf $(COPY) && mkdir -p $(COPY)/programs
+	@for file in $$(echo "$$PATH" | tr ':' '\n' | sed 's,$$,/*,'); do case $${file##*/} in \
+	  *g++*|*gcc*|c++*|*-c++|cc|*-cc|c89*|c99*|*clang*|icx|icpx|nvcc*) ;; \
+	  *) test -e "$(COPY)/programs/$${file##*/}" || ln -s "$$file" $(COPY)/programs/ ;; esac; done
 	tar -cf - --exclude='*.so' --exclude='*.pyd' --exclude=__pycache__ $(SOURCES) | tar -xf - -C $(COPY)
-	$(COMPILERLESS) .venv-numba/bin/python -m pip install -c constraints.txt './$(COPY)[test]'
+	CC=false CXX=false $(NO_COMPILER) .venv-numba/bin/python -m pip install -c constraints.txt './$(COPY)[test]'
 	rm -r $(COPY)/dendrite_kernels
-	cd $(COPY) && $(CURDIR)/.venv-numba/bin/python -c 'import dendrite_kernels as dk; \
+	$(NUMBA_PYTHON) -c 'import dendrite_kernels as dk; dk.use_backend("numba"); \
 	  reason = dk.backend_info()["cpp"]["reason"]; print("cpp:", reason); \
-	  assert reason and "compiler" in reason, reason; dk.use_backend("numba")'
-	cd $(COPY) && $(COMPILERLESS) $(CURDIR)/.venv-numba/bin/python -m pytest -q -m 'not slow' $(ARGS)
+	  assert reason and "compiler" in reason, reason'
+	$(NUMBA_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
 
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .
