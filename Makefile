@@ -6,9 +6,10 @@ ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-neon test-sanitize lint bench gpu clean
+.PHONY: help demo test test-all test-numba test-neon test-sanitize lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -16,10 +17,11 @@ help:
 	@echo 'make test         run the tests; make test-all: the slow ones too'
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
+	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
-	@echo 'make clean        remove .venv, built files and caches'
+	@echo 'make clean        remove .venv, .venv-numba, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
 demo: .venv/.installed-demo
@@ -37,6 +39,26 @@ test-neon: .venv/.installed-test
 test-sanitize: .venv/.installed-test
 	$(VENV_PYTHON) -m tests.cpu_kernels.build sanitize
 
+# What a user without a compiler gets: a plain install of a copy that holds nothing built before, and
+# the tests on what was installed, with links to all programs on PATH but compilers.
+COPY := build/numba
+NO_COMPILER := DENDRITE_KERNELS_CUDA=0 DENDRITE_KERNELS_REQUIRE= PATH='$(CURDIR)/$(COPY)/programs'
+NUMBA_PYTHON := cd $(COPY) && env -u CC -u CXX $(NO_COMPILER) '$(CURDIR)/.venv-numba/bin/python'
+
+test-numba:
+	@test -x .venv-numba/bin/python || $(PYTHON) -m venv .venv-numba
+	rm -rf $(COPY) && mkdir -p $(COPY)/programs
+	@for file in $$(echo "$$PATH" | tr ':' '\n' | sed 's,$$,/*,'); do case $${file##*/} in \
+	  *g++*|*gcc*|c++*|*-c++|cc|*-cc|c89*|c99*|*clang*|icx|icpx|nvcc*) ;; \
+	  *) test -e "$(COPY)/programs/$${file##*/}" || ln -s "$$file" $(COPY)/programs/ ;; esac; done
+	tar -cf - --exclude='*.so' --exclude='*.pyd' --exclude=__pycache__ $(SOURCES) | tar -xf - -C $(COPY)
+	CC=false CXX=false $(NO_COMPILER) .venv-numba/bin/python -m pip install -c constraints.txt './$(COPY)[test]'
+	rm -r $(COPY)/dendrite_kernels
+	$(NUMBA_PYTHON) -c 'import dendrite_kernels as dk; dk.use_backend("numba"); \
+	  reason = dk.backend_info()["cpp"]["reason"]; print("cpp:", reason); \
+	  assert reason and "compiler" in reason, reason'
+	$(NUMBA_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
+
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -51,7 +73,7 @@ gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-numba build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find dendrite_kernels bench tests -name __pycache__ -exec rm -rf {} +
 	find dendrite_kernels -name '*.so' -delete
 

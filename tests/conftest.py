@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 import dendrite_kernels as dk
 
@@ -46,6 +48,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {name}: {entry['reason']}")
     with dk.use_backend(name):
         yield name
+
+
+@pytest.fixture
+def inductor() -> None:
+    """Skips where torch.compile's own code generator has no C++ compiler, whatever the backend."""
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        pytest.skip(f"inductor: {error}".splitlines()[0])
 
 
 def cpp_extension() -> Any:

@@ -166,7 +166,7 @@ def test_nothing_is_shared() -> None:
     assert all(p.is_leaf and p.requires_grad for p in layer.parameters())
 
 
-def test_two_layers_of_a_model_there_and_back() -> None:
+def test_two_layers_of_a_model_there_and_back(backend: str) -> None:
     model = dk.models.build("dANN-LRF", (6, 6), 9, 2, 5, 3, layers=2, seed=0).double()
     x = torch.rand(4, 36).double()
     layers = [

@@ -80,7 +80,7 @@ def test_parameter_counts(kind: str, layers: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dANN-LRF", "sANN", "vANN-GRF"])
-def test_ten_layers(kind: str) -> None:
+def test_ten_layers(backend: str, kind: str) -> None:
     model = make(kind, 10, seed=0)
     assert count_parameters(model) == trainable(kind, H * W, S, D, K, C, 10, 1)
     assert count_dense_parameters(model) == dense(H * W, S, D, C, 10, 1)

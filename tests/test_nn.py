@@ -89,7 +89,7 @@ def test_parameters_of_a_sparse_linear(dtype: torch.dtype | None) -> None:
     assert layer.connectivity is c
 
 
-def test_without_bias() -> None:
+def test_without_bias(backend: str) -> None:
     c = network()
     layer, linear = dk.DendriticLayer(c, bias=False), dk.SparseLinear(c, bias=False)
     assert layer.dendrite_bias is None
@@ -282,7 +282,7 @@ def test_state_round_trip_through_a_file(backend: str, make: Make, used: bool) -
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_state_of_a_model_through_a_file(used: bool) -> None:
+def test_state_of_a_model_through_a_file(backend: str, used: bool) -> None:
     a, b = (dk.models.build("dANN-LRF", (6, 6), 9, 2, 4, 3, layers=2, seed=0) for _ in range(2))
     if used:
         a(torch.randn(2, 36)).sum().backward()
@@ -414,7 +414,7 @@ def test_meta_device_has_shapes_only(backend: str, make: Make, shape: tuple[int,
 
 
 @LAYERS
-def test_from_meta_to_memory(make: Make) -> None:
+def test_from_meta_to_memory(backend: str, make: Make) -> None:
     layer = make(network(), device="meta")
     layer.to_empty(device="cpu")
     torch.manual_seed(5)

@@ -26,7 +26,7 @@ def model() -> torch.nn.Sequential:
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_it_trains_as_backward_and_step_do(make: Make) -> None:
+def test_it_trains_as_backward_and_step_do(backend: str, make: Make) -> None:
     ours = model()
     theirs = copy.deepcopy(ours)
     StepInBackward(ours.parameters(), make)
@@ -42,7 +42,7 @@ def test_it_trains_as_backward_and_step_do(make: Make) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_gradients_of_one_layer_are_alive_at_a_time() -> None:
+def test_gradients_of_one_layer_are_alive_at_a_time(backend: str) -> None:
     network = model()
     first, second = network[0], network[1]
     StepInBackward(network.parameters(), MAKERS["sgd"])
@@ -55,7 +55,7 @@ def test_gradients_of_one_layer_are_alive_at_a_time() -> None:
     assert alive == [[False] * 4]
 
 
-def test_its_state_can_be_saved() -> None:
+def test_its_state_can_be_saved(backend: str) -> None:
     network = model()
     trainer = StepInBackward(network.parameters(), MAKERS["adam"])
     twin = copy.deepcopy(network)
@@ -70,7 +70,7 @@ def test_its_state_can_be_saved() -> None:
         assert torch.equal(a, b)
 
 
-def test_remove_gives_the_parameters_back() -> None:
+def test_remove_gives_the_parameters_back(backend: str) -> None:
     network = model()
     StepInBackward(network.parameters(), MAKERS["sgd"]).remove()
     network(torch.randn(8, 30)).sum().backward()

@@ -41,6 +41,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(params=["aot_eager", "inductor"])
+def mode(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "inductor":
+        request.getfixturevalue("inductor")
+    return name
+
+
 def network(seed: int = 0) -> nn.Sequential:
     first = dk.connectivity.random(30, 10, 4, 6, seed=seed)
     second = dk.connectivity.random(10, 5, 3, 4, constant_fan_in=True, seed=seed)
@@ -112,7 +120,6 @@ def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
         ops.sparse_forward(x, weight, None, copies[0], copies[1].clone(), copies[2])
 
 
-@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compiled_forward(backend: str, mode: str) -> None:
     model = network()
     compiled = torch.compile(model, fullgraph=True, backend=mode)
@@ -122,7 +129,6 @@ def test_compiled_forward(backend: str, mode: str) -> None:
     assert oracle.relative_error(compiled(x), model(x)) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compiled_training_equals_eager(backend: str, mode: str) -> None:
     batches = [8, 16, 33, 5, 64]
     eager, model = network(), network()
@@ -169,7 +175,7 @@ def test_networks_of_equal_shape_share_compiled_code(backend: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity", "tanh", "gelu"])
-def test_other_activations_compile(activation: str) -> None:
+def test_other_activations_compile(backend: str, activation: str) -> None:
     layer = dk.DendriticLayer(NETWORKS["ragged"](), activation=activation)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(7, layer.connectivity.in_features, requires_grad=True)
@@ -178,7 +184,7 @@ def test_other_activations_compile(activation: str) -> None:
     assert oracle.relative_error(actual, expected) < 1e-6
 
 
-def test_leading_dimensions_compile() -> None:
+def test_leading_dimensions_compile(backend: str) -> None:
     model = network()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in [(4, 5, 30), (2, 3, 30)]:

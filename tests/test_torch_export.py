@@ -71,7 +71,7 @@ def test_a_program_exported_without_gradients_says_so(backend: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_other_activations_export(activation: str) -> None:
+def test_other_activations_export(backend: str, activation: str) -> None:
     layer = dk.DendriticLayer(NETWORKS["ragged"](), activation=activation)
     x = torch.randn(8, 61)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -80,6 +80,7 @@ def test_other_activations_export(activation: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_aot_inductor(backend: str, tmp_path: Path) -> None:
     """The package calls the operators through the dispatcher: it serves in a Python process that
     has imported dendrite_kernels. For one without Python, package interop.portable(model)."""

@@ -229,21 +229,22 @@ def test_swa_and_exponential_averages(backend: str) -> None:
     assert average(data()[0]).isfinite().all()
 
 
-def _train_shared(model: nn.Module, steps: int) -> None:
+def _train_shared(model: nn.Module, steps: int, backend: str) -> None:
     torch.set_num_threads(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(steps):
-        step(model, optimizer)
+    with dk.use_backend(backend):
+        for _ in range(steps):
+            step(model, optimizer)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_train_a_shared_model(method: str) -> None:
+def test_processes_train_a_shared_model(backend: str, method: str) -> None:
     """Hogwild: every process writes into the same memory."""
     model = nn.Sequential(layer(), nn.Linear(10, 4)).share_memory()
     x, target = data()
     before = (model(x) - target).square().mean().item()
     context: Any = torch.multiprocessing.get_context(method)
-    workers = [context.Process(target=_train_shared, args=(model, 20)) for _ in range(2)]
+    workers = [context.Process(target=_train_shared, args=(model, 20, backend)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -255,23 +256,24 @@ def test_processes_train_a_shared_model(method: str) -> None:
 class Encoded(Dataset[torch.Tensor]):
     """Samples that a frozen layer has already encoded, in the loader's workers."""
 
-    def __init__(self, encoder: nn.Module) -> None:
-        self.encoder = encoder.requires_grad_(False)
+    def __init__(self, encoder: nn.Module, backend: str) -> None:
+        self.encoder, self.backend = encoder.requires_grad_(False), backend
         self.x = data()[0]
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        y: torch.Tensor = self.encoder(self.x[i])
+        with dk.use_backend(self.backend):
+            y: torch.Tensor = self.encoder(self.x[i])
         return y
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loader_workers(method: str) -> None:
+def test_data_loader_workers(backend: str, method: str) -> None:
     encoder = layer()
     expected = encoder(data()[0]).detach()
     loader = DataLoader(
-        Encoded(encoder), batch_size=16, num_workers=2, multiprocessing_context=method
+        Encoded(encoder, backend), batch_size=16, num_workers=2, multiprocessing_context=method
     )
     assert oracle.relative_error(torch.cat(list(loader)), expected) < 1e-6

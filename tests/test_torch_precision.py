@@ -82,7 +82,9 @@ def test_autocast(backend: str, low: torch.dtype, network: str) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "leaky_relu"])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
-def test_autocast_of_every_path(low: torch.dtype, activation: str, dense: bool) -> None:
+def test_autocast_of_every_path(
+    backend: str, low: torch.dtype, activation: str, dense: bool
+) -> None:
     somas = [0, 2, 2, 6]
     c = Connectivity.from_csr(torch.arange(7) * 5, [0, 1, 2, 3, 4] * 6, 5, soma_ptr=somas)
     c = c if dense else NETWORKS["ragged"]()

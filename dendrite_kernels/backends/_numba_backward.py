@@ -21,7 +21,7 @@ from ._numba_kernels import (
     load_tile,
     sign_words,
 )
-from ._numba_vector import (
+from ._numba_operations import (
     accumulate,
     clear,
     correlate,

@@ -20,6 +20,7 @@ _SIGNATURE = types.void(types.int64, types.int64, JOB)
 _SOURCES = (
     "_numba_token.py",
     "_numba_vector.py",
+    "_numba_operations.py",
     "_numba_kernels.py",
     "_numba_backward.py",
     "_numba_tasks.py",

@@ -18,7 +18,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from ._numba_vector import (
+from ._numba_operations import (
     element, lanes_of, leaky, load, load_int32, multiply_add, register_of, size_of,
     splat, store, store_signs, transpose_in, transpose_out, vstore, weigh,
 )  # fmt: skip
@@ -26,9 +26,9 @@ from ._numba_vector import (
 CHUNK = 16  # somas that forward finishes before it writes them to y
 
 _SIZES = [
-    "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "accumulate", "finish",
-    "tile_groups", "block_groups", "blocks", "block_rows", "group", "slots", "weigh_first",
-    "workspace_stride",
+    "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "pass_tiles",
+    "accumulate", "finish", "tile_groups", "block_groups", "blocks", "block_rows", "group", "slots",
+    "weigh_first", "workspace_stride",
 ]  # fmt: skip
 _ADDRESSES = [
     "x", "y", "signs", "crow", "columns", "soma_ptr", "weight", "dendrite_bias", "cable",
@@ -49,7 +49,13 @@ class Job(ctypes.Structure):
 
 JOB = types.CPointer(numba.from_dtype(np.dtype(Job)))
 
-OPTIONS = {"boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True}
+# Kernels are called by each other only; wrappers would take a quarter of the compile time.
+OPTIONS = {
+    "boundscheck": False,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 kernel = numba.njit(**OPTIONS)
 inline = numba.njit(**OPTIONS, forceinline=True)
 

@@ -57,22 +57,21 @@ def _address(array: Any) -> int:
 
 class _Scratch(threading.local):
     """Memory of one Python thread, grown as needed: calls in different threads share none, and a
-    call leaves none in use behind.
+    call that comes between the phases of another, from a signal handler or a finaliser, takes new.
     """
 
-    def __init__(self) -> None:
-        self.memory = np.empty(0, np.uint8)
-        self.start = 0  # address of its first huge page
+    kept: np.ndarray[Any, Any] | None = None
 
-    def take(self, size: int) -> tuple[int, Any]:
-        """The address of `size` bytes, and what to hold while they are used."""
-        if self.memory.size < size + _HUGE_PAGE:
-            self.memory = np.empty(max(size + _HUGE_PAGE, 2 * _HUGE_PAGE), np.uint8)
-            self.start = -(-self.memory.ctypes.data // _HUGE_PAGE) * _HUGE_PAGE
-        start, memory = self.start, self.memory
-        if memory.size > _KEPT_SCRATCH:
-            self.memory = np.empty(0, np.uint8)
-        return start, memory
+    def take(self, size: int) -> tuple[int, np.ndarray[Any, Any]]:
+        """The address of `size` bytes in huge pages, and the memory that they are in."""
+        memory, self.kept = self.kept, None
+        if memory is None or memory.size < size + _HUGE_PAGE:
+            memory = np.empty(max(size + _HUGE_PAGE, 2 * _HUGE_PAGE), np.uint8)
+        return -(-memory.ctypes.data // _HUGE_PAGE) * _HUGE_PAGE, memory
+
+    def give(self, memory: np.ndarray[Any, Any]) -> None:
+        if memory.size <= _KEPT_SCRATCH:
+            self.kept = memory
 
 
 _scratch = _Scratch()
@@ -94,9 +93,8 @@ def _plan(connectivity: Connectivity, key: tuple[Any, ...], make: Callable[[], P
 
 
 def _run(plan: Plan, slope: float, arrays: dict[str, Any]) -> None:
-    job = Job(slope=slope)
-    for name, value in plan.fields:
-        setattr(job, name, value)
+    job = Job.from_buffer_copy(plan.job)
+    job.slope = slope
     for name, array in arrays.items():
         if array is not None:
             setattr(job, name, _address(array))
@@ -108,7 +106,7 @@ def _run(plan: Plan, slope: float, arrays: dict[str, Any]) -> None:
         for name, value in step.fields:
             setattr(job, name, value)
         _pool.run(step.native, step.tasks, address)
-    del memory
+    _scratch.give(memory)
 
 
 def _call(x: Any, linear: bool) -> Call:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from ..topology import Connectivity
 from . import _numba_entry
 from ._numba_backward import STRIP
-from ._numba_kernels import CHUNK
+from ._numba_kernels import CHUNK, Job
 from ._numba_token import ISA_BITS, Spec, isa
 
 _MIB = 1 << 20
 _PASS = 3 * _MIB // 2  # x tiles a thread goes through for block after block should stay in L2
-_PRIVATE = 256 * _MIB  # what all threads' own sums of G may take
+_PRIVATE = 256 * _MIB  # what all threads' own sums of G, or all tiles, may take
 _GRAIN = 1 << 17  # multiplications worth one more thread
 _ROWS = 1024  # dendrites per block where the connectivity has no blocks
 _ALIGNMENT = 128  # two cache lines: neighbours in memory are fetched in pairs
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     """All of a call but its arrays."""
 
-    fields: Fields
+    job: bytes  # a `Job` with every field that does not depend on the arrays
     regions: Fields  # scratch memory: address fields of the job and their offsets
     scratch: int  # bytes
     steps: tuple[Step, ...]
@@ -122,8 +122,8 @@ class _Builder:
         self.steps.append(Step(native, tasks, (("tasks", tasks), *fields.items())))
 
     def plan(self) -> Plan:
-        fields, regions = tuple(self.fields.items()), tuple(self.regions.items())
-        return Plan(fields, regions, self.scratch, tuple(self.steps))
+        job, regions = bytes(Job(**self.fields)), tuple(self.regions.items())
+        return Plan(job, regions, self.scratch, tuple(self.steps))
 
 
 def _few_lanes(call: Call) -> int:
@@ -169,32 +169,41 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
     return _by_blocks(build, somas, threads, *groups)
 
 
-def _passes(tiles: int, at_once: int) -> Sequence[dict[str, int]]:
+def _passes(build: _Builder, at_once: int) -> Sequence[dict[str, int]]:
     """Fields of the job for each group of tiles whose x is transposed together."""
     return [
         {
             "first_tile": first,
-            "tiles": min(at_once, tiles - first),
+            "tiles": min(at_once, build.tiles - first),
             "accumulate": int(first > 0),
-            "finish": int(first + at_once >= tiles),
+            "finish": int(first + at_once >= build.tiles),
         }
-        for first in range(0, tiles, at_once)
+        for first in range(0, build.tiles, at_once)
     ]
 
 
-def _tiles_per_pass(build: _Builder) -> int:
-    return max(1, _PASS // (build.call.size * build.lanes * build.features))
+def _tiles_at_once(build: _Builder, threads: int, groups: int, copies: int) -> int:
+    """Tiles that every phase goes through before the next phase begins; sets those per pass.
+
+    A phase ends when its last thread does, which on a busy machine may wait for a core: several
+    threads prepare all that memory allows at once, with `copies` arrays of the size of the tiles. A
+    thread alone uses tiles while they are in its cache. groups: of tiles, each with own threads.
+    """
+    tile = build.call.size * build.lanes * max(1, build.features)
+    build.fields["pass_tiles"] = in_pass = max(1, _PASS // tile)
+    allowed = in_pass if threads == 1 else max(in_pass, _PRIVATE // (copies * tile))
+    return min(build.tiles, groups * allowed)
 
 
 def _by_rows(build: _Builder, somas: int, threads: int) -> Plan:
     """Threads own dendrites, nothing is summed twice."""
-    at_once = min(build.tiles, _tiles_per_pass(build))
+    at_once = _tiles_at_once(build, threads, groups=1, copies=1)
     build.fields["block_rows"] = _ROWS
     build.reserve_each(threads, STRIP * build.lanes)
     build.reserve(
         x_tiles=at_once * build.lanes * build.features, grad_tiles=at_once * build.lanes * somas
     )
-    for fields in _passes(build.tiles, at_once):
+    for fields in _passes(build, at_once):
         build.step("prepare", threads, **fields)
         build.step("rows", threads)
     return build.plan()
@@ -234,7 +243,7 @@ def _by_blocks(
     summed over the groups of blocks, G over the groups of tiles.
     """
     fields, lanes, tasks = build.fields, build.lanes, tile_groups * block_groups
-    at_once = min(build.tiles, tile_groups * _tiles_per_pass(build))
+    at_once = _tiles_at_once(build, threads, tile_groups, copies=1 + block_groups)
     fields |= {"tile_groups": tile_groups, "block_groups": block_groups}
     fields["weigh_first"] = int(tile_groups > 1)  # else the block's only owner weighs it
     q = fields["block_rows"] * lanes
@@ -248,7 +257,7 @@ def _by_blocks(
         sums=tile_groups * fields["slots"],
         row_sums=tile_groups * fields["rows"],
     )
-    for turn in _passes(build.tiles, at_once):
+    for turn in _passes(build, at_once):
         turn["finish"] *= int(tile_groups == 1)
         build.step("prepare", threads, **turn)
         build.step("gather", tasks)

@@ -21,7 +21,7 @@ from ._numba_backward import (
     weigh_slots,
 )
 from ._numba_kernels import CHUNK, inline, kernel, load_tile, outputs, sign_words, store_tile
-from ._numba_vector import (
+from ._numba_operations import (
     add,
     clear,
     element,
@@ -130,7 +130,8 @@ def prepare_tasks(spec):
 
 
 def rows_tasks(spec):
-    """All tiles for a share of the dendrites, in blocks whose sums stay in cache.
+    """All tiles for a share of the dendrites, in blocks whose sums stay in cache, pass by pass over
+    tiles that do too.
 
     Workspace per task: the q of a strip.
     """
@@ -140,16 +141,19 @@ def rows_tasks(spec):
         crow = job.crow
         for task in range(begin_task, end_task):
             q = job.workspace + task * job.workspace_stride
+            begin = row_at(crow, job.rows, task, job.tasks)
             end = job.rows if task + 1 == job.tasks else row_at(crow, job.rows, task + 1, job.tasks)
-            for first in range(row_at(crow, job.rows, task, job.tasks), end, job.block_rows):
-                last = min(end, first + job.block_rows)
-                if job.accumulate == 0:
-                    clear(spec, job.dw, load_int32(crow, first), load_int32(crow, last))
-                    clear(spec, job.d_dendrite_bias, first, last)
-                for k in range(job.tiles):
-                    correlate_rows(spec, job, k, first, last, q)
-                if job.finish != 0 and not is_linear(spec):
-                    finish_rows(spec, job, first, last)
+            for start in range(0, job.tiles, job.pass_tiles):
+                stop = min(job.tiles, start + job.pass_tiles)
+                for first in range(begin, end, job.block_rows):
+                    last = min(end, first + job.block_rows)
+                    if job.accumulate == 0 and start == 0:
+                        clear(spec, job.dw, load_int32(crow, first), load_int32(crow, last))
+                        clear(spec, job.d_dendrite_bias, first, last)
+                    for k in range(start, stop):
+                        correlate_rows(spec, job, k, first, last, q)
+                    if job.finish != 0 and stop == job.tiles and not is_linear(spec):
+                        finish_rows(spec, job, first, last)
 
     return entry
 
@@ -157,44 +161,66 @@ def rows_tasks(spec):
 # --- backward with dx, a few tiles: threads own blocks of dendrites (and groups of tiles) ---
 
 
+@kernel
+def gather_tiles(spec, job, tile_group, block_group, block, fresh, tiles, q):
+    """One block of a group of blocks on the tiles [begin, end) = `tiles` of a group of tiles; q:
+    scratch. fresh: these tiles' dx hold nothing yet.
+    """
+    lanes, size = lanes_of(spec), size_of(spec)
+    tile_size, grad_size = size * lanes * job.features, size * lanes * job.somas
+    first = block * job.block_rows
+    last = min(job.rows, first + job.block_rows)
+    dx_tiles = job.dx_tiles + tile_size * job.tiles * block_group
+    row_sums = job.row_sums + size * job.rows * tile_group
+    begin = load_int64(job.slot_ptr, block)
+    sums, weights = job.sums + size * (job.slots * tile_group + begin), job.weights + size * begin
+    for k in range(*tiles):
+        sample, grads = (job.first_tile + k) * lanes, job.grad_tiles + grad_size * k
+        fill_q(spec, job, sample, grads, first, last, q, row_sums)
+        x, dx = job.x_tiles + tile_size * k, dx_tiles + tile_size * k
+        gather_block(spec, job, block, q, weights, x, dx, sums, fresh)
+
+
+@kernel
+def clear_sums(spec, job, tile_group, block):
+    """The sums of a block on a group of tiles, before their first tile."""
+    begin, end = load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1)
+    first = block * job.block_rows
+    last = min(job.rows, first + job.block_rows)
+    clear(spec, job.sums, job.slots * tile_group + begin, job.slots * tile_group + end)
+    clear(spec, job.row_sums, job.rows * tile_group + first, job.rows * tile_group + last)
+
+
 def gather_tasks(spec):
     """A group of tiles times a group of blocks: own sums of dx per group of blocks, own sums of G
-    per group of tiles. Workspace per task: the q of a block.
+    per group of tiles; pass by pass over tiles that stay in cache, block by block.
+
+    Workspace per task: the q of a block.
     """
 
     def entry(begin_task, end_task, jobs):
         job = numba.carray(jobs, 1)[0]
-        lanes, size = lanes_of(spec), size_of(spec)
-        tile_size, grad_size = size * lanes * job.features, size * lanes * job.somas
         for task in range(begin_task, end_task):
+            q = job.workspace + task * job.workspace_stride
             tile_group = task // job.block_groups
             block_group = task - tile_group * job.block_groups
             first_tile = job.tiles * tile_group // job.tile_groups
             last_tile = job.tiles * (tile_group + 1) // job.tile_groups
             first_block = job.blocks * block_group // job.block_groups
             last_block = job.blocks * (block_group + 1) // job.block_groups
-            q = job.workspace + task * job.workspace_stride
-            dx_tiles = job.dx_tiles + tile_size * job.tiles * block_group
-            row_sums = job.row_sums + size * job.rows * tile_group
-            for block in range(first_block, last_block):
-                first = block * job.block_rows
-                last = min(job.rows, first + job.block_rows)
-                begin, end = load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1)
-                sums = job.sums + size * (job.slots * tile_group + begin)
-                weights = job.weights + size * begin
-                if job.accumulate == 0:
-                    clear(spec, sums, 0, end - begin)
-                    clear(spec, row_sums, first, last)
-                    if job.weigh_first == 0:
-                        weigh_slots(spec, job, block)
-                for k in range(first_tile, last_tile):
-                    sample, grads = (job.first_tile + k) * lanes, job.grad_tiles + grad_size * k
-                    fill_q(spec, job, sample, grads, first, last, q, row_sums)
-                    x, dx = job.x_tiles + tile_size * k, dx_tiles + tile_size * k
-                    fresh = block == first_block
-                    gather_block(spec, job, block, q, weights, x, dx, sums, fresh)
-                if job.finish != 0:
-                    collect_rows(spec, job, block, first, last)
+            for start in range(first_tile, last_tile, job.pass_tiles):
+                stop = min(last_tile, start + job.pass_tiles)
+                for block in range(first_block, last_block):
+                    if job.accumulate == 0 and start == first_tile:
+                        clear_sums(spec, job, tile_group, block)
+                        if job.weigh_first == 0:
+                            weigh_slots(spec, job, block)
+                    fresh, tiles = block == first_block, (start, stop)
+                    gather_tiles(spec, job, tile_group, block_group, block, fresh, tiles, q)
+                    if job.finish != 0 and stop == last_tile:
+                        first = block * job.block_rows
+                        last = min(job.rows, first + job.block_rows)
+                        collect_rows(spec, job, block, first, last)
 
     return entry
 

@@ -33,6 +33,8 @@ from . import _pool
 Array = TypeVar("Array", torch.Tensor, "np.ndarray[Any, Any]")
 
 _OLDEST = (0, 61)
+_DTYPES = {torch.float32, torch.float64, np.dtype(np.float32), np.dtype(np.float64)}
+_SIGNS: dict[type, Any] = {torch.Tensor: torch.int32, np.ndarray: np.dtype(np.int32)}
 _SIGN_BITS = 32  # samples per word of `signs`
 
 
@@ -144,7 +146,7 @@ def dendritic_backward(
     _check("x", x, x, (batch, connectivity.in_features))
     _check("grad", grad, x, (batch, somas))
     _check("y", y, x, (batch, somas))
-    _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), "int32")
+    _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), signs=True)
     _check("synapse_weight", synapse_weight, x, (connectivity.nnz,))
     _check("dendrite_bias", dendrite_bias, x, (rows,))
     _check("cable_weight", cable_weight, x, (rows,))
@@ -247,8 +249,8 @@ def _checked_batch(x: Any, connectivity: Connectivity) -> int:
         raise RuntimeError(f"the Numba backend is unavailable: {reason}")
     if not isinstance(x, (torch.Tensor, np.ndarray)):
         raise TypeError(f"Expected x to be a torch tensor or numpy array, got {type(x).__name__}")
-    if _dtype(x) not in ("float32", "float64"):
-        raise TypeError(f"Expected x of dtype float32 or float64, got {_dtype(x)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"Expected x of dtype float32 or float64, got {_name(x.dtype)}")
     if x.ndim != 2:
         raise ValueError(
             f"Expected x of shape [B, {connectivity.in_features}], got {list(x.shape)}"
@@ -262,19 +264,21 @@ def _check_slope(negative_slope: float) -> None:
 
 
 def _check(
-    name: str, array: Any, like: Any, shape: tuple[int, ...], dtype: str | None = None
+    name: str, array: Any, like: Any, shape: tuple[int, ...], *, signs: bool = False
 ) -> None:
+    """That `array` is of x's kind and, unless it is sign words, of x's dtype."""
     if array is None and name.endswith("bias"):
         return
     kind = torch.Tensor if isinstance(like, torch.Tensor) else np.ndarray
     if not isinstance(array, kind):
         raise TypeError(f"Expected {name} to be a {kind.__name__}, got {type(array).__name__}")
-    if _dtype(array) != (dtype or _dtype(like)):
-        raise TypeError(f"Expected {name} of dtype {dtype or _dtype(like)}, got {_dtype(array)}")
-    if tuple(array.shape) != shape:
+    dtype = _SIGNS[kind] if signs else like.dtype
+    if array.dtype != dtype:
+        raise TypeError(f"Expected {name} of dtype {_name(dtype)}, got {_name(array.dtype)}")
+    if array.shape != shape:
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(array.shape)}")
     if isinstance(array, torch.Tensor):
-        if array.device.type != "cpu" or array.layout != torch.strided:
+        if not array.is_cpu or array.layout != torch.strided:
             raise TypeError(
                 f"Expected {name} to be a dense CPU tensor, got {array.layout} on {array.device}"
             )
@@ -285,5 +289,5 @@ def _check(
         raise ValueError(f"Expected {name} to be contiguous in row-major order, got other strides")
 
 
-def _dtype(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
