@@ -216,7 +216,7 @@ def dendritic_layer(
         activation: leaky_relu, relu, identity, tanh, sigmoid, gelu, silu or elu, at both stages.
         negative_slope: of leaky_relu, >= 0 (the derivative at 0 is the slope, as in PyTorch).
         precision: "bf16" lets forward round x to bfloat16, which may be faster where x is large:
-            each input is off by at most 2**-9 of itself, so that u is off by at most 2**-9 times
+            each input is off by at most 2**-8 of itself, so that u is off by at most 2**-8 times
             the sum of |w x|; nothing changes for integers up to 256, such as pixels. Weights, sums
             and the backward pass stay as they are. Not for float64.
 

@@ -187,3 +187,140 @@ def test_per_sample_gradients_under_autocast(backend: str) -> None:
         rounded = per_sample(state, x)
     for name, value in exact.items():
         assert oracle.relative_error(rounded[name], value) < 0.01
+
+
+@pytest.mark.parametrize("low_samples", [True, False], ids=["low", "float32"])
+def test_backward_keeps_samples_as_they_came(
+    backend: str, low: torch.dtype, low_samples: bool
+) -> None:
+    """No float32 copy of x or y lives until backward."""
+    layer = dk.DendriticLayer(NETWORKS["constant fan-in"]())
+    x = torch.randn(64, 100).to(low if low_samples else torch.float32)
+    kept: list[torch.Tensor] = []
+    with (
+        torch.autocast("cpu", dtype=low),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = layer(x)
+    assert y.dtype == low
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+    copies = [t for t in kept if t.shape == x.shape and t.data_ptr() != x.data_ptr()]
+    assert copies == []
+
+
+def test_low_precision_differentiates_twice(low: torch.dtype) -> None:
+    """In float32, rounded once: at most twice the error of plain torch in the same dtype."""
+    c = NETWORKS["constant fan-in"]()
+    tensors = [t.to(low) for t in draw(c, 9, torch.float32, somas=True)]
+
+    def second(function: Function, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        (dx,) = torch.autograd.grad(function(*leaves).sum(), leaves[:1], create_graph=True)
+        return list(torch.autograd.grad(dx.square().sum(), [leaves[1], leaves[3]]))
+
+    exact = second(lambda *t: formula.dendritic_layer(*t, c, 0.1), [t.double() for t in tensors])
+    plain = second(masked_dense(c), tensors)
+    check(second(lambda *t: functional.dendritic_layer(*t, c), tensors), plain, exact)
+
+
+# precision="bf16"
+
+
+PRECISE = {"precision": "bf16"}
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("network", ["constant fan-in", "ragged", "receptive fields", "wide"])
+def test_bf16_inputs_equal_rounded_inputs(backend: str, network: str, batch: int) -> None:
+    c = NETWORKS[network]()
+    x, *parameters = draw(c, batch, torch.float32, somas=True)
+    rounded = x.bfloat16().float()
+    assert torch.equal(
+        functional.dendritic_layer(x, *parameters, c, **PRECISE),
+        functional.dendritic_layer(rounded, *parameters, c),
+    )
+    assert torch.equal(
+        functional.sparse_linear(x, *parameters[:2], c, **PRECISE),
+        functional.sparse_linear(rounded, *parameters[:2], c),
+    )
+    pixels = torch.randint(0, 257, x.shape).float()
+    assert torch.equal(
+        functional.dendritic_layer(pixels, *parameters, c, **PRECISE),
+        functional.dendritic_layer(pixels, *parameters, c),
+    )
+
+
+def test_bf16_inputs_stay_within_the_documented_error(backend: str) -> None:
+    c = NETWORKS["constant fan-in"]()
+    x, weight, bias, *_ = draw(c, 65, torch.float32, somas=True)
+    u = functional.sparse_linear(x, weight, bias, c, **PRECISE).double()
+    exact = formula.sparse_linear(x.double(), weight.double(), bias.double(), c)
+    size = formula.sparse_linear(x.abs().double(), weight.abs().double(), None, c)
+    error = (u - exact).abs()
+    assert (error <= 2**-8 * size + 1e-6).all()
+    assert error.max() > 1e-4  # x was rounded indeed
+
+
+@pytest.mark.parametrize("somas", [True, False], ids=["dendritic", "sparse"])
+def test_backward_of_bf16_inputs_is_that_of_x(backend: str, somas: bool) -> None:
+    """Gradients are those at x itself, wherever rounding moved no activation across 0."""
+    c = NETWORKS["constant fan-in"]()
+    tensors = draw(c, 33, torch.float32, somas)
+    tensors[0] = torch.randint(-9, 9, tensors[0].shape) + 2**-12  # rounds to integers
+    function = functional.dendritic_layer if somas else functional.sparse_linear
+    grad = draw_grad(33, c.num_somas if somas else c.num_dendrites, torch.float32)
+    ours = run(lambda *t: function(*t, c, **PRECISE), tensors, grad)
+    exact = run(lambda *t: function(*t, c), tensors, grad)
+    if not somas:
+        assert all(torch.equal(a, e) for a, e in zip(ours[1:], exact[1:], strict=True))
+    assert ours[1].dtype == torch.float32
+    for a, e in zip(ours[1:], exact[1:], strict=True):
+        assert oracle.relative_error(a, e) < 0.02
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "tanh"])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
+def test_bf16_inputs_of_every_path(backend: str, activation: str, dense: bool) -> None:
+    c = Connectivity.from_mask(torch.ones(6, 5).bool(), dendrites_per_soma=2)
+    c = c if dense else NETWORKS["ragged"]()
+    layer = dk.DendriticLayer(c, activation=activation, precision="bf16")
+    plain = dk.DendriticLayer(c, activation=activation)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(9, c.in_features)
+    x[0, 0] = float("inf")
+    rounded = x.bfloat16().float()
+    torch.testing.assert_close(layer(x), plain(rounded), equal_nan=True)
+    x[0, 0] = rounded[0, 0] = 0
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: layer(x).sum()))(x)
+    assert per_sample.dtype == torch.float32
+    assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(plain)(rounded))
+    x = x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(per_sample, x.grad)
+    assert not torch.equal(x.grad, x.grad.bfloat16().float())  # the gradient is not rounded
+
+
+def test_bf16_inputs_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    layer = dk.DendriticLayer(NETWORKS["constant fan-in"](), precision="bf16")
+    x = torch.randn(9, 100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert torch.equal(y, layer(x))
+    y.sum().backward()
+    assert layer.synapse_weight.grad is not None
+    sparse = dk.SparseLinear(NETWORKS["constant fan-in"](), precision="bf16")
+    assert torch.equal(torch.compile(sparse, fullgraph=True, backend="aot_eager")(x), sparse(x))
+
+
+def test_precision_is_checked_and_shown() -> None:
+    c = NETWORKS["ragged"]()
+    for layer_class in (dk.DendriticLayer, dk.SparseLinear):
+        with pytest.raises(ValueError, match="Expected precision None or 'bf16', got 'fp8'"):
+            layer_class(c, precision="fp8")
+        layer = layer_class(c, precision="bf16")
+        assert "precision=bf16" in repr(layer)
+        assert "precision" not in repr(layer_class(c))
+        with pytest.raises(ValueError, match=r"Expected precision None .*float64, got 'bf16'"):
+            layer.double()(torch.randn(3, 61, dtype=torch.float64))
