@@ -37,11 +37,16 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Maybe,
+        connectivity: Connectivity,
+        run: Callable[..., torch.Tensor],  # ops.run_sparse_forward, or what it ends in
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.connectivity, ctx.has_bias = connectivity, bias is not None
-        return ops.run_sparse_forward(x, weight, bias, connectivity)
+        return run(x, weight, bias, connectivity)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
@@ -50,7 +55,7 @@ class SparseLinear(torch.autograd.Function):
         recorded = torch.is_grad_enabled()  # create_graph=True
         run = SparseLinearBackward.apply if recorded else ops.run_sparse_backward
         dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+        return dx if need_x else None, dw, db if ctx.has_bias else None, None, None
 
 
 class TransformableSparseLinear(torch.autograd.Function):
@@ -208,8 +213,11 @@ class DendriticLayer(torch.autograd.Function):
         soma_bias: Maybe,
         connectivity: Connectivity,
         slope: float,
+        run: Callable[
+            ..., tuple[torch.Tensor, torch.Tensor]
+        ],  # ops.run_dendritic_forward, or what it ends in
     ) -> torch.Tensor:
-        y, signs = ops.run_dendritic_forward(
+        y, signs = run(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
         )
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
@@ -220,13 +228,19 @@ class DendriticLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-        parameters = synapse_weight, dendrite_bias, cable_weight
-        options = ctx.connectivity, ctx.slope, ctx.needs_input_grad[0]
+        need_x = ctx.needs_input_grad[0]
+        connectivity, slope = ctx.connectivity, ctx.slope
         if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
-            gradients = _composed_backward(grad, x, y, *parameters, *options)
+            gradients = _composed_backward(
+                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, slope,
+                need_x,
+            )  # fmt: skip
         else:
-            gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
-        return *_wanted(ctx, gradients, dendrite_bias), None, None
+            gradients = ops.run_dendritic_backward(
+                grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
+                slope, need_x,
+            )  # fmt: skip
+        return *_wanted(ctx, gradients, dendrite_bias), None, None, None
 
 
 def _wanted(
@@ -257,7 +271,8 @@ def _composed_backward(
 
     The masks have no derivative: the activation is piecewise linear.
     """
-    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity)
+    run = ops.run_sparse_forward
+    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity, run)
     grad_v = torch.where(y > 0, grad, slope * grad)
     spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
     q = torch.where(u > 0, spread, slope * spread)
@@ -327,7 +342,7 @@ torch.library.register_autograd(
 )
 
 
-def _needs_grad(*tensors: Maybe) -> bool:
+def needs_grad(*tensors: Maybe) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # any() would be a generator's start and end slower
             if tensor is not None and tensor.requires_grad:
@@ -343,8 +358,9 @@ def sparse_linear(
     if transforms_active():
         compiling = torch.compiler.is_compiling()
         run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
-    elif not torch.compiler.is_compiling() and _needs_grad(x, weight, bias):
-        run = SparseLinear.apply
+    elif not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
+        u: torch.Tensor = SparseLinear.apply(x, weight, bias, connectivity, run)
+        return u
     return run(x, weight, bias, connectivity)
 
 
@@ -358,15 +374,13 @@ def dendritic_layer(
     slope: float,
 ) -> torch.Tensor:
     """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0; arguments fit."""
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     if transforms_active():
         a = F.leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, connectivity), slope)
         return F.leaky_relu(cable(a, cable_weight, soma_bias, connectivity), slope)
-    needs_grad = _needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
-    if needs_grad and not torch.compiler.is_compiling():
-        y: torch.Tensor = DendriticLayer.apply(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
-        )
+    run = ops.run_dendritic_forward
+    recorded = needs_grad(x, *parameters)
+    if recorded and not torch.compiler.is_compiling():
+        y: torch.Tensor = DendriticLayer.apply(x, *parameters, connectivity, slope, run)
         return y
-    return ops.run_dendritic_forward(
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, needs_grad
-    )[0]
+    return run(x, *parameters, connectivity, slope, recorded)[0]
