@@ -56,11 +56,10 @@ def train(
     model: nn.Module, step: Callable[..., torch.Tensor], batches: list[int]
 ) -> list[torch.Tensor]:
     """Losses of SGD steps on drawn batches of the given sizes, then the parameters."""
-    generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    for batch in batches:
-        x = torch.randn(batch, 30, generator=generator)
+    for i, batch in enumerate(batches):
+        x = oracle.drawn(batch, 30, seed=i)
         loss = step(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -213,11 +212,13 @@ def test_meta_construction_and_materialisation(backend: str) -> None:
     assert x.grad.is_meta
     assert empty.state_dict().keys() == model.state_dict().keys()
 
-    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    empty.to_empty(device=torch.get_default_device()).load_state_dict(model.state_dict())
     x = torch.randn(7, 30)
     assert torch.equal(empty(x), model(x))
 
-    layer = dk.DendriticLayer(NETWORKS["ragged"](), device="meta").to_empty(device="cpu")
+    layer = dk.DendriticLayer(NETWORKS["ragged"](), device="meta").to_empty(
+        device=torch.get_default_device()
+    )
     layer.reset_parameters()
     assert all(p.isfinite().all() for p in layer.parameters())
     assigned = dk.DendriticLayer(NETWORKS["ragged"](), device="meta")
