@@ -85,6 +85,7 @@ def setup_constants() -> dict[str, Any]:
         return runpy.run_path(str(ROOT / "setup.py"))
 
 
+@pytest.mark.slow
 def test_instruction_set_units_share_no_symbol(tmp_path: Path) -> None:
     """A weak symbol (an inline function of the standard library, say) that two units define is
     linked once, from any of them: an old CPU would then meet instructions it does not have.
