@@ -394,7 +394,9 @@ def _untraced(factory: Callable[[], T]) -> T:
     code that it takes for torch code comes out wrong.
     """
     dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second
-    value: T = factory() if dynamo is None else dynamo.disable(factory)()
+    if dynamo is None:
+        return factory()
+    value: T = dynamo.disable(lambda: factory())()  # of a class it would be a changed class
     return value
 
 

@@ -190,6 +190,7 @@ def test_what_a_backend_derives_is_not_traced() -> None:
     x = torch.randn(3)
     assert torch.equal(torch.compile(run, backend="aot_eager")(x), x + 14)
     assert found == [4]
+    assert c.cached("a class", dict) == {}
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity", "tanh", "gelu"])
