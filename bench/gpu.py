@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one call of under ten minutes.
 
-    python -m bench.gpu [--only build test memcheck racecheck time memory] [--output bench/results]
+    python -m bench.gpu [--only build test citizen memcheck ...] [--output bench/results]
 
-Builds the extension for this machine's GPU, runs tests/gpu (where missing CUDA is an error),
-compute-sanitizer's memcheck and racecheck, the timing table and the memory search, each in a
-process of its own and in its share of the time, and writes one JSON for the device. Needs the
-repository's files, a CUDA build of torch, nvcc, pybind11, setuptools and pytest; no network.
+Builds the extension for this machine's GPU, runs tests/gpu (where missing CUDA is an error; those
+of the kernels first), compute-sanitizer's memcheck and racecheck, the timing table and the memory
+search, each in a process of its own and in its share of the time, and writes one JSON for the
+device. Needs the repository's files, a CUDA build of torch, nvcc, pybind11, setuptools and pytest;
+no network.
 """
 
 from __future__ import annotations
@@ -40,15 +41,19 @@ def stages(folder: Path) -> list[Stage]:
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     check = [sanitizer, "--error-exitcode=9", "--target-processes=all"]
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    kernels, citizen, distributed = (
+        f"tests/gpu/test_gpu_{name}.py" for name in ("kernels", "citizen", "distributed")
+    )
     timing, memory = folder / "timing.json", folder / "memory.json"
     return [
         Stage("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 150),
-        Stage("test", [python, *tests], 150),
+        Stage("test", [*tests, kernels], 150),
         Stage("memcheck", [*check, "--tool=memcheck", *SANITIZED], 60),
         Stage("racecheck", [*check, "--tool=racecheck", *SANITIZED], 60),
         Stage("time", [python, "-m", "bench.gpu_timing", f"--output={timing}"], 190, timing.name),
         Stage("memory", [python, "-m", "bench.gpu_memory", f"--output={memory}"], 75, memory.name),
+        Stage("citizen", [*tests, citizen, distributed], 200),
     ]
 
 
@@ -96,7 +101,7 @@ def device_name() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    names = ["build", "test", "memcheck", "racecheck", "time", "memory"]
+    names = ["build", "test", "memcheck", "racecheck", "time", "memory", "citizen"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--seconds", type=float, default=580, help="for everything")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")

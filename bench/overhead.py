@@ -1,8 +1,9 @@
-"""What one call costs beside its arithmetic: a tiny layer against nn.Linear, eager and compiled.
+"""What one call costs beside its arithmetic: tiny layers against torch's own, eager and compiled.
 
     python -m bench.overhead
 
-Times are CPU time of the calling thread, so that other work on the machine counts little.
+Times are CPU time of the calling thread, so that other work on the machine counts little, and
+minima over rounds that visit every case in turn. The second table takes an eager call apart.
 """
 
 from __future__ import annotations
@@ -10,89 +11,150 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dendrite_kernels as dk
+from dendrite_kernels import _autograd, _direct, ops
+from dendrite_kernels.backends import cpp
 
-BATCH, REPEATS, CALLS = 4, 60, 100
+BATCH, REPEATS, CALLS = 4, 100, 100
 Run = Callable[[], object]
+Model = tuple[Callable[[torch.Tensor], torch.Tensor], list[nn.Parameter]]
+
+CONNECTIVITY = dk.connectivity.random(16, 4, 2, 4, constant_fan_in=True, seed=0)
 
 
-def models() -> dict[str, nn.Module]:
-    c = dk.connectivity.random(16, 4, 2, 4, constant_fan_in=True, seed=0)
+def models() -> dict[str, Model]:
+    c = CONNECTIVITY
+    linear, sparse, dendritic = nn.Linear(16, 4), dk.SparseLinear(c), dk.DendriticLayer(c)
+    a, b, p = ([*module.parameters()] for module in (linear, sparse, dendritic))
     return {
-        "nn.Linear": nn.Linear(16, 4),
-        "SparseLinear": dk.SparseLinear(c),
-        "DendriticLayer": dk.DendriticLayer(c),
+        "F.linear": (lambda x: F.linear(x, a[0], a[1]), a),
+        "sparse_linear": (lambda x: dk.functional.sparse_linear(x, b[0], b[1], c), b),
+        "dendritic_layer": (
+            lambda x: dk.functional.dendritic_layer(x, p[0], p[1], p[2], p[3], c),
+            p,
+        ),
+        "nn.Linear": (linear, a),
+        "SparseLinear": (sparse, b),
+        "DendriticLayer": (dendritic, p),
     }
 
 
-def without_gradients(model: nn.Module, x: torch.Tensor) -> Run:
-    def run() -> None:
+def without_gradients(model: Model, x: torch.Tensor) -> Run:
+    run, _ = model
+
+    def call() -> None:
         with torch.no_grad():
-            model(x)
+            run(x)
 
-    return run
-
-
-def forward(model: nn.Module, x: torch.Tensor) -> Run:
-    return lambda: model(x)
+    return call
 
 
-def forward_backward(model: nn.Module, x: torch.Tensor) -> Run:
+def forward(model: Model, x: torch.Tensor) -> Run:
+    run, _ = model
+    return lambda: run(x)
+
+
+def forward_backward(model: Model, x: torch.Tensor) -> Run:
+    run, parameters = model
     x = x.clone().requires_grad_()
-    grad = torch.ones_like(model(x))
-    tensors = [x, *model.parameters()]
+    grad = torch.ones_like(run(x))
 
-    def run() -> None:
-        model(x).backward(grad)
-        for tensor in tensors:
-            tensor.grad = None
+    def call() -> None:
+        run(x).backward(grad)
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
 
-    return run
+    return call
 
 
 WAYS = {"no grad": without_gradients, "forward": forward, "forward+backward": forward_backward}
 
 
+def nothing() -> None:
+    with torch.no_grad():
+        pass
+
+
+def parts() -> dict[str, Run]:
+    """What `dendritic_layer` does inside, each part alone."""
+    c, x = CONNECTIVITY, torch.randn(BATCH, 16)
+    w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
+    operands = x, w, dendrite_bias, cable, soma_bias
+    extension, topology = cpp._load()[0], cpp._transposed(c)
+    with torch.no_grad():
+        y, signs = cpp.dendritic_forward(*operands, c, 0.1, True)
+    grad = torch.ones_like(y)
+    new = [torch.empty_like(t) for t in operands]
+    backward = x, y, signs, w, dendrite_bias, cable
+    applied = _direct.apply_dendritic_layer
+    return {
+        "are the operands plain and unobserved": lambda: _direct.backend_for(*operands, c),
+        "  of which in C++": lambda: extension.accepts(topology, *operands),
+        "does one need a gradient": lambda: _autograd.needs_grad(*operands),
+        "forward": lambda: cpp.dendritic_output(*operands, c, 0.1),
+        "  of which allocation of y": lambda: x.new_empty(BATCH, 4),
+        "  of which C++, checks and kernel": lambda: extension.forward(
+            topology, *operands, 0.1, False, y, None, 1
+        ),
+        "forward that saves signs": lambda: cpp.dendritic_forward(*operands, c, 0.1, True),
+        "the same in an autograd.Function": lambda: applied(
+            *operands, c, 0.1, cpp.dendritic_forward
+        ),
+        "backward": lambda: ops.run_dendritic_backward(grad, *backward, c, 0.1, True),
+        "  of which allocations": lambda: [x.new_empty(t.numel()) for t in operands],
+        "  of which C++, checks and kernels": lambda: extension.backward(
+            topology, grad, *backward, 0.1, *new, 1
+        ),
+    }
+
+
 def measure(cases: dict[str, Run]) -> dict[str, float]:
-    """Microseconds per call: the lower quartile of rounds that visit every case in turn."""
+    """Microseconds per call: the minimum of rounds that visit every case in turn."""
     for run in cases.values():
         for _ in range(20):
             run()
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    best = dict.fromkeys(cases, float("inf"))
     for _ in range(REPEATS):
         for name, run in cases.items():
             run()
             start = time.thread_time()
             for _ in range(CALLS):
                 run()
-            times[name].append((time.thread_time() - start) / CALLS * 1e6)
-    return {name: sorted(values)[REPEATS // 4] for name, values in times.items()}
+            best[name] = min(best[name], (time.thread_time() - start) / CALLS * 1e6)
+    return best
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(BATCH, 16)
-    cases = {}
-    for compiled in (False, True):
-        for name, model in models().items():
-            runs: Any = torch.compile(model, fullgraph=True) if compiled else model
+    cases: dict[str, Run] = {"nothing": nothing}
+    for mode in ("", "compiled "):
+        for name, (run, parameters) in models().items():
+            called = torch.compile(run, fullgraph=True) if mode else run
             for way, build in WAYS.items():
-                cases[f"{name}|{'compiled ' if compiled else ''}{way}"] = build(runs, x)
+                cases[f"{name}|{mode}{way}"] = build((called, parameters), x)
     found = measure(cases)
+    for name in cases:
+        if name.endswith("|no grad"):
+            found[name] -= found["nothing"]
     columns = [f"{mode}{way}" for mode in ("", "compiled ") for way in WAYS]
     print(f"us per call; batch {BATCH}, torch {torch.__version__}, {platform.processor()}")
     print("".join(f"{title:>26}" for title in ["", *columns]))
     for name in models():
         row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]
         print(f"{name:>26}" + "".join(row))
-    limit = 3 + 1.6 * found["nn.Linear|no grad"]
-    print(f"limit of a forward call, 3 us + 1.6 nn.Linear: {limit:.1f} us")
+    limit = 3 + 1.6 * found["F.linear|no grad"]
+    print(f"\nlimit of a forward call, 3 us + 1.6 F.linear: {limit:.1f} us")
+    print("\nus of the parts of dendritic_layer")
+    for name, time_of_part in measure(parts()).items():
+        print(f"{time_of_part:8.1f}  {name}")
 
 
 if __name__ == "__main__":

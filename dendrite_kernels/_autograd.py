@@ -8,6 +8,8 @@ are the same two operators again, to any order and in both modes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +43,11 @@ class SparseLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: Maybe,
         connectivity: Connectivity,
-        round_x: bool,
+        run: Callable[..., torch.Tensor],  # ops.run_sparse_forward, or what it ends in
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.connectivity, ctx.has_bias = connectivity, bias is not None
-        return ops.run_sparse_forward(x, weight, bias, connectivity, round_x)
+        return run(x, weight, bias, connectivity)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
@@ -212,10 +214,13 @@ class DendriticLayer(torch.autograd.Function):
         soma_bias: Maybe,
         connectivity: Connectivity,
         slope: float,
-        round_x: bool,
+        run: Callable[
+            ..., tuple[torch.Tensor, torch.Tensor]
+        ],  # ops.run_dendritic_forward, or what it ends in
     ) -> torch.Tensor:
-        parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
-        y, signs = ops.run_dendritic_forward(x, *parameters, connectivity, slope, True, round_x)
+        y, signs = run(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
+        )
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
         ctx.connectivity, ctx.slope = connectivity, slope
         ctx.has_soma_bias = soma_bias is not None
@@ -224,12 +229,18 @@ class DendriticLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-        parameters = synapse_weight, dendrite_bias, cable_weight
-        options = ctx.connectivity, ctx.slope, ctx.needs_input_grad[0]
+        need_x = ctx.needs_input_grad[0]
+        connectivity, slope = ctx.connectivity, ctx.slope
         if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
-            gradients = _composed_backward(grad, x, y, *parameters, *options)
+            gradients = _composed_backward(
+                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, slope,
+                need_x,
+            )  # fmt: skip
         else:
-            gradients = ops.run_dendritic_backward(grad, x, y, signs, *parameters, *options)
+            gradients = ops.run_dendritic_backward(
+                grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
+                slope, need_x,
+            )  # fmt: skip
         return *_wanted(ctx, gradients, dendrite_bias), None, None, None
 
 
@@ -268,7 +279,8 @@ def _composed_backward(
             cable_weight.float(), connectivity, slope, need_x,
         )  # fmt: skip
         return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
-    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity, False)
+    run = ops.run_sparse_forward
+    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity, run)
     grad_v = torch.where(y > 0, grad, slope * grad)
     spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
     q = torch.where(u > 0, spread, slope * spread)
@@ -339,7 +351,7 @@ torch.library.register_autograd(
 )
 
 
-def _needs_grad(*tensors: Maybe) -> bool:
+def needs_grad(*tensors: Maybe) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # any() would be a generator's start and end slower
             if tensor is not None and tensor.requires_grad:
@@ -361,11 +373,14 @@ def sparse_linear(
         compiling = torch.compiler.is_compiling()
         run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
         x = round_to_bfloat16(x) if round_x else x
-        u: torch.Tensor = run(x, weight, bias, connectivity)
-    elif not torch.compiler.is_compiling() and _needs_grad(x, weight, bias):
-        u = SparseLinear.apply(x, weight, bias, connectivity, round_x)
+        transformed: torch.Tensor = run(x, weight, bias, connectivity)
+        return transformed
+    u: torch.Tensor
+    compute = partial(ops.run_sparse_forward, round_x=True) if round_x else ops.run_sparse_forward
+    if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
+        u = SparseLinear.apply(x, weight, bias, connectivity, compute)
     else:
-        u = ops.run_sparse_forward(x, weight, bias, connectivity, round_x)
+        u = compute(x, weight, bias, connectivity)
     return u
 
 
@@ -380,13 +395,15 @@ def dendritic_layer(
     round_x: bool,
 ) -> torch.Tensor:
     """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0; arguments fit."""
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     if transforms_active():
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, round_x)
         v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
         return F.leaky_relu(v, slope)
-    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
-    needs_grad = _needs_grad(x, *parameters)
-    if needs_grad and not torch.compiler.is_compiling():
-        y: torch.Tensor = DendriticLayer.apply(x, *parameters, connectivity, slope, round_x)
+    run = ops.run_dendritic_forward
+    compute = partial(run, round_x=True) if round_x else run
+    recorded = needs_grad(x, *parameters)
+    if recorded and not torch.compiler.is_compiling():
+        y: torch.Tensor = DendriticLayer.apply(x, *parameters, connectivity, slope, compute)
         return y
-    return ops.run_dendritic_forward(x, *parameters, connectivity, slope, needs_grad, round_x)[0]
+    return compute(x, *parameters, connectivity, slope, recorded)[0]

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from . import _autograd, ops
+from . import _autograd, _direct, ops
 from .reference import activation_function
 from .topology import Connectivity
 
@@ -161,6 +161,10 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
+    if precision is None and type(connectivity) is Connectivity and not connectivity.is_dense:
+        backend = _direct.backend_for(x, weight, bias, None, None, connectivity)
+        if backend is not None:
+            return _direct.sparse_linear(backend, x, weight, bias, connectivity)
     _require_connectivity(connectivity)
     lengths = connectivity.nnz, connectivity.num_dendrites
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
@@ -228,14 +232,27 @@ def dendritic_layer(
 
     Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
     """
+    slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
+    c = connectivity
+    if (
+        slope is not None
+        and precision is None
+        and 0 <= negative_slope < math.inf
+        and type(c) is Connectivity
+        and not c.is_dense
+        and cable_weight is not None  # which would mean a sparse linear layer
+    ):
+        backend = _direct.backend_for(x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c)
+        if backend is not None:
+            return _direct.dendritic_layer(
+                backend, x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope
+            )
     check_activation(activation, negative_slope)
     _require_connectivity(connectivity)
-    c = connectivity
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)
     round_x = _rounds(x, precision)
-    slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     if low is not None and not c.is_dense and (slope is None or not _takes_low(x)):
         wide = partial(
             dendritic_layer,

@@ -269,8 +269,8 @@ class _PaddedRows(nn.Module):
         super().__init__()
         counts = pointer.long().diff()  # [rows]
         rows, width = counts.numel(), max(1, int(counts.max()))
-        taken = torch.arange(width) < counts[:, None]  # [rows, width]
-        index = torch.full((rows, width), inputs)
+        taken = torch.arange(width, device="cpu") < counts[:, None]  # [rows, width]
+        index = torch.full((rows, width), inputs, device="cpu")
         index[taken] = columns.long()
         padded = weight.new_zeros((rows, width))
         padded[taken.to(weight.device)] = weight.detach()
@@ -302,7 +302,7 @@ class _PortableDendriticLayer(nn.Module):
         super().__init__()
         c = layer.connectivity
         self.synapses = _PortableSparseLinear(c, layer.synapse_weight, layer.dendrite_bias)
-        dendrites = torch.arange(c.num_dendrites)
+        dendrites = torch.arange(c.num_dendrites, device="cpu")
         self.cable = _PaddedRows(c.soma_ptr, dendrites, layer.cable_weight, c.num_dendrites)
         self.bias = None if layer.soma_bias is None else nn.Parameter(layer.soma_bias.clone())
         self.activation, self.negative_slope = layer.activation, layer.negative_slope

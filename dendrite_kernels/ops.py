@@ -85,7 +85,7 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
 
 def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
     """Backends check every operand they touch; of an empty batch they touch none."""
-    if grad.shape[:1] != x.shape[:1]:
+    if grad.dim() == 0 or grad.shape[0] != x.shape[0]:
         raise ValueError(f"Expected grad of {x.shape[0]} rows like x, got shape {list(grad.shape)}")
 
 
@@ -164,7 +164,7 @@ def _compute_dendritic_backward(
         _samples(backend, grad),
         _samples(backend, x),
         _samples(backend, y),
-        signs.reshape(-1, connectivity.num_dendrites).contiguous(),
+        _plain(signs if signs.dim() == 2 else signs.reshape(-1, connectivity.num_dendrites)),
         _parameter(synapse_weight, x),
         _optional(dendrite_bias, x),
         _parameter(cable_weight, x),
@@ -301,10 +301,13 @@ def run_dendritic_backward(
     negative_slope: float,
     need_x: bool,
 ) -> Five:
+    if not _observed(grad, synapse_weight):
+        return _compute_dendritic_backward(
+            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
+            negative_slope, need_x,
+        )  # fmt: skip
     tensors = x, y, signs, synapse_weight, dendrite_bias, cable_weight
     options = negative_slope, need_x
-    if not _observed(grad, synapse_weight):
-        return _compute_dendritic_backward(grad, *tensors, connectivity, *options)
     result: Five = dendritic_backward(grad, *tensors, *index_tensors(connectivity), *options)
     return result
 

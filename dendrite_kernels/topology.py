@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import uuid
 import zipfile
@@ -287,7 +288,7 @@ class Connectivity:
         if key not in self._cache:
             with self._lock:
                 if key not in self._cache:
-                    self._cache[key] = factory()
+                    self._cache[key] = _untraced(factory)
         value: T = self._cache[key]
         return value
 
@@ -384,6 +385,19 @@ class Connectivity:
         from ._plot import plot
 
         return plot(self, somas, image, figure)
+
+
+def _untraced(factory: Callable[[], T]) -> T:
+    """factory(), where torch.compile does not look.
+
+    A call from a frame that the compiler gave up on is a frame that it tries in turn, and numpy
+    code that it takes for torch code comes out wrong.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second
+    if dynamo is None:
+        return factory()
+    value: T = dynamo.disable(lambda: factory())()  # of a class it would be a changed class
+    return value
 
 
 def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:

@@ -1,6 +1,7 @@
 """The float64 oracle, written once more from the equations, and the measure of error.
 
-Independent of dendrite_kernels.reference: synapse by synapse, no dense matrix.
+Independent of dendrite_kernels.reference: synapse by synapse, no dense matrix. Also what tests need
+to run on whichever device is torch's default: tests/gpu runs many of them there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def leaky_relu(u: torch.Tensor, slope: float) -> torch.Tensor:
 def segment_sum(values: torch.Tensor, pointer: torch.Tensor) -> torch.Tensor:
     """values [B, pointer[-1]] -> [B, segments]: sums of the stretches that `pointer` delimits."""
     segments = pointer.numel() - 1
-    owner = torch.repeat_interleave(torch.arange(segments), pointer.long().diff())
+    pointer = pointer.to(values.device)
+    segment = torch.arange(segments, device=values.device)
+    owner = torch.repeat_interleave(segment, pointer.long().diff())
     return values.new_zeros(values.shape[0], segments).index_add(1, owner, values)
 
 
@@ -29,7 +32,8 @@ def sparse_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, c: Connectivity
 ) -> torch.Tensor:
     """x [B, N] -> u [B, R], synapse by synapse."""
-    u = segment_sum(x.index_select(1, c.col_indices.long()) * weight, c.crow_indices)
+    columns = c.col_indices.long().to(x.device)
+    u = segment_sum(x.index_select(1, columns) * weight, c.crow_indices)
     return u if bias is None else u + bias
 
 
@@ -58,3 +62,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def errors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:
     return [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers, the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    return values.to(torch.get_default_device())
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(torch.get_default_device().type, dtype=dtype)

@@ -43,9 +43,8 @@ def network(seed: int = 0) -> Any:  # nn.Sequential, whose modules have every at
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 30, generator=generator, dtype=torch.float64)
-    return x, torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
+    x = oracle.drawn(BATCH, 30, seed=1, dtype=torch.float64)
+    return x, oracle.drawn(BATCH, 3, seed=2, dtype=torch.float64)
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,22 +85,34 @@ def sharded(model: nn.Sequential) -> Any:
     return model
 
 
-def _worker(rank: int, world: int, store: str, work: Callable[..., None], args: Any) -> None:
+def _worker(
+    rank: int, world: int, store: str, device: str, work: Callable[..., None], args: Any
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{store}")
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+        options = {"device_id": torch.device(f"cuda:{rank}")}
+    kind = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(
+        kind, rank=rank, world_size=world, init_method=f"file://{store}", **options
+    )
     try:
         work(*args)
     finally:
         dist.destroy_process_group()
 
 
-def launch(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
+def launch(
+    world: int, folder: Path, work: Callable[..., None], *args: Any, device: str = "cpu"
+) -> None:
     """Run `work` in `world` fresh processes; an assertion in one of them fails the test."""
     store = folder / f"store-{work.__name__}-{world}"
-    spawn(_worker, (world, str(store), work, args), nprocs=world)
+    spawn(_worker, (world, str(store), device, work, args), nprocs=world)
 
 
-def _data_parallel() -> None:
+def data_parallel() -> None:
     expected = network()
     train(expected, distributed=False)
     model = network()
@@ -116,7 +127,7 @@ def _data_parallel() -> None:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ddp_and_fsdp_equal_one_process(world: int, tmp_path: Path) -> None:
-    launch(world, tmp_path, _data_parallel)
+    launch(world, tmp_path, data_parallel)
 
 
 def _save(folder: str) -> None:

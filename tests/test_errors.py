@@ -295,6 +295,8 @@ def bad_operator_calls() -> list[tuple[str, Callable[[], object]]]:
             for label, change in BAD_TENSORS.items():
                 if name == "x" and "forward" in operator and label in ("fewer rows", "no rows"):
                     continue  # just another batch
+                if name == "x" and "forward" in operator and label == "half":
+                    continue  # parameters may be float32 beside samples of low precision
                 if (name, label) in HARMLESS or label == "meta":
                     continue  # a meta operand makes a meta result
                 bad = {name: change(good[name])}

@@ -75,7 +75,8 @@ def test_extension_links_no_openmp_library() -> None:
 # What its parts export
 
 
-@pytest.mark.parametrize("target", ["native", pytest.param("neon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["native", "neon"])
 def test_instruction_set_units_share_no_symbol(target: str) -> None:
     """A weak symbol (an inline function of the standard library, say) that two units define is
     linked once, from any of them: an old CPU would then meet instructions it does not have.

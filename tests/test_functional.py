@@ -117,25 +117,32 @@ def test_sparse_linear_is_exact(backend: str, network: str, batch: int, dtype: t
     assert_as_exact_as_torch(ours, plain, exact)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_thread_count_and_every_strategy_is_exact(backend: str, threads: int) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "numba"], indirect=True)
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [
+        ((60, 100, 40, 6), 70),  # 4 blocks, 2 or 3 tiles
+        ((60, 10, 40, 6), 1000),  # 1 block, many tiles
+        ((500, 100, 40, 16), 400),  # x larger than the cache
+        ((60, 100, 40, 6), 3),  # 1 tile
+    ],
+)
+def test_every_thread_count_and_every_strategy_is_exact(
+    backend: str, sizes: tuple[int, int, int, int], batch: int
+) -> None:
     """Few and many blocks and tiles: threads own blocks of dendrites, or tiles of the batch."""
+    c = dk.connectivity.random(*sizes, seed=1)
+    tensors = draw(c, batch, torch.float64, somas=True)
+    grad = torch.randn(batch, c.num_somas, dtype=torch.float64)
+    exact = gradients(lambda *t: oracle.dendritic_layer(*t, c, 0.1), tensors, grad)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        for c, batch in [
-            (dk.connectivity.random(60, 100, 40, 6, seed=1), 70),  # 4 blocks, 2 or 3 tiles
-            (dk.connectivity.random(60, 10, 40, 6, seed=1), 1000),  # 1 block, many tiles
-            (dk.connectivity.random(500, 100, 40, 16, seed=1), 400),  # x larger than the cache
-            (dk.connectivity.random(60, 100, 40, 6, seed=1), 3),  # 1 tile
-        ]:
-            tensors = draw(c, batch, torch.float64, somas=True)
-            grad = torch.randn(batch, c.num_somas, dtype=torch.float64)
-            exact = gradients(lambda *t, c=c: oracle.dendritic_layer(*t, c, 0.1), tensors, grad)
-            first = gradients(lambda *t, c=c: dk.functional.dendritic_layer(*t, c), tensors, grad)
-            again = gradients(lambda *t, c=c: dk.functional.dendritic_layer(*t, c), tensors, grad)
-            assert max(oracle.errors(first, exact)) < 1e-13
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            first = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
+            again = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
+            assert max(oracle.errors(first, exact)) < 1e-13, threads
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), threads
     finally:
         torch.set_num_threads(before)
 

@@ -416,7 +416,7 @@ def test_meta_device_has_shapes_only(backend: str, make: Make, shape: tuple[int,
 @LAYERS
 def test_from_meta_to_memory(backend: str, make: Make) -> None:
     layer = make(network(), device="meta")
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=torch.get_default_device())
     torch.manual_seed(5)
     layer.reset_parameters()
     torch.manual_seed(5)

@@ -62,8 +62,7 @@ class MaskedDense(nn.Module):
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(64, 30, generator=generator), torch.randn(64, 4, generator=generator)
+    return oracle.drawn(64, 30, seed=1), oracle.drawn(64, 4, seed=2)
 
 
 def layer() -> dk.DendriticLayer:
@@ -83,6 +82,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
 def test_optimizers_match_the_masked_dense_twin(backend: str, name: str, way: str) -> None:
     kind, options = OPTIMIZERS[name]
     if way == "fused":
+        if name == "Adagrad" and torch.get_default_device().type != "cpu":
+            pytest.skip("torch fuses Adagrad on the CPU only")
         options = {**options, "fused": True}
     elif name != "Adafactor" or way == "foreach":
         options = {**options, "foreach": way == "foreach"}

@@ -70,7 +70,7 @@ def test_autocast(backend: str, low: torch.dtype, network: str) -> None:
     grad = draw_grad(33, c.num_somas, torch.float32)
     wide = [t.double() for t in tensors]
     exact = run(lambda *t: formula.dendritic_layer(*t, c, 0.1), wide, grad.to(low))
-    with torch.autocast("cpu", dtype=low):
+    with oracle.autocast(low):
         plain = run(masked_dense(c), tensors, grad)
         ours = run(lambda *t: functional.dendritic_layer(*t, c), tensors, grad)
         sparse = functional.sparse_linear(*tensors[:3], c)
@@ -91,7 +91,7 @@ def test_autocast_of_every_path(
     layer = dk.DendriticLayer(c, activation=activation)
     x = torch.randn(9, c.in_features)
     exact = layer(x)
-    with torch.autocast("cpu", dtype=low):
+    with oracle.autocast(low):
         y = layer(x.to(low))  # what a layer below hands on
     assert y.dtype == low
     assert oracle.relative_error(y, exact) < 4 * torch.finfo(low).eps
@@ -102,7 +102,7 @@ def test_autocast_of_every_path(
 def test_autocast_leaves_float64_alone(backend: str) -> None:
     layer = dk.DendriticLayer(NETWORKS["ragged"](), dtype=torch.float64)
     x = torch.randn(9, 61, dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with oracle.autocast(torch.bfloat16):
         assert torch.equal(layer(x), layer(x).double())
         assert layer(x).dtype == torch.float64
         with pytest.raises(TypeError, match=r"float64 like x, got torch\.float32"):
@@ -117,7 +117,7 @@ def test_mixed_dtypes_and_devices_are_errors() -> None:
             layer(x.to(dtype))
     with pytest.raises(TypeError, match="Expected x of dtype"):
         layer(x.long())
-    with pytest.raises(ValueError, match="Expected synapse_weight on meta like x, got cpu"):
+    with pytest.raises(ValueError, match=f"Expected synapse_weight on meta like x, got {x.device}"):
         layer(x.to("meta"))
 
 
@@ -138,12 +138,12 @@ def test_module_conversions(backend: str, convert: str) -> None:
 def test_a_network_trains_under_autocast_and_a_scaler(backend: str, low: torch.dtype) -> None:
     model = nn.Sequential(dk.DendriticLayer(NETWORKS["constant fan-in"]()), nn.Linear(12, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**10)
     x = torch.randn(256, 100)
     target = (x @ torch.randn(100, 3)).argmax(1)
     losses = []
     for _ in range(60):
-        with torch.autocast("cpu", dtype=low):
+        with oracle.autocast(low):
             loss = F.cross_entropy(model(x), target)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -157,7 +157,7 @@ def test_a_scaler_skips_steps_with_infinite_gradients(backend: str) -> None:
     layer = dk.DendriticLayer(NETWORKS["constant fan-in"]())
     before = [p.clone() for p in layer.parameters()]
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(torch.get_default_device().type)
     scaler.scale(layer(torch.full((4, 100), 3e38)).sum()).backward()
     scaler.step(optimizer)
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
@@ -168,7 +168,7 @@ def test_compiled_autocast(backend: str) -> None:
     layer = dk.DendriticLayer(NETWORKS["constant fan-in"]())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(9, 100)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with oracle.autocast(torch.bfloat16):
         expected, actual = layer(x), compiled(x)
     assert torch.equal(actual, expected)
 
@@ -183,7 +183,7 @@ def test_per_sample_gradients_under_autocast(backend: str) -> None:
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
     exact = per_sample(state, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with oracle.autocast(torch.bfloat16):
         rounded = per_sample(state, x)
     for name, value in exact.items():
         assert oracle.relative_error(rounded[name], value) < 0.01

@@ -215,8 +215,12 @@ def test_transforms_of_other_activations(backend: str, activation: str) -> None:
         assert oracle.relative_error(per_sample[name].sum(0), parameter.grad) < 1e-12
 
 
+COMPILED = ["grad", "jacrev", "jvp", "vmap", "per-sample gradients", "ensemble"]
+
+
 @pytest.mark.parametrize(
-    "transform", ["grad", "jacrev", "jvp", "vmap", "per-sample gradients", "ensemble"]
+    ("kind", "transform"),
+    [*(("dendritic", name) for name in COMPILED), ("sparse", "grad"), ("sparse", "ensemble")],
 )
 def test_compiled_transforms_are_exact(case: Case, transform: str) -> None:
     torch._dynamo.reset()

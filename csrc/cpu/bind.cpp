@@ -60,7 +60,11 @@ Runtime runtime(int threads, Workspace& workspace) {
   return {threads, l2, run_on_pool, Workspace::get, &workspace};
 }
 
-void configure(const py::capsule& exchange_api, uintptr_t parallel_for) {
+// Classes whose objects are nothing but tensors: subclasses may intercept what is done to them.
+PyTypeObject *tensor_class = nullptr, *parameter_class = nullptr;
+
+void configure(const py::capsule& exchange_api, uintptr_t parallel_for, const py::type& tensor,
+               const py::type& parameter) {
   const auto* api = static_cast<const DLExchangeAbi*>(
       PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
@@ -70,6 +74,8 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for) {
         "Expected torch to offer version 1 of the DLPack exchange table, got none");
   exchange = api;
   pool_for = reinterpret_cast<decltype(pool_for)>(parallel_for);
+  tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());  // torch lives on
+  parameter_class = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
 
 // ---- connectivity ----
@@ -202,6 +208,37 @@ void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::han
   kernel(net, call, runtime(threads, workspace));
 }
 
+// A tensor's view, unless only Python can tell what is to be done with the object: it is of another
+// class, or its sign is still to be flipped (DLPack does not say).
+bool lends(py::handle object, DLTensorAbi* t) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyTypeObject* const kind = Py_TYPE(object.ptr());
+  if (kind != tensor_class && kind != parameter_class) return false;
+  if (exchange->borrow(object.ptr(), t)) {
+    PyErr_Clear();
+    return false;
+  }
+  PyObject* const pending = PyObject_CallMethodNoArgs(object.ptr(), is_neg);  // a bool: immortal
+  Py_XDECREF(pending);
+  return pending == Py_False;
+}
+
+// Whether `forward` takes these operands just as they are. Asked before every call, so it explains
+// nothing; cable None: a sparse linear layer.
+bool accepts(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
+             py::handle cable, py::handle soma_bias) {
+  const Topology& net = bound.net;
+  DLTensorAbi t;
+  if (!lends(x, &t) || t.ndim != 2) return false;
+  const Type type = has_type(t, kFloat64) ? kFloat64 : kFloat32;
+  if (!fits(t, type, {t.shape[0], net.in_features})) return false;
+  const auto parameter = [&](py::handle p, int64_t length, bool optional) {
+    return p.is_none() ? optional : lends(p, &t) && fits(t, type, {length});
+  };
+  return parameter(weight, net.nnz, false) && parameter(dendrite_bias, net.rows, true) &&
+         parameter(cable, net.rows, true) && parameter(soma_bias, net.somas, true);
+}
+
 // Runs f(T(), samples) for the dtype and length of x, T being the type of sums.
 template <class F>
 void dispatch(py::handle x, const F& f) {
@@ -277,6 +314,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def(
       "poison_workspaces", [](bool on) { poison_workspaces = on; },
       "For tests: NaN in every workspace.");
+  m.def("accepts", &accepts);
   m.def("forward", &any_forward);
   m.def("backward", &any_backward);
 }

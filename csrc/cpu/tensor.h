@@ -45,10 +45,12 @@ inline const DLExchangeAbi* exchange = nullptr;
 
 inline DLTensorAbi borrow(pybind11::handle object, const char* name) {
   DLTensorAbi t;
+  if (exchange && !exchange->borrow(object.ptr(), &t)) return t;
+  PyErr_Clear();
   if (!exchange || !PyObject_HasAttrString(object.ptr(), "__dlpack__"))
     throw pybind11::type_error(std::string(name) + ": Expected a torch.Tensor, got " +
                                Py_TYPE(object.ptr())->tp_name);
-  if (exchange->borrow(object.ptr(), &t)) throw pybind11::error_already_set();
+  if (exchange->borrow(object.ptr(), &t)) throw pybind11::error_already_set();  // torch's reason
   return t;
 }
 
@@ -58,22 +60,15 @@ inline std::string shape_text(const int64_t* shape, int64_t ndim) {
   return text + "]";
 }
 
-// Pointer to a contiguous CPU tensor of exactly this type and shape.
-inline void* checked(pybind11::handle object, const char* name, Type type,
-                     std::initializer_list<int64_t> shape) {
-  constexpr int32_t kCpu = 1;
-  const DLTensorAbi t = borrow(object, name);
-  if (t.device_type != kCpu)
-    throw pybind11::value_error(std::string(name) + ": Expected a CPU tensor, got another device");
-  if (!has_type(t, type))
-    throw pybind11::type_error(std::string(name) + ": Expected dtype " + type.name +
-                               ", got another dtype");
+constexpr int32_t kCpu = 1;
+
+inline bool has_shape(const DLTensorAbi& t, std::initializer_list<int64_t> shape) {
   bool same = t.ndim == int32_t(shape.size());
   for (int32_t i = 0; same && i < t.ndim; ++i) same = t.shape[i] == shape.begin()[i];
-  if (!same)
-    throw pybind11::value_error(std::string(name) + ": Expected shape " +
-                                shape_text(shape.begin(), int64_t(shape.size())) + ", got " +
-                                shape_text(t.shape, t.ndim));
+  return same;
+}
+
+inline bool is_contiguous(const DLTensorAbi& t) {
   int64_t stride = 1, elements = 1;
   bool contiguous = true;
   for (int32_t i = t.ndim; i-- > 0;) {
@@ -81,9 +76,35 @@ inline void* checked(pybind11::handle object, const char* name, Type type,
     stride *= t.shape[i];
     elements *= t.shape[i];
   }
-  if (!contiguous && elements > 0)
-    throw pybind11::value_error(std::string(name) +
-                                ": Expected a contiguous tensor, got a strided one");
+  return contiguous || elements == 0;
+}
+
+// Whether t is a contiguous CPU tensor of exactly this type and shape.
+inline bool fits(const DLTensorAbi& t, Type type, std::initializer_list<int64_t> shape) {
+  return t.device_type == kCpu && has_type(t, type) && has_shape(t, shape) && is_contiguous(t);
+}
+
+// Says why t does not fit.
+[[noreturn]] inline void refuse(const DLTensorAbi& t, const char* name, Type type,
+                                std::initializer_list<int64_t> shape) {
+  if (t.device_type != kCpu)
+    throw pybind11::value_error(std::string(name) + ": Expected a CPU tensor, got another device");
+  if (!has_type(t, type))
+    throw pybind11::type_error(std::string(name) + ": Expected dtype " + type.name +
+                               ", got another dtype");
+  if (!has_shape(t, shape))
+    throw pybind11::value_error(std::string(name) + ": Expected shape " +
+                                shape_text(shape.begin(), int64_t(shape.size())) + ", got " +
+                                shape_text(t.shape, t.ndim));
+  throw pybind11::value_error(std::string(name) +
+                              ": Expected a contiguous tensor, got a strided one");
+}
+
+// Pointer to a tensor that fits.
+inline void* checked(pybind11::handle object, const char* name, Type type,
+                     std::initializer_list<int64_t> shape) {
+  const DLTensorAbi t = borrow(object, name);
+  if (!fits(t, type, shape)) refuse(t, name, type, shape);
   return static_cast<char*>(t.data) + t.byte_offset;
 }
 

@@ -149,16 +149,27 @@ class use_backend:
         _chosen = self._previous
 
 
-_selected: dict[tuple[str | None, str], Backend] = {}
+_CPU = torch.device("cpu")
+# By device, not by its type: the name of a type is made anew each time, in half a microsecond.
+_selected: dict[tuple[str | None, torch.device], Backend] = {}
 
 
 def select(device: torch.device) -> Backend:
     """The chosen backend, or the best one for the device; raises rather than fall back unasked."""
-    key = _chosen, device.type
+    key = _chosen, device
     found = _selected.get(key)
     if found is None:
-        found = _selected[key] = _select(*key)
+        found = _selected[key] = _select(_chosen, device.type)
     return found
+
+
+def direct() -> Any:
+    """The backend in use for the CPU, if it `accepts` operands itself; None: it does not.
+
+    Of the calls that could be direct, the first is not: it selects the backend.
+    """
+    backend = _selected.get((_chosen, _CPU))
+    return backend if hasattr(backend, "accepts") else None
 
 
 def _select(chosen: str | None, device: str) -> Backend:

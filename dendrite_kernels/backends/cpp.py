@@ -14,6 +14,8 @@ from . import _order, _pool
 STORES_LOW = True
 ROUNDS_X = True
 
+_SIGNS = torch.empty(0, dtype=torch.int32)  # asking it for more is faster than naming its dtype
+
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
@@ -30,7 +32,12 @@ def _load() -> tuple[Any, str | None]:
                 " install a C++ compiler and reinstall"
             ),
         )
-    _cpu.configure(torch.Tensor.__dlpack_c_exchange_api__, _pool.torch_parallel_for_address())
+    _cpu.configure(
+        torch.Tensor.__dlpack_c_exchange_api__,
+        _pool.torch_parallel_for_address(),
+        torch.Tensor,
+        torch.nn.Parameter,
+    )
     return _cpu, None
 
 
@@ -105,6 +112,41 @@ def _ordered(connectivity: Connectivity) -> Any:
     return connectivity.cached("cpp ordered", lambda: _bind_ordered(connectivity))
 
 
+def accepts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dendrite_bias: torch.Tensor | None,
+    cable_weight: torch.Tensor | None,
+    soma_bias: torch.Tensor | None,
+    connectivity: Connectivity,
+) -> bool:
+    """Whether a forward call may pass these objects on just as they are; never raises."""
+    topology = _topology(connectivity)
+    accepted: bool = _load()[0].accepts(topology, x, weight, dendrite_bias, cable_weight, soma_bias)
+    return accepted
+
+
+def dendritic_output(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: torch.Tensor | None,
+    cable_weight: torch.Tensor,
+    soma_bias: torch.Tensor | None,
+    connectivity: Connectivity,
+    negative_slope: float,
+    signs: torch.Tensor | None = None,
+    round_x: bool = False,
+) -> torch.Tensor:
+    """y of `dendritic_forward`, which leaves its signs in `signs`, if given."""
+    topology = _ordered(connectivity)
+    y = x.new_empty(x.shape[0], connectivity.num_somas)  # two numbers: parsed faster than a tuple
+    _load()[0].forward(
+        topology, x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
+        round_x, y, signs, _threads(),
+    )  # fmt: skip
+    return y
+
+
 def dendritic_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -116,14 +158,11 @@ def dendritic_forward(
     save_signs: bool,
     round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = x.shape[0]
-    words = (batch + 31) // 32 if save_signs else 0
-    y = x.new_empty((batch, connectivity.num_somas))
-    signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
-    _load()[0].forward(
-        _ordered(connectivity),
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope, round_x,
-        y, signs if save_signs else None, _threads(),
+    words = (x.shape[0] + 31) // 32 if save_signs else 0
+    signs = _SIGNS.new_empty(words, connectivity.num_dendrites)
+    y = dendritic_output(
+        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, negative_slope,
+        signs if save_signs else None, round_x,
     )  # fmt: skip
     return y, signs
 
@@ -143,9 +182,10 @@ def dendritic_backward(
     batch, inputs = x.shape
     like = synapse_weight  # of its dtype are the gradients of parameters
     new = like.new_empty if batch else like.new_zeros  # no sample, no kernel: they are zero
-    dx = x.new_empty((batch if need_x else 0, inputs))
-    dw, dbd, dc = new(synapse_weight.shape), new(cable_weight.shape), new(cable_weight.shape)
-    dbs = new((connectivity.num_somas,))
+    rows = connectivity.num_dendrites
+    dx = x.new_empty(batch if need_x else 0, inputs)
+    dw, dbd, dc = new(connectivity.nnz), new(rows), new(rows)
+    dbs = new(connectivity.num_somas)
     if batch:
         _load()[0].backward(
             (_transposed if need_x else _ordered)(connectivity),
@@ -162,7 +202,7 @@ def sparse_forward(
     connectivity: Connectivity,
     round_x: bool = False,
 ) -> torch.Tensor:
-    u = x.new_empty((x.shape[0], connectivity.num_dendrites))
+    u = x.new_empty(x.shape[0], connectivity.num_dendrites)
     topology = _topology(connectivity)
     _load()[0].forward(topology, x, weight, bias, None, None, 1.0, round_x, u, None, _threads())
     return u
@@ -177,8 +217,8 @@ def sparse_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, inputs = x.shape
     new = weight.new_empty if batch else weight.new_zeros
-    dx = x.new_empty((batch if need_x else 0, inputs))
-    dw, db = new(weight.shape), new((connectivity.num_dendrites,))
+    dx = x.new_empty(batch if need_x else 0, inputs)
+    dw, db = new(connectivity.nnz), new(connectivity.num_dendrites)
     if batch:
         _load()[0].backward(
             (_transposed if need_x else _topology)(connectivity),

@@ -22,7 +22,7 @@ MODULE = "_cuda_emulated"
 COMMON = ["-std=c++17", "-fPIC", "-DDK_EMULATE", f"-DDK_MODULE={MODULE}", "-fno-strict-aliasing"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 # The binding is checked by its callers' tests; unsanitized it compiles in a third of the time.
-FLAGS = {".cu": ["-O1", "-g1", *SANITIZE, "-Wno-unknown-pragmas", "-x", "c++"], ".cpp": ["-O0"]}
+FLAGS = {".cu": ["-O0", "-g1", *SANITIZE, "-Wno-unknown-pragmas", "-x", "c++"], ".cpp": ["-O0"]}
 
 
 def missing() -> str | None:

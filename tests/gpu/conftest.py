@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ import dendrite_kernels as dk
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.fixture(autouse=True)
-def needs_cuda() -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     entry = dk.backend_info()["cuda"]
-    if not entry["available"]:
-        pytest.skip(f"backend cuda: {entry['reason']}")
+    if entry["available"]:
+        return
+    for item in items:  # of the whole session
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(f"backend cuda: {entry['reason']}"))
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +30,10 @@ def no_tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = was
+
+
+@pytest.fixture
+def backend() -> Iterator[str]:
+    """The only one with kernels here."""
+    with dk.use_backend("cuda"):
+        yield "cuda"

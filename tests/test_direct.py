@@ -1,0 +1,111 @@
+"""The short way to the kernels: who may take it, and that it leads to what the long one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import dendrite_kernels as dk
+from dendrite_kernels import _direct
+
+CPP = dk.backend_info()["cpp"]
+pytestmark = pytest.mark.skipif(not CPP["available"], reason=f"backend cpp: {CPP['reason']}")
+
+
+class Wrapped(Tensor):
+    pass
+
+
+def operands(dtype: torch.dtype = torch.float32) -> list[Any]:
+    c = dk.connectivity.random(30, 10, 4, 6, seed=0)
+    sizes = (5, 30), (c.nnz,), (40,), (40,), (10,)
+    return [*(torch.randn(size, dtype=dtype) for size in sizes), c]
+
+
+def taken(operands: list[Any]) -> bool:
+    dk.backends.select(torch.device("cpu"))
+    return _direct.backend_for(*operands) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("missing", [(), (2,), (4,), (2, 4), (3, 4)], ids=str)
+def test_plain_operands_take_it(dtype: torch.dtype, missing: tuple[int, ...]) -> None:
+    given = [None if i in missing else t for i, t in enumerate(operands(dtype))]
+    assert taken(given)
+    assert taken([t.requires_grad_() if isinstance(t, Tensor) else t for t in given])
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "another class": lambda t: t.as_subclass(Wrapped),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "longer": lambda t: torch.cat([t, t], -1),
+    "one dimension more": lambda t: t[None],
+    "another dtype": lambda t: t.double(),
+    "half": lambda t: t.half(),
+    "meta": lambda t: t.to("meta"),
+    "sign pending": torch._neg_view,
+    "an array": lambda t: t.numpy(),
+    "a number": lambda t: 0.5,
+}
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_operands_do_not(change: str, which: int) -> None:
+    given = operands()
+    given[which] = CHANGES[change](given[which])
+    assert not taken(given)
+
+
+def test_weights_are_not_optional() -> None:
+    for which in (0, 1):
+        given = operands()
+        given[which] = None
+        assert not taken(given)
+
+
+def test_observers_keep_a_call_from_it() -> None:
+    given = operands()
+    assert taken(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not taken(given)
+    with torch.profiler.profile():
+        assert not taken(given)
+    with forward_ad.dual_level():
+        assert not taken(given)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert _direct.backend_for(*given) is None
+    with dk.use_backend("reference"):
+        assert not taken(given)
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(_direct.backend_for(x, *given[1:])), x)[1])(given[0])
+    assert seen == [None]
+    assert taken(given)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33])
+def test_it_computes_what_the_long_way_does(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with gradients and without, and so do calls that change over in between."""
+    tensors = [t.requires_grad_() for t in operands() if isinstance(t, Tensor)]
+    tensors[0] = torch.randn(batch, 30, requires_grad=True)
+    c, results = operands()[-1], []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(_direct, "backend_for", lambda *_: None)
+        for run, leaves in (
+            (dk.functional.dendritic_layer, tensors),
+            (dk.functional.sparse_linear, tensors[:3]),
+        ):
+            call: Any = run
+            y = call(*leaves, c)
+            gradients = torch.autograd.grad(y.sin().sum(), leaves)
+            with torch.no_grad():
+                results.append([y, call(*leaves, c), *gradients])
+    for a, b in zip(results[:2], results[2:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert torch.equal(a[0], a[1])
