@@ -83,10 +83,16 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
-def _check_batch(grad: torch.Tensor, x: torch.Tensor) -> None:
-    """Backends check every operand they touch; of an empty batch they touch none."""
-    if grad.dim() == 0 or grad.shape[0] != x.shape[0]:
-        raise ValueError(f"Expected grad of {x.shape[0]} rows like x, got shape {list(grad.shape)}")
+def _check_samples(x: torch.Tensor, **others: torch.Tensor) -> None:
+    """Backends check every operand as it reaches them: of an empty batch none does, and of low
+    precision not as it came."""
+    for name, t in others.items():
+        if t.dim() == 0 or t.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"Expected {name} of {x.shape[0]} rows like x, got shape {list(t.shape)}"
+            )
+        if t.dtype != x.dtype:
+            raise TypeError(f"Expected {name} of dtype {x.dtype} like x, got {t.dtype}")
 
 
 LOW = (torch.float16, torch.bfloat16)  # samples may be stored as these; sums are float32
@@ -158,7 +164,7 @@ def _compute_dendritic_backward(
     negative_slope: float,
     need_x: bool,
 ) -> Five:
-    _check_batch(grad, x)
+    _check_samples(x, grad=grad, y=y)
     backend = select(x.device)
     dx, *gradients = backend.dendritic_backward(
         _samples(backend, grad),
@@ -196,7 +202,7 @@ def _compute_sparse_backward(
     connectivity: Connectivity,
     need_x: bool,
 ) -> Three:
-    _check_batch(grad, x)
+    _check_samples(x, grad=grad)
     backend = select(x.device)
     dx, *gradients = backend.sparse_backward(
         _samples(backend, grad),

@@ -58,7 +58,9 @@ def draw(c: Connectivity, batch: int, dtype: torch.dtype, somas: bool) -> list[t
     if not somas:
         return [x, weight, bias]
     cable = torch.randn(c.num_dendrites, dtype=dtype) / (c.num_dendrites / c.num_somas) ** 0.5
-    return [x, weight, bias, cable, torch.randn(c.num_somas, dtype=dtype)]
+    soma_bias = torch.randn(c.num_somas, dtype=dtype)
+    soma_bias += 2 * soma_bias.sign()  # an output that cancels would measure luck, too
+    return [x, weight, bias, cable, soma_bias]
 
 
 def draw_grad(batch: int, outputs: int, dtype: torch.dtype) -> torch.Tensor:
