@@ -21,6 +21,16 @@ needs_cpp = pytest.mark.skipif(
 SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
 
 
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks are sorted by length, too."""
+    monkeypatch.setattr(_order, "_MANY", 1)
+
+
+def forward_order(c: Connectivity) -> _order.Order | None:
+    return _order.by_centre(c) or _order.by_length(c)
+
+
 def uneven(seed: int = 0) -> Connectivity:
     """Somas of 0 to 5 dendrites of 0 to 20 synapses."""
     rng = np.random.default_rng(seed)
@@ -60,7 +70,7 @@ NATURAL: dict[str, Callable[[], Connectivity]] = {
 @pytest.mark.parametrize("name", ORDERED)
 def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
     c = ORDERED[name]()
-    order = _order.visiting_order(c)
+    order = forward_order(c)
     assert order is not None
     dendrite = order.dendrite.astype(np.int64)
     assert np.array_equal(np.sort(dendrite), np.arange(c.num_dendrites))
@@ -78,17 +88,26 @@ def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
 
 @pytest.mark.parametrize("name", NATURAL)
 def test_no_order_where_it_gains_nothing(name: str) -> None:
-    assert _order.visiting_order(NATURAL[name]()) is None
+    assert forward_order(NATURAL[name]()) is None
+
+
+def test_lengths_of_few_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = ORDERED["variable"]()
+    monkeypatch.setattr(_order, "_MANY", c.num_dendrites + 1)
+    assert forward_order(c) is None
+    monkeypatch.setattr(_order, "_MANY", c.num_dendrites)
+    assert forward_order(c) is not None
+    assert _order.by_centre(c) is None
 
 
 def test_neighbours_share_inputs_or_have_the_same_length() -> None:
     local = ORDERED["local"]()
-    order = _order.visiting_order(local)
+    order = forward_order(local)
     assert order is not None
     columns = order.columns.reshape(-1, 16)
     shared = [np.intersect1d(a, b).size for a, b in itertools.pairwise(columns)]
     assert np.mean(shared) > 5
-    order = _order.visiting_order(uneven())
+    order = forward_order(uneven())
     assert order is not None
     steps = np.diff(np.diff(order.crow))
     assert (steps < 0).sum() == 2  # ascending within each of the three groups
@@ -105,7 +124,8 @@ def test_results_do_not_depend_on_the_order(
     c = ORDERED[name]()
     same = Connectivity.from_csr(c.crow_indices, c.col_indices, c.in_features, c.soma_ptr)
     ordered = results(c, batch, dtype)
-    monkeypatch.setattr(_order, "visiting_order", lambda c: None)
+    for order in ("by_centre", "by_length"):
+        monkeypatch.setattr(_order, order, lambda c: None)
     natural = results(same, batch, dtype)
     assert torch.equal(ordered.pop("signs"), natural.pop("signs"))
     for result, value in ordered.items():

@@ -1,10 +1,10 @@
 """The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
 
 Local receptive fields: neighbours in the order see the same inputs, which are still in the cache.
-Forward keeps the somas of a group together, so that their sums stay in the cache as well.
-Dendrites of varying length: neighbours of about the same length run in step.
-Random inputs of constant number, and fields that are neighbours already, gain nothing and keep
-the order of their numbers.
+Many dendrites of varying length: neighbours run the same number of steps, which the processor then
+predicts. Both within groups of somas, so that the sums of a group stay in the cache as well.
+Random inputs of constant number, and fields that are neighbours already, gain nothing and keep the
+order of their numbers, as does the gather over the transposed plan.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..topology import Connectivity
 
 # Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
 MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
+_MANY = 16384  # the lengths of fewer dendrites are learnt by branch prediction
 _SAMPLE = 4096  # pairs of neighbours that are looked at
 _SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
@@ -29,30 +30,27 @@ class Order(NamedTuple):
     columns: Array  # uint16 or int32 [nnz]
 
 
-def visiting_order(connectivity: Connectivity) -> Order | None:
-    """By centre or by length within groups of somas; None: as they come."""
-    key = _key(connectivity)
-    if key is None:
+def by_centre(connectivity: Connectivity) -> Order | None:
+    """For forward and for backward without dx; None: as they come."""
+    if not _gains_by_centre(connectivity):
         return None
-    group = _soma_of_dendrite(connectivity) // MIXED_SOMAS
-    return _order(connectivity, np.lexsort((key, group)))
+    return _order(connectivity, _centres(connectivity))
 
 
-def _order(connectivity: Connectivity, dendrite: Array) -> Order:
-    crow = connectivity.crow_indices.numpy()
+def by_length(connectivity: Connectivity) -> Order | None:
+    """For forward; None: as they come."""
+    if connectivity.fan_in is not None or connectivity.num_dendrites < _MANY:
+        return None
+    return _order(connectivity, np.diff(connectivity.crow_indices.numpy()))
+
+
+def _order(connectivity: Connectivity, key: Array) -> Order:
+    """By ascending key [R] within groups of somas."""
+    crow, soma = connectivity.crow_indices.numpy(), _soma_of_dendrite(connectivity)
+    dendrite = np.lexsort((key, soma // MIXED_SOMAS))
     ordered_crow = np.concatenate(([0], np.cumsum(np.diff(crow)[dendrite]))).astype(np.int32)
     columns = connectivity.columns[_synapses_of(crow, dendrite)]
-    soma = _soma_of_dendrite(connectivity)[dendrite]
-    return Order(dendrite.astype(np.int32), soma, ordered_crow, columns)
-
-
-def _key(connectivity: Connectivity) -> Array | None:
-    """What to sort dendrites by [R]; None: not at all."""
-    if _gains_by_centre(connectivity):
-        return _centres(connectivity)
-    if connectivity.fan_in is None:
-        return np.diff(connectivity.crow_indices.numpy())
-    return None
+    return Order(dendrite.astype(np.int32), soma[dendrite], ordered_crow, columns)
 
 
 def _soma_of_dendrite(connectivity: Connectivity) -> Array:
@@ -69,10 +67,6 @@ def _centres(connectivity: Connectivity) -> Array:
 
 
 def _gains_by_centre(connectivity: Connectivity) -> bool:
-    return connectivity.cached("cpp gains by centre", lambda: _measure_gain(connectivity))
-
-
-def _measure_gain(connectivity: Connectivity) -> bool:
     """Whether neighbours share inputs once sorted by centre, and share fewer unsorted."""
     rows = connectivity.num_dendrites
     if rows < 2 or connectivity.nnz == 0:

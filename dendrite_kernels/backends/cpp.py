@@ -88,28 +88,43 @@ def _bind_transposed(connectivity: Connectivity) -> Any:
     return topology
 
 
-def _bind_ordered(connectivity: Connectivity) -> Any:
-    order = _order.visiting_order(connectivity)
-    if order is None:
-        return _topology(connectivity)
+def _bind_ordered(connectivity: Connectivity, order: _order.Order) -> Any:
     topology = _bind(connectivity)
     topology.set_order(*order, _order.MIXED_SOMAS)
     return topology
 
 
 def _topology(connectivity: Connectivity) -> Any:
-    """What needs no gradient of x and has no somas."""
+    """For what has no somas and needs no gradient of x."""
     return connectivity.cached("cpp", lambda: _bind(connectivity))
 
 
 def _transposed(connectivity: Connectivity) -> Any:
-    """What needs the gradient of x."""
+    """For the gradient of x."""
     return connectivity.cached("cpp transposed", lambda: _bind_transposed(connectivity))
 
 
-def _ordered(connectivity: Connectivity) -> Any:
-    """What needs no gradient of x and has somas."""
-    return connectivity.cached("cpp ordered", lambda: _bind_ordered(connectivity))
+def _by_centre(connectivity: Connectivity) -> Any:
+    """For the gradients of weights alone."""
+
+    def bind() -> Any:
+        order = _order.by_centre(connectivity)
+        return _topology(connectivity) if order is None else _bind_ordered(connectivity, order)
+
+    return connectivity.cached("cpp by centre", bind)
+
+
+def _forward(connectivity: Connectivity) -> Any:
+    """For forward with somas."""
+
+    def bind() -> Any:
+        order = _order.by_length(connectivity)
+        topology = _by_centre(connectivity)
+        if order is None or topology is not _topology(connectivity):
+            return topology
+        return _bind_ordered(connectivity, order)
+
+    return connectivity.cached("cpp forward", bind)
 
 
 def accepts(
@@ -138,7 +153,7 @@ def dendritic_output(
     round_x: bool = False,
 ) -> torch.Tensor:
     """y of `dendritic_forward`, which leaves its signs in `signs`, if given."""
-    topology = _ordered(connectivity)
+    topology = _forward(connectivity)
     y = x.new_empty(x.shape[0], connectivity.num_somas)  # two numbers: parsed faster than a tuple
     _load()[0].forward(
         topology, x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
@@ -188,7 +203,7 @@ def dendritic_backward(
     dbs = new(connectivity.num_somas)
     if batch:
         _load()[0].backward(
-            (_transposed if need_x else _ordered)(connectivity),
+            (_transposed if need_x else _by_centre)(connectivity),
             grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, negative_slope,
             dx if need_x else None, dw, dbd, dc, dbs, _threads(),
         )  # fmt: skip
