@@ -1,5 +1,5 @@
 // Fused forward: synapses -> dendrites -> cable -> somas, one batch tile of 32 samples (one sign
-// word) at a time, or of 16 for the smallest batches.
+// word) at a time; of 16 for the smallest batches, of 64 where samples are bfloat16.
 #pragma once
 
 #include "tile.h"
@@ -64,12 +64,23 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
   }
 }
 
-// Sign bits of one strip: its own bytes of the dendrite's 32-bit word.
+// Where the sign bits of one strip go: dendrite r's first 32 samples into words[r], the next into
+// words[r + next]. Strips of fewer samples share a word.
+struct SignWords {
+  uint32_t* words;  // null: not wanted
+  int64_t next;     // 0 where the batch ends before a second word
+};
+
 template <class T, int V>
-DK_INLINE void store_signs(uint32_t* word, int strip, const vec<T>* u) {
+DK_INLINE void store_signs(const SignWords& signs, int64_t r, int strip, const vec<T>* u) {
   constexpr int kBits = V * kLanes<T>;
-  const uint32_t bits = positive_bits<T, V>(u);
-  memcpy(reinterpret_cast<char*>(word) + strip * kBits / 8, &bits, kBits / 8);
+  if constexpr (kBits > 32) {  // the second word first: where there is none, it is overwritten
+    signs.words[r + signs.next] = positive_bits<T, V / 2>(u + V / 2);
+    signs.words[r] = positive_bits<T, V / 2>(u);
+  } else {
+    const uint32_t bits = positive_bits<T, V>(u);
+    memcpy(reinterpret_cast<char*>(signs.words + r) + strip * kBits % 32 / 8, &bits, kBits / 8);
+  }
 }
 
 template <class T>
@@ -77,20 +88,23 @@ DK_INLINE vec<T> leaky_relu(vec<T> u, vec<T> slope) {
   return u > vec<T>{} ? u : u * slope;
 }
 
-// visit(dendrite, u) for dendrites r0..r1-1 of one strip, two at a time: their accumulators hide
-// each other's latency.
+// visit(dendrite, u) for dendrites r0..r1-1 of one strip. Two at a time their accumulators hide
+// each other's latency; but of many dendrites that vary in length branch prediction learns no
+// pattern, and one at a time mispredicts less often.
 template <class T, int Tile, int FanIn, class Column, class E, class Visit>
 DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                  const E* x, int64_t r0, int64_t r1, const Visit& visit) {
   constexpr int V = kStrip<T, Tile>;
+  constexpr int64_t kUnpredictable = 16384;
   int64_t r = r0;
-  for (; r + 2 <= r1; r += 2) {
-    vec<T> u[2 * V];
-    dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
-    visit(r, u);
-    visit(r + 1, u + V);
-  }
-  if (r < r1) {
+  if (FanIn > 0 || net.rows < kUnpredictable)
+    for (; r + 2 <= r1; r += 2) {
+      vec<T> u[2 * V];
+      dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
+      visit(r, u);
+      visit(r + 1, u + V);
+    }
+  for (; r < r1; ++r) {
     vec<T> u[V];
     dendrites<T, Tile, FanIn, 1, Column>(net, call, x, r, u);
     visit(r, u);
@@ -101,7 +115,7 @@ DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<
 template <class T, int Tile, int FanIn, class Column, class E>
 __attribute__((noinline)) void forward_somas(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
-                                             int64_t s0, int64_t s1, uint32_t* signs, T* y) {
+                                             int64_t s0, int64_t s1, const SignWords& signs, T* y) {
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
@@ -113,7 +127,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
     for_each_dendrite<T, Tile, FanIn, Column>(
         net, call, x, net.soma_ptr[s], net.soma_ptr[s + 1],
         [&](int64_t r, const vec<T>* u) DK_LAMBDA {
-          if (signs) store_signs<T, V>(signs + r, strip, u);
+          if (signs.words) store_signs<T, V>(signs, r, strip, u);
           const vec<T> c = splat(call.cable[r]);
           unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
         });
@@ -127,7 +141,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
 template <class T, int Tile, int FanIn, class Column, class E>
 __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
-                                             int64_t s0, int64_t s1, uint32_t* signs, T* y) {
+                                             int64_t s0, int64_t s1, const SignWords& signs, T* y) {
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
@@ -138,7 +152,7 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
   }
   for_each_dendrite<T, Tile, FanIn, Column>(
       net, call, x, net.soma_ptr[s0], net.soma_ptr[s1], [&](int64_t p, const vec<T>* u) DK_LAMBDA {
-        if (signs) store_signs<T, V>(signs + net.order[p], strip, u);
+        if (signs.words) store_signs<T, V>(signs, net.order[p], strip, u);
         const vec<T> c = splat(call.cable[p]);
         T* v = y + (net.soma[p] - s0) * Tile;
         unroll<V>([&](auto t) DK_LAMBDA {
@@ -153,7 +167,7 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
 template <class T, int Tile, int FanIn, class Column, class E>
 __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                             const E* x, int strip, int64_t r0, int64_t r1,
-                                            uint32_t*, T* y) {
+                                            const SignWords&, T* y) {
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
@@ -165,7 +179,7 @@ __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::F
 
 template <class T, class E>
 using ForwardKernel = void (*)(const dk::Topology&, const dk::ForwardCall<T>&, const E*, int,
-                               int64_t, int64_t, uint32_t*, T*);
+                               int64_t, int64_t, const SignWords&, T*);
 
 template <class T, int Tile, class E, int FanIn, class Column>
 ForwardKernel<T, E> pick_stage(const dk::Topology& net, bool somas) {
@@ -261,11 +275,14 @@ void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime&
       const int64_t sample = tile * Tile, samples = min64(Tile, call.batch - sample);
       tile_in<T, Tile / kLanes<T>>(call.storage, call.x, sample, samples, N, 0, N, xt,
                                    call.round_x);
-      uint32_t* signs = call.signs ? call.signs + tile * net.rows : nullptr;
       for (int64_t o = first; o < last; o += chunk) {
         const int64_t stop = min64(last, o + chunk);
-        for (int strip = 0; strip * kStripSamples < samples; ++strip)
+        for (int strip = 0; strip * kStripSamples < samples; ++strip) {
+          const int64_t from = sample + strip * kStripSamples;
+          SignWords signs{nullptr, from + 32 < call.batch ? net.rows : 0};
+          if (call.signs) signs.words = call.signs + from / 32 * net.rows;
           kernel(net, call, xt, strip, o, stop, signs, yt);
+        }
         tile_out<T, Tile / kLanes<T>>(call.storage, yt, stop - o, samples, call.y, sample, outputs,
                                       o);
       }
@@ -280,7 +297,7 @@ void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::
     // neighbours share inputs in L1, and a loss without the registers of AVX-512.
     const bool local = net.order && net.fan_in;
     const bool is_bf16 = call.round_x || call.storage == dk::Storage::bf16;
-    if (is_bf16 && !local && call.batch > 16) return forward_tiled<T, 32, Pair>(net, call, runtime);
+    if (is_bf16 && !local && call.batch > 16) return forward_tiled<T, 64, Pair>(net, call, runtime);
   }
   if (call.batch <= 16) return forward_tiled<T, 16, T>(net, call, runtime);
   forward_tiled<T, 32, T>(net, call, runtime);

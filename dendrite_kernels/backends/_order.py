@@ -18,7 +18,7 @@ from ..topology import Connectivity
 
 # Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
 MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
-_MANY = 16384  # the lengths of fewer dendrites are learnt by branch prediction
+_MANY = 32768  # the lengths of fewer dendrites are learnt by branch prediction, or nearly so
 _SAMPLE = 4096  # pairs of neighbours that are looked at
 _SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
