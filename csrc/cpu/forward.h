@@ -248,8 +248,9 @@ template <class T, int Tile, class E>
 void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime& runtime) {
   constexpr int kStripSamples = kStrip<T, Tile> * kLanes<T>, kRow = Tile / kSamples<E>;
   const bool somas = call.cable != nullptr;
-  // Somas whose dendrites are mixed stay together. Outputs go back in chunks of whole vectors.
-  const int64_t whole = somas && net.order ? net.mixed_somas : 1, chunk = max64(16, whole);
+  // Somas whose dendrites are mixed stay together. Outputs go back in chunks of 16 or more.
+  const int64_t whole = somas && net.order ? net.mixed_somas : 1,
+                chunk = ceil_div(16, whole) * whole;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t tiles = ceil_div(call.batch, Tile), cost = net.nnz + 4 * net.rows,
                 total = tiles * cost;

@@ -158,8 +158,10 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
     const int64_t n = column[i];
     const int64_t ahead = int64_t(column[min64(i + kAhead, end - 1)]) * kTile;
     unroll<V>([&](auto t) DK_LAMBDA {
-      __builtin_prefetch(x + ahead + t * L);
-      __builtin_prefetch(dx + ahead + t * L, 1);
+      if constexpr (t * kVectorBytes % 64 == 0) {  // where a cache line starts
+        __builtin_prefetch(x + ahead + t * L);
+        __builtin_prefetch(dx + ahead + t * L, 1);
+      }
     });
     if (clear_dx) {
       memset(dx + next * kTile, 0, size_t(n - next) * kTile * sizeof(T));

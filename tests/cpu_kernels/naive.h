@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "formats.h"
 #include "network.h"
 
 struct Values {
@@ -21,13 +22,22 @@ struct Values {
   int64_t terms;  // roundings on the way to any one of the numbers, or more
 };
 
+struct Precision {
+  const char* name;
+  dk::Storage storage = dk::Storage::full;
+  bool round_x = false;
+};
+
 template <class T>
 struct Inputs {
   int64_t batch;
   bool exact;  // small integers and halves: nothing is rounded in any order
   T slope;
-  Array<T> x, weight, dendrite_bias, cable, soma_bias;  // biases: empty if there are none
-  Array<T> y, grad_y, grad_u;                           // backward takes any y and signs
+  Precision precision;
+  Array<T> x;                                        // what the synapses see
+  Array<T> weight, dendrite_bias, cable, soma_bias;  // biases: empty if there are none
+  Array<T> y, grad_y, grad_u;                        // backward takes any y and signs
+  Memory stored_x, stored_y, stored_grad_y, stored_grad_u;
   Array<uint32_t> signs;
 };
 

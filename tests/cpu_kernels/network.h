@@ -90,6 +90,37 @@ inline Plan make_plan(const Network& net, int64_t block_rows, int64_t group) {
   return plan;
 }
 
+struct Order {
+  int64_t mixed_somas;
+  Array<int32_t> dendrite, soma, crow{0}, columns;
+  Array<uint16_t> narrow_columns;
+};
+
+// Any order within each group of so many somas.
+inline Order make_order(const Network& net, int64_t mixed_somas) {
+  Order order;
+  order.mixed_somas = mixed_somas;
+  Random random(4);
+  for (int64_t s = 0; s < net.somas(); s += mixed_somas) {
+    const int64_t begin = net.soma_ptr[s],
+                  end = net.soma_ptr[std::min(net.somas(), s + mixed_somas)];
+    for (int64_t r = begin; r < end; ++r) order.dendrite.push_back(int32_t(r));
+    std::shuffle(order.dendrite.begin() + begin, order.dendrite.end(), random);
+  }
+  for (const int32_t r : order.dendrite) {
+    int32_t soma = 0;
+    while (net.soma_ptr[soma + 1] <= r) ++soma;
+    order.soma.push_back(soma);
+    for (int32_t j = net.crow[r]; j < net.crow[r + 1]; ++j) order.columns.push_back(net.columns[j]);
+    order.crow.push_back(int32_t(order.columns.size()));
+  }
+  if (net.in_features <= 65536)
+    order.narrow_columns.assign(order.columns.begin(), order.columns.end());
+  for (auto* array : {&order.dendrite, &order.soma, &order.crow, &order.columns})
+    array->shrink_to_fit();
+  return order;
+}
+
 // What the kernels are given; plan may be null.
 inline dk::Topology topology(const Network& net, const Plan* plan, bool narrow) {
   dk::Topology t{};
@@ -113,5 +144,16 @@ inline dk::Topology topology(const Network& net, const Plan* plan, bool narrow) 
   t.plan_groups = plan->groups.data();
   t.plan_row = plan->row.data();
   t.plan_slot = plan->slot.data();
+  return t;
+}
+
+inline dk::Topology ordered_topology(const Network& net, const Order& order, bool narrow) {
+  dk::Topology t = topology(net, nullptr, narrow);
+  t.order = order.dendrite.data();
+  t.soma = order.soma.data();
+  t.ordered_crow = order.crow.data();
+  t.ordered_columns =
+      narrow ? static_cast<const void*>(order.narrow_columns.data()) : order.columns.data();
+  t.mixed_somas = order.mixed_somas;
   return t;
 }
