@@ -14,6 +14,28 @@ DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
   return min64(n, ceil_div(n, L) * i / parts * L);
 }
 
+// The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
+template <class T, int V>
+void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
+               int64_t threads, T* dx) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, tiles = ceil_div(call.batch, kTile);
+  parallel(runtime, runtime.threads, [&](int64_t i) {
+    const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
+    if (n0 >= n1) return;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      T* sum = dx + (tile * N + n0) * kTile;
+      for (int64_t other = 1; other < threads; ++other) {
+        const T* partial = sum + other * tiles * N * kTile;
+        for (int64_t e = 0; e < (n1 - n0) * kTile; e += kLanes<T>)
+          store(sum + e, load(sum + e) + load(partial + e));
+      }
+      const int64_t samples = min64(kTile, call.batch - tile * kTile);
+      tile_out<T, V>(call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
+    }
+  });
+}
+
 // Threads own blocks of dendrites: G is shared, dx is private and added up while it is transposed
 // back. block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache;
 // else tiles go outside.
@@ -75,19 +97,7 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
       for (int64_t block = b0; block < b1; ++block) finish_block(net, call, block, 1, G, 0, G0);
     }
   });
-  parallel(runtime, runtime.threads, [&](int64_t i) {
-    const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
-    if (n0 >= n1) return;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      T* sum = dx + (tile * N + n0) * kTile;
-      for (int64_t other = 1; other < threads; ++other) {
-        const T* partial = sum + other * tiles * N * kTile;
-        for (int64_t e = 0; e < (n1 - n0) * kTile; e += kLanes<T>)
-          store(sum + e, load(sum + e) + load(partial + e));
-      }
-      tile_out<T, V>(call.storage, sum, n1 - n0, samples(tile), call.dx, tile * kTile, N, n0);
-    }
-  });
+  finish_dx<T, V>(net, call, runtime, threads, dx);
 }
 
 // Threads own batch tiles: x, dx and q are private and small, G is private and added up at the end.
@@ -144,11 +154,13 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
   });
 }
 
-// Without dx threads own blocks of dendrites, whose G stays small and private.
-template <class T, int V, class Column>
-void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
+// Without the plan: threads own blocks of dendrites, whose G stays small and private. WithInput,
+// for a batch of one tile: what the plan saves there is less than its weights and sums cost to
+// move.
+template <class T, int V, class Column, bool WithInput>
+void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
-  constexpr int L = kLanes<T>, kTile = V * L;
+  constexpr int kTile = V * kLanes<T>;
   constexpr int64_t kHotBytes = 3 << 19;
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
                 threads = runtime.threads;
@@ -170,7 +182,8 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
-  const int64_t q_at = carver.reserve<T>(threads * block_rows * kTile);
+  const int64_t q_at = carver.reserve<T>(threads * block_rows * kTile),
+                dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0);
   carver.allocate(runtime);
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
 
@@ -188,11 +201,14 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
   });
   parallel(runtime, threads, [&](int64_t i) {
     T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * block_rows * kTile;
+    T* dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0);
+    if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
     for (int64_t block = blocks * i / threads; block < blocks * (i + 1) / threads; ++block) {
       const int64_t p0 = block * block_rows, p1 = min64(R, p0 + block_rows);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        gather_rows<T, V, Column>(net, call, p0, p1, tile, S ? soma + tile * S * kTile : nullptr,
-                                  x + tile * N * kTile, tile == 0, q, G0, G);
+        gather_rows<T, V, Column, WithInput>(net, call, p0, p1, tile,
+                                             S ? soma + tile * S * kTile : nullptr,
+                                             x + tile * N * kTile, tile == 0, q, G0, G, dx);
       }
       const T* row = G;
       for (int64_t p = p0; p < p1; ++p) {
@@ -202,12 +218,13 @@ void backward_weights(const dk::Topology& net, const dk::BackwardCall<T>& call,
       }
     }
   });
+  if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
 }
 
 template <class T, int V, class Column>
 void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
                     const dk::Runtime& runtime) {
-  if (!call.dx) return backward_weights<T, V, Column>(net, call, runtime);
+  if (!call.dx) return backward_by_rows<T, V, Column, false>(net, call, runtime);
   const int64_t tiles = ceil_div(call.batch, V * kLanes<T>);
   const bool few_blocks = net.blocks < runtime.threads && net.blocks < tiles;
   // Each way keeps one thing per thread: all of dx, or all of G. Take the smaller.
@@ -221,6 +238,11 @@ void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
 template <class T, class Column>
 void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
+  constexpr int kFew = 16, kFewVectors = kFew / kLanes<T>;
+  if (call.batch <= kFew) {
+    if (call.dx) return backward_by_rows<T, kFewVectors, Column, true>(net, call, runtime);
+    return backward_by_rows<T, kFewVectors, Column, false>(net, call, runtime);
+  }
   // The vectors of samples of one tile hide the latency of the broadcasts. Two keep x in the cache
   // where N is large (AVX-512 only: elsewhere four are few already), and waste less on a small
   // batch.

@@ -328,11 +328,11 @@ DK_INLINE int64_t padded_row(int64_t synapses) {
   return ceil_div(synapses, kLanes<T>) * kLanes<T>;
 }
 
-// G of positions p0..p1-1 on one tile, one padded row after the other.
-template <class T, int V, class Column>
+// G of positions p0..p1-1 on one tile, one padded row after the other. WithInput: dx += w c q, too.
+template <class T, int V, class Column, bool WithInput>
 __attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                            int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
-                                           const T* x, bool first, T* buffer, T* G0, T* G) {
+                                           const T* x, bool first, T* buffer, T* G0, T* G, T* dx) {
   constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
   const int32_t* crow = net.order ? net.ordered_crow : net.crow;
   const auto* columns = static_cast<const Column*>(net.order ? net.ordered_columns : net.columns);
@@ -342,11 +342,15 @@ __attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::Ba
       [&](int64_t p, const vec<T>* q) DK_LAMBDA {
         const int64_t count = crow[p + 1] - crow[p];
         const Column* column = columns + crow[p];
+        const T* weight = call.weight + crow[p];
+        const T cable = WithInput ? cable_weight(call, p) : T(0);
         const auto product = [&](int64_t k) DK_LAMBDA {
-          const T* p = x + int64_t(column[k]) * kTile;
+          const int64_t at = int64_t(column[k]) * kTile;
+          const vec<T> w = WithInput ? splat(weight[k] * cable) : vec<T>{};
           vec<T> sum;
           unroll<V>([&](auto t) DK_LAMBDA {
-            sum = t == 0 ? q[t] * load(p + t * L) : q[t] * load(p + t * L) + sum;
+            sum = t == 0 ? q[t] * load(x + at + t * L) : q[t] * load(x + at + t * L) + sum;
+            if constexpr (WithInput) store(dx + at + t * L, w * q[t] + load(dx + at + t * L));
           });
           return sum;
         };
