@@ -13,12 +13,13 @@ KERNELS = ("forward", "backward without dx", "backward")
 
 
 class Kernels:
-    """The operations of backend `name`, on what training hands to them."""
+    """The operations of backend `name` on what training hands to them; round_x: bfloat16 x."""
 
-    def __init__(self, name: str, problem: Problem) -> None:
+    def __init__(self, name: str, problem: Problem, round_x: bool = False) -> None:
         p, backend = problem, importlib.import_module(f"dendrite_kernels.backends.{name}")
         self._forward = backend.dendritic_forward, (
             p.x, *p.parameters.values(), p.connectivity, p.negative_slope, True,
+            *((True,) if round_x else ()),
         )  # fmt: skip
         y, signs = self.run("forward")
         self._backward = backend.dendritic_backward, (
