@@ -67,9 +67,9 @@ void compare(const char* what, const Inputs<T>& in, const Array<T>& found, const
              dk::Storage storage = dk::Storage::full) {
   for (size_t i = 0; i < found.size(); ++i) {
     const double expected = values.exact[i], allowed = tolerance(in, values, int64_t(i));
-    if (rounded(expected - allowed, storage) <= found[i] &&
-        found[i] <= rounded(expected + allowed, storage))
-      continue;  // false for NaN
+    if (std::abs(found[i] - expected) <= allowed) continue;  // false for NaN
+    if (found[i] < expected && found[i] >= rounded(expected - allowed, storage)) continue;
+    if (found[i] > expected && found[i] <= rounded(expected + allowed, storage)) continue;
     char message[200];
     snprintf(message, sizeof message, "%s[%zu]: expected %.17g within %.3g%s, got %.17g", what, i,
              expected, allowed, storage == dk::Storage::full ? "" : " before it is rounded",
