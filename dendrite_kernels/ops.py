@@ -83,16 +83,13 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
-def _check_samples(x: torch.Tensor, **others: torch.Tensor) -> None:
+def _check_sample(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
     """Backends check every operand as it reaches them: of an empty batch none does, and of low
     precision not as it came."""
-    for name, t in others.items():
-        if t.dim() == 0 or t.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"Expected {name} of {x.shape[0]} rows like x, got shape {list(t.shape)}"
-            )
-        if t.dtype != x.dtype:
-            raise TypeError(f"Expected {name} of dtype {x.dtype} like x, got {t.dtype}")
+    if t.dtype is not x.dtype:
+        raise TypeError(f"Expected {name} of dtype {x.dtype} like x, got {t.dtype}")
+    if t.dim() == 0 or t.shape[0] != x.shape[0]:
+        raise ValueError(f"Expected {name} of {x.shape[0]} rows like x, got shape {list(t.shape)}")
 
 
 LOW = (torch.float16, torch.bfloat16)  # samples may be stored as these; sums are float32
@@ -121,8 +118,12 @@ def _rounded(
     return _samples(backend, x), (True,) if round_x else ()
 
 
-def _like(parameter: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(g.to(parameter.dtype) for g in gradients)
+def _rounded_back(
+    x: torch.Tensor, parameter: torch.Tensor, gradients: tuple[torch.Tensor, ...]
+) -> Any:
+    """Gradients of x and of parameters, in their own dtypes."""
+    dx, *others = gradients
+    return dx.to(x.dtype), *(g.to(parameter.dtype) for g in others)
 
 
 def _compute_dendritic_forward(
@@ -164,22 +165,23 @@ def _compute_dendritic_backward(
     negative_slope: float,
     need_x: bool,
 ) -> Five:
-    _check_samples(x, grad=grad, y=y)
+    _check_sample("grad", grad, x)
+    _check_sample("y", y, x)
     backend = select(x.device)
-    dx, *gradients = backend.dendritic_backward(
-        _samples(backend, grad),
-        _samples(backend, x),
-        _samples(backend, y),
-        _plain(signs if signs.dim() == 2 else signs.reshape(-1, connectivity.num_dendrites)),
-        _parameter(synapse_weight, x),
-        _optional(dendrite_bias, x),
-        _parameter(cable_weight, x),
-        connectivity,
-        negative_slope,
-        need_x,
-    )
-    dw, dbd, dc, dbs = _like(synapse_weight, *gradients)
-    return dx.to(x.dtype), dw, dbd, dc, dbs
+    signs = _plain(signs if signs.dim() == 2 else signs.reshape(-1, connectivity.num_dendrites))
+    if x.dtype in LOW:
+        gradients = backend.dendritic_backward(
+            _samples(backend, grad), _samples(backend, x), _samples(backend, y), signs,
+            _parameter(synapse_weight, x), _optional(dendrite_bias, x),
+            _parameter(cable_weight, x), connectivity, negative_slope, need_x,
+        )  # fmt: skip
+        five: Five = _rounded_back(x, synapse_weight, gradients)
+        return five
+    return backend.dendritic_backward(
+        _plain(grad), _plain(x), _plain(y), signs, _plain(synapse_weight),
+        None if dendrite_bias is None else _plain(dendrite_bias), _plain(cable_weight),
+        connectivity, negative_slope, need_x,
+    )  # fmt: skip
 
 
 def _compute_sparse_forward(
@@ -202,17 +204,16 @@ def _compute_sparse_backward(
     connectivity: Connectivity,
     need_x: bool,
 ) -> Three:
-    _check_samples(x, grad=grad)
+    _check_sample("grad", grad, x)
     backend = select(x.device)
-    dx, *gradients = backend.sparse_backward(
-        _samples(backend, grad),
-        _samples(backend, x),
-        _parameter(weight, x),
-        connectivity,
-        need_x,
-    )
-    dw, db = _like(weight, *gradients)
-    return dx.to(x.dtype), dw, db
+    if x.dtype in LOW:
+        gradients = backend.sparse_backward(
+            _samples(backend, grad), _samples(backend, x), _parameter(weight, x), connectivity,
+            need_x,
+        )  # fmt: skip
+        three: Three = _rounded_back(x, weight, gradients)
+        return three
+    return backend.sparse_backward(_plain(grad), _plain(x), _plain(weight), connectivity, need_x)
 
 
 def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable[..., Any]:

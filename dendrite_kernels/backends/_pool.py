@@ -80,6 +80,9 @@ def torch_parallel_for_address() -> int:
     return address
 
 
+_function = functools.lru_cache(_ENTRY)  # of an address
+
+
 def run(entry: int, tasks: int, context: int) -> None:
     """Call the native function at `entry` on [0, tasks), split over torch's threads.
 
@@ -88,6 +91,6 @@ def run(entry: int, tasks: int, context: int) -> None:
     The global interpreter lock is released meanwhile.
     """
     if tasks == 1 or _forked:
-        _ENTRY(entry)(0, tasks, context)
+        _function(entry)(0, tasks, context)
     elif _parallel_for()(0, tasks, 1, entry, context) != 0:
         raise RuntimeError("torch_parallel_for reported an error")
