@@ -30,21 +30,24 @@ _ELEMENTS = {
 # --- arrays of either kind, torch's or numpy's ---
 
 
+_SIGNS = torch.empty(0, dtype=torch.int32)  # asking it for more is faster than naming its dtype
+
+
 def empty(like: Any, *shape: int) -> Any:
     if isinstance(like, torch.Tensor):
-        return torch.empty(shape, dtype=like.dtype)
+        return like.new_empty(*shape)
     return np.empty(shape, like.dtype)
 
 
 def zeros(like: Any, *shape: int) -> Any:
     if isinstance(like, torch.Tensor):
-        return torch.zeros(shape, dtype=like.dtype)
+        return like.new_zeros(shape)
     return np.zeros(shape, like.dtype)
 
 
 def empty_signs(like: Any, *shape: int) -> Any:
     if isinstance(like, torch.Tensor):
-        return torch.empty(shape, dtype=torch.int32)
+        return _SIGNS.new_empty(*shape)
     return np.empty(shape, np.int32)
 
 
@@ -60,18 +63,19 @@ class _Scratch(threading.local):
     call that comes between the phases of another, from a signal handler or a finaliser, takes new.
     """
 
-    kept: np.ndarray[Any, Any] | None = None
+    kept: tuple[int, np.ndarray[Any, Any]] | None = None
 
     def take(self, size: int) -> tuple[int, np.ndarray[Any, Any]]:
         """The address of `size` bytes in huge pages, and the memory that they are in."""
-        memory, self.kept = self.kept, None
-        if memory is None or memory.size < size + _HUGE_PAGE:
+        taken, self.kept = self.kept, None
+        if taken is None or taken[1].size < size + _HUGE_PAGE:
             memory = np.empty(max(size + _HUGE_PAGE, 2 * _HUGE_PAGE), np.uint8)
-        return -(-memory.ctypes.data // _HUGE_PAGE) * _HUGE_PAGE, memory
+            taken = -(-memory.ctypes.data // _HUGE_PAGE) * _HUGE_PAGE, memory
+        return taken
 
-    def give(self, memory: np.ndarray[Any, Any]) -> None:
-        if memory.size <= _KEPT_SCRATCH:
-            self.kept = memory
+    def give(self, taken: tuple[int, np.ndarray[Any, Any]]) -> None:
+        if taken[1].size <= _KEPT_SCRATCH:
+            self.kept = taken
 
 
 _scratch = _Scratch()
@@ -98,15 +102,15 @@ def _run(plan: Plan, slope: float, arrays: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array is not None:
             setattr(job, name, _address(array))
-    start, memory = _scratch.take(plan.scratch)
+    taken = _scratch.take(plan.scratch)
     for name, offset in plan.regions:
-        setattr(job, name, start + offset)
+        setattr(job, name, taken[0] + offset)
     address = ctypes.addressof(job)
     for step in plan.steps:
         for name, value in step.fields:
             setattr(job, name, value)
         _pool.run(step.native, step.tasks, address)
-    _scratch.give(memory)
+    _scratch.give(taken)
 
 
 def _call(x: Any, linear: bool) -> Call:
