@@ -45,7 +45,8 @@ def run_python(
     script: str, package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `script` in a fresh interpreter that imports the package from this folder only."""
-    path = os.pathsep.join([str(package.parent), str(Path(__file__).parent)])
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, [package.parent, tests, tests.parent]))  # the package's first
     clean = {k: v for k, v in os.environ.items() if k != "DENDRITE_KERNELS_ISA"}
     return subprocess.run(
         [sys.executable, "-c", f"{NO_EDITABLE_INSTALL}\n{script}"],
