@@ -165,14 +165,16 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
                 threads = runtime.threads;
   const int64_t tiles = ceil_div(call.batch, kTile);
-  // Small blocks keep q in L1; where x itself streams from memory, large ones pass over it less
-  // often.
-  const int64_t block_rows = call.batch * N * int64_t(sizeof(T)) <= kHotBytes ? 128 : 1024;
-  const int64_t blocks = ceil_div(R, block_rows);
-  int64_t widest = 0;  // G of one block
-  for (int64_t block = 0; block < blocks; ++block) {
+  // A block's q and G stay in L1 over all tiles while x fits the cache; else each tile of x stays
+  // in L2 over all blocks of the thread.
+  constexpr int64_t kBlock = 128;
+  const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
+  const int64_t blocks = ceil_div(R, kBlock), at_once = block_outer ? 1 : ceil_div(blocks, threads);
+  int64_t widest = 0;  // G of so many blocks
+  for (int64_t first = 0; first < blocks; ++first) {
+    if (!block_outer && first % at_once) continue;
     int64_t size = 0;
-    for (int64_t p = block * block_rows; p < min64(R, (block + 1) * block_rows); ++p) {
+    for (int64_t p = first * kBlock; p < min64(R, (first + at_once) * kBlock); ++p) {
       const int64_t r = dendrite_at(net, p);
       size += padded_row<T>(net.crow[r + 1] - net.crow[r]);
     }
@@ -182,7 +184,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
-  const int64_t q_at = carver.reserve<T>(threads * block_rows * kTile),
+  const int64_t q_at = carver.reserve<T>(threads * kBlock * kTile),
                 dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0);
   carver.allocate(runtime);
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
@@ -200,18 +202,22 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
     }
   });
   parallel(runtime, threads, [&](int64_t i) {
-    T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * block_rows * kTile;
+    T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kBlock * kTile;
     T* dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0);
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
-    for (int64_t block = blocks * i / threads; block < blocks * (i + 1) / threads; ++block) {
-      const int64_t p0 = block * block_rows, p1 = min64(R, p0 + block_rows);
+    const int64_t end = min64(blocks, (i + 1) * ceil_div(blocks, threads));
+    for (int64_t first = i * ceil_div(blocks, threads); first < end; first += at_once) {
+      const int64_t last = min64(end, first + at_once);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        gather_rows<T, V, Column, WithInput>(net, call, p0, p1, tile,
-                                             S ? soma + tile * S * kTile : nullptr,
-                                             x + tile * N * kTile, tile == 0, q, G0, G, dx);
+        T* out = G;
+        for (int64_t block = first; block < last; ++block)
+          out = gather_rows<T, V, Column, WithInput>(
+              net, call, block * kBlock, min64(R, (block + 1) * kBlock), tile,
+              S ? soma + tile * S * kTile : nullptr, x + tile * N * kTile, tile == 0, q, G0, out,
+              dx);
       }
       const T* row = G;
-      for (int64_t p = p0; p < p1; ++p) {
+      for (int64_t p = first * kBlock; p < min64(R, last * kBlock); ++p) {
         const int64_t r = dendrite_at(net, p);
         finish_row(net, call, r, G0[p], RowSums<T>{row, net.crow[r]});
         row += padded_row<T>(net.crow[r + 1] - net.crow[r]);

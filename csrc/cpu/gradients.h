@@ -328,11 +328,12 @@ DK_INLINE int64_t padded_row(int64_t synapses) {
   return ceil_div(synapses, kLanes<T>) * kLanes<T>;
 }
 
-// G of positions p0..p1-1 on one tile, one padded row after the other. WithInput: dx += w c q, too.
+// G of positions p0..p1-1 on one tile, one padded row after the other; returns the end of them.
+// WithInput: dx += w c q, too.
 template <class T, int V, class Column, bool WithInput>
-__attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
-                                           int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
-                                           const T* x, bool first, T* buffer, T* G0, T* G, T* dx) {
+__attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                         int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
+                                         const T* x, bool first, T* buffer, T* G0, T* G, T* dx) {
   constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
   const int32_t* crow = net.order ? net.ordered_crow : net.crow;
   const auto* columns = static_cast<const Column*>(net.order ? net.ordered_columns : net.columns);
@@ -374,6 +375,7 @@ __attribute__((noinline)) void gather_rows(const dk::Topology& net, const dk::Ba
           store(out, first ? sums : sums + load(out));
         }
       });
+  return out;
 }
 
 // G of one row from gather_rows.
