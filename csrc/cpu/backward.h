@@ -14,6 +14,9 @@ DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
   return min64(n, ceil_div(n, L) * i / parts * L);
 }
 
+// While all of x is smaller than this, blocks go outside and tiles inside: measured.
+constexpr int64_t kHotBytes = 3 << 19;
+
 // The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
 template <class T, int V>
 void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
@@ -43,7 +46,6 @@ template <class T, int V, class Column>
 void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
                         const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
-  constexpr int64_t kHotBytes = 3 << 19;  // 1.5 MB
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0,
                 slots = net.plan_slot_ptr[net.blocks];
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, net.blocks);
@@ -161,7 +163,6 @@ template <class T, int V, class Column, bool WithInput>
 void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
-  constexpr int64_t kHotBytes = 3 << 19;
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
                 threads = runtime.threads;
   const int64_t tiles = ceil_div(call.batch, kTile);
@@ -171,8 +172,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
   const int64_t blocks = ceil_div(R, kBlock), at_once = block_outer ? 1 : ceil_div(blocks, threads);
   int64_t widest = 0;  // G of so many blocks
-  for (int64_t first = 0; first < blocks; ++first) {
-    if (!block_outer && first % at_once) continue;
+  for (int64_t first = 0; first < blocks; first += at_once) {
     int64_t size = 0;
     for (int64_t p = first * kBlock; p < min64(R, (first + at_once) * kBlock); ++p) {
       const int64_t r = dendrite_at(net, p);
