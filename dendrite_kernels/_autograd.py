@@ -46,7 +46,7 @@ class SparseLinear(torch.autograd.Function):
         run: Callable[..., torch.Tensor],  # ops.run_sparse_forward, or what it ends in
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.connectivity, ctx.has_bias = connectivity, bias is not None
+        ctx.connectivity = connectivity
         return run(x, weight, bias, connectivity)
 
     @staticmethod
@@ -56,7 +56,7 @@ class SparseLinear(torch.autograd.Function):
         recorded = torch.is_grad_enabled()  # create_graph=True
         run = SparseLinearBackward.apply if recorded else ops.run_sparse_backward
         dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.has_bias else None, None, None
+        return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None, None, None
 
 
 class TransformableSparseLinear(torch.autograd.Function):
@@ -72,8 +72,7 @@ class TransformableSparseLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, weight, bias, ctx.connectivity = inputs
-        ctx.has_bias = bias is not None
+        x, weight, _, ctx.connectivity = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
 
@@ -82,7 +81,7 @@ class TransformableSparseLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
         dx, dw, db = SparseLinearBackward.apply(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.has_bias else None, None
+        return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None, None
 
     @staticmethod
     def jvp(ctx: Any, x_t: Maybe, weight_t: Maybe, bias_t: Maybe, _: None) -> torch.Tensor:
@@ -222,17 +221,16 @@ class DendriticLayer(torch.autograd.Function):
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
         )
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
-        ctx.connectivity, ctx.slope = connectivity, slope
-        ctx.has_soma_bias = soma_bias is not None
+        ctx.rest = connectivity, slope
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
-        connectivity, slope = ctx.connectivity, ctx.slope
+        connectivity, slope = ctx.rest
         if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
-            gradients = _composed_backward(
+            gradients = composed_backward(
                 grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, slope,
                 need_x,
             )  # fmt: skip
@@ -241,23 +239,23 @@ class DendriticLayer(torch.autograd.Function):
                 grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
                 slope, need_x,
             )  # fmt: skip
-        return *_wanted(ctx, gradients, dendrite_bias), None, None, None
+        return *wanted(ctx, gradients), None, None, None
 
 
-def _wanted(
-    ctx: Any, gradients: tuple[torch.Tensor, ...], dendrite_bias: Maybe
-) -> tuple[Maybe, ...]:
+def wanted(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[Maybe, ...]:
+    """Of x and the parameters, in the order of forward; a bias that is None has no gradient."""
     dx, dw, dbd, dc, dbs = gradients
+    need_x, _, need_dendrite_bias, _, need_soma_bias, *_ = ctx.needs_input_grad
     return (
-        dx if ctx.needs_input_grad[0] else None,
+        dx if need_x else None,
         dw,
-        None if dendrite_bias is None else dbd,
+        dbd if need_dendrite_bias else None,
         dc,
-        dbs if ctx.has_soma_bias else None,
+        dbs if need_soma_bias else None,
     )
 
 
-def _composed_backward(
+def composed_backward(
     grad: torch.Tensor,  # [B, S]
     x: torch.Tensor,
     y: torch.Tensor,
@@ -274,7 +272,7 @@ def _composed_backward(
     """
     if x.dtype in ops.LOW:  # in float32, rounded once
         dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
-        dx, *gradients = _composed_backward(
+        dx, *gradients = composed_backward(
             grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
             cable_weight.float(), connectivity, slope, need_x,
         )  # fmt: skip
@@ -289,66 +287,6 @@ def _composed_backward(
         q * cable_weight, x, synapse_weight, connectivity, need_x
     )
     return dx, dw, dbd, dc, grad_v.sum(0)
-
-
-# ---- the operators' own derivatives: for compiled and exported programs ----
-
-
-def _setup_dendritic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *indices = inputs[:8]
-    ctx.slope, saved = inputs[8:10]
-    y, signs = output
-    ctx.has_soma_bias, ctx.saved_signs = soma_bias is not None, saved
-    ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices)
-
-
-def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Maybe, ...]:
-    if not ctx.saved_signs:
-        raise RuntimeError(
-            "Expected a program traced with gradients enabled, got one that saves no signs"
-        )
-    x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors[:6]
-    crow, col, soma_ptr = ctx.saved_tensors[6:]
-    parameters, indices = (synapse_weight, dendrite_bias, cable_weight), (crow, col, soma_ptr)
-    options = ctx.slope, ctx.needs_input_grad[0]
-    if torch.is_grad_enabled():
-        connectivity = ops.connectivity_of(*indices, x)
-        gradients = _composed_backward(grad, x, y, *parameters, connectivity, *options)
-    else:
-        gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
-    return *_wanted(ctx, gradients, dendrite_bias), *(None,) * 6
-
-
-def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, *indices, _ = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, *indices)
-
-
-def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-    x, weight, crow, col, soma_ptr = ctx.saved_tensors
-    indices = crow, col, soma_ptr
-    need_x = ctx.needs_input_grad[0]
-    if torch.is_grad_enabled():
-        connectivity = ops.connectivity_of(*indices, x)
-        dx, dw, db = SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
-    else:
-        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
-    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 4
-
-
-torch.library.register_autograd(
-    "dendrite_kernels::dendritic_forward",
-    _differentiate_dendritic,
-    setup_context=_setup_dendritic,
-    lib=ops.library,
-)
-torch.library.register_autograd(
-    "dendrite_kernels::sparse_forward",
-    _differentiate_sparse,
-    setup_context=_setup_sparse,
-    lib=ops.library,
-)
 
 
 def needs_grad(*tensors: Maybe) -> bool:

@@ -138,19 +138,19 @@ def _compute_dendritic_forward(
     round_x: bool = False,  # the dispatcher leaves defaults out
 ) -> tuple[torch.Tensor, torch.Tensor]:
     backend = select(x.device)
-    samples, rounds = _rounded(backend, x, round_x)
-    y, signs = backend.dendritic_forward(
-        samples,
-        _parameter(synapse_weight, x),
-        _optional(dendrite_bias, x),
-        _parameter(cable_weight, x),
-        _optional(soma_bias, x),
-        connectivity,
-        negative_slope,
-        save_signs,
-        *rounds,
-    )
-    return y.to(x.dtype), signs
+    if round_x or x.dtype in LOW:
+        samples, rounds = _rounded(backend, x, round_x)
+        y, signs = backend.dendritic_forward(
+            samples, _parameter(synapse_weight, x), _optional(dendrite_bias, x),
+            _parameter(cable_weight, x), _optional(soma_bias, x), connectivity, negative_slope,
+            save_signs, *rounds,
+        )  # fmt: skip
+        return y.to(x.dtype), signs
+    return backend.dendritic_forward(
+        _plain(x), _plain(synapse_weight), None if dendrite_bias is None else _plain(dendrite_bias),
+        _plain(cable_weight), None if soma_bias is None else _plain(soma_bias), connectivity,
+        negative_slope, save_signs,
+    )  # fmt: skip
 
 
 def _compute_dendritic_backward(
@@ -192,9 +192,12 @@ def _compute_sparse_forward(
     round_x: bool = False,
 ) -> torch.Tensor:
     backend = select(x.device)
-    samples, rounds = _rounded(backend, x, round_x)
-    parameters = _parameter(weight, x), _optional(bias, x)
-    return backend.sparse_forward(samples, *parameters, connectivity, *rounds).to(x.dtype)
+    if round_x or x.dtype in LOW:
+        samples, rounds = _rounded(backend, x, round_x)
+        parameters = _parameter(weight, x), _optional(bias, x)
+        return backend.sparse_forward(samples, *parameters, connectivity, *rounds).to(x.dtype)
+    bias = None if bias is None else _plain(bias)
+    return backend.sparse_forward(_plain(x), _plain(weight), bias, connectivity)
 
 
 def _compute_sparse_backward(
@@ -238,13 +241,13 @@ def _flat_signs(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return y, signs.flatten()
 
 
-_KERNELS = {
+KERNELS = {
     "dendritic_forward": _kernel(_flat_signs, 0, 5),
     "dendritic_backward": _kernel(_compute_dendritic_backward, 1, 7),
     "sparse_forward": _kernel(_compute_sparse_forward, 0, 3),
     "sparse_backward": _kernel(_compute_sparse_backward, 1, 3),
 }
-for _name, _function in _KERNELS.items():
+for _name, _function in KERNELS.items():
     # One kernel for every device: the backend is chosen by the device of x.
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -259,20 +262,22 @@ sparse_backward = torch.ops.dendrite_kernels.sparse_backward.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _observed(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def observed(x: torch.Tensor, *others: Maybe) -> bool:
     """Whether a compiler, mode, transform, profiler or tensor subclass must see the operator.
 
     If not, a call skips the dispatcher, whose way into Python costs as much as a small kernel.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.profiler._is_profiler_enabled
-        or type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or x.is_meta
-    )
+    ):
+        return True
+    for tensor in others:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return True
+    return type(x) not in _PLAIN or x.is_meta
 
 
 def run_dendritic_forward(
@@ -288,7 +293,7 @@ def run_dendritic_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     options = negative_slope, save_signs, round_x
-    if not _observed(x, synapse_weight):
+    if not observed(x, synapse_weight):
         return _compute_dendritic_forward(x, *parameters, connectivity, *options)
     result: tuple[torch.Tensor, torch.Tensor] = dendritic_forward(
         x, *parameters, *index_tensors(connectivity), *options
@@ -308,7 +313,7 @@ def run_dendritic_backward(
     negative_slope: float,
     need_x: bool,
 ) -> Five:
-    if not _observed(grad, synapse_weight):
+    if not observed(grad, synapse_weight):
         return _compute_dendritic_backward(
             grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
             negative_slope, need_x,
@@ -326,7 +331,7 @@ def run_sparse_forward(
     connectivity: Connectivity,
     round_x: bool = False,
 ) -> torch.Tensor:
-    if not _observed(x, weight):
+    if not observed(x, weight):
         return _compute_sparse_forward(x, weight, bias, connectivity, round_x)
     u: torch.Tensor = sparse_forward(x, weight, bias, *index_tensors(connectivity), round_x)
     return u
@@ -339,7 +344,7 @@ def run_sparse_backward(
     connectivity: Connectivity,
     need_x: bool,
 ) -> Three:
-    if not _observed(grad, weight):
+    if not observed(grad, weight):
         return _compute_sparse_backward(grad, x, weight, connectivity, need_x)
     result: Three = sparse_backward(grad, x, weight, *index_tensors(connectivity), need_x)
     return result

@@ -1,0 +1,101 @@
+"""The operators' own derivatives: for compiled and exported programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _autograd, ops
+
+Maybe = torch.Tensor | None
+
+
+def _setup_dendritic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, synapse_weight, dendrite_bias, cable_weight, _, *indices = inputs[:8]
+    ctx.slope, ctx.saved_signs = inputs[8:10]
+    y, signs = output
+    ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices)
+
+
+def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Maybe, ...]:
+    if not ctx.saved_signs:
+        raise RuntimeError(
+            "Expected a program traced with gradients enabled, got one that saves no signs"
+        )
+    x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors[:6]
+    crow, col, soma_ptr = ctx.saved_tensors[6:]
+    parameters, indices = (synapse_weight, dendrite_bias, cable_weight), (crow, col, soma_ptr)
+    options = ctx.slope, ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        gradients = _autograd.composed_backward(grad, x, y, *parameters, connectivity, *options)
+    else:
+        gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
+    return _autograd.wanted(ctx, gradients)
+
+
+def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, _ = inputs[:3]
+    ctx.save_for_backward(x, weight, *inputs[3:6])
+
+
+def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+    x, weight, crow, col, soma_ptr = ctx.saved_tensors
+    indices = crow, col, soma_ptr
+    need_x = ctx.needs_input_grad[0]
+    if torch.is_grad_enabled():
+        connectivity = ops.connectivity_of(*indices, x)
+        dx, dw, db = _autograd.SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
+    else:
+        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
+    return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None
+
+
+def _register(
+    op: torch._ops.OpOverload,
+    kernel: Callable[..., Any],
+    differentiable: int,  # so many of its first arguments
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    differentiate: Callable[..., tuple[Maybe, ...]],
+) -> None:
+    """torch.library.register_autograd, but a call that records nothing runs `kernel` at once.
+
+    That is how compiled programs call operators, and a second trip from the dispatcher into Python
+    costs more than a small kernel.
+    """
+
+    def below_autograd(keys: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keys = args
+            output = below_autograd(keys, tuple(inputs))
+            setup(ctx, tuple(inputs), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Maybe, ...]:
+            gradients = differentiate(ctx, *grads)
+            return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+    def autograd_kernel(keys: Any, *args: Any) -> Any:
+        tensors = args[:differentiable]
+        if _autograd.needs_grad(*tensors):
+            return Recorded.apply(*args, keys)
+        return below_autograd(keys, args) if ops.observed(*tensors) else kernel(*args)
+
+    ops.library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
+
+
+_register(
+    ops.dendritic_forward, ops.KERNELS["dendritic_forward"], 5,
+    _setup_dendritic, _differentiate_dendritic,
+)  # fmt: skip
+_register(
+    ops.sparse_forward, ops.KERNELS["sparse_forward"], 3, _setup_sparse, _differentiate_sparse
+)
