@@ -337,7 +337,7 @@ def run_guarded(at_end: bool) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     dk.use_backend("cpp")
-    _order._MANY = 1  # so few dendrites have an order, too
+    _order._MANY = _order._FEW_INPUTS = 1  # so few dendrites have an order, too
     networks = [
         dk.connectivity.random(30, 10, 4, 6, seed=0),
         dk.connectivity.random(33, 5, 3, 16, constant_fan_in=True, seed=0),
@@ -367,7 +367,7 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
         return fenced(torch.full(shape, torch.nan, dtype=dtype))
 
     plan = c.transposed
-    topology, ordered = (
+    topology, ordered, ordered_rows = (
         EXTENSION.Topology(
             c.in_features,
             guard(c.crow_indices.numpy(), at_end),
@@ -375,11 +375,14 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
             guard(c.soma_ptr.numpy(), at_end),
             c.fan_in or 0,
         )
-        for _ in range(2)
+        for _ in range(3)
     )
-    order = _order.by_centre(c) or _order.by_length(c)
-    if order is not None:
-        ordered.set_order(*(guard(a, at_end) for a in order), _order.MIXED_SOMAS)
+    for net, order in (
+        (ordered, _order.by_centre(c) or _order.by_length(c)),
+        (ordered_rows, _order.rows_by_centre(c)),
+    ):
+        if order is not None:
+            net.set_order(*(guard(a, at_end) if isinstance(a, np.ndarray) else a for a in order))
     arrays = plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot
     topology.set_transposed(plan.block_rows, plan.group, *(guard(a, at_end) for a in arrays))
     x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
@@ -407,6 +410,9 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
     u, grad_u = blank(batch, c.num_dendrites), draw(batch, c.num_dendrites)
     EXTENSION.forward(topology, x, w, bd, None, None, 1.0, False, u, None, 2)
+    u_in_order = blank(batch, c.num_dendrites)
+    EXTENSION.forward(ordered_rows, x, w, bd, None, None, 1.0, False, u_in_order, None, 2)
+    assert torch.equal(u, u_in_order)
     for wanted in (dx, None):
         EXTENSION.backward(
             topology, grad_u, x, None, None, w, None, None, 1.0, wanted, dw, dbd, None, None,

@@ -23,8 +23,9 @@ SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
 
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are sorted by length, too."""
+    """Small networks are sorted, too."""
     monkeypatch.setattr(_order, "_MANY", 1)
+    monkeypatch.setattr(_order, "_FEW_INPUTS", 1)
 
 
 def forward_order(c: Connectivity) -> _order.Order | None:
@@ -86,9 +87,27 @@ def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
         assert np.array_equal(here, c.col_indices[crow[r] : crow[r + 1]])
 
 
+@pytest.mark.parametrize("name", ["local", "colour", "few somas", "pruned"])
+def test_rows_without_somas_move_within_groups_of_their_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_order, "MIXED_ROWS", 50)
+    c = ORDERED[name]()
+    order = _order.rows_by_centre(c)
+    assert order is not None
+    assert (order.soma, order.group_size) == (None, 50)
+    row = order.dendrite.astype(np.int64)
+    assert np.array_equal(np.sort(row), np.arange(c.num_dendrites))
+    assert np.array_equal(row // 50, np.arange(c.num_dendrites) // 50)
+    for position, r in enumerate(row):
+        here = order.columns[order.crow[position] : order.crow[position + 1]]
+        assert np.array_equal(here, c.col_indices[c.crow_indices[r] : c.crow_indices[r + 1]])
+
+
 @pytest.mark.parametrize("name", NATURAL)
 def test_no_order_where_it_gains_nothing(name: str) -> None:
     assert forward_order(NATURAL[name]()) is None
+    assert _order.rows_by_centre(NATURAL[name]()) is None
 
 
 def test_lengths_of_few_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +117,23 @@ def test_lengths_of_few_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_order, "_MANY", c.num_dendrites)
     assert forward_order(c) is not None
     assert _order.by_centre(c) is None
+
+
+def test_lengths_of_long_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = ORDERED["variable"]()
+    mean = c.nnz / c.num_dendrites
+    monkeypatch.setattr(_order, "_SHORT", mean - 0.1)
+    assert forward_order(c) is None
+    monkeypatch.setattr(_order, "_SHORT", mean + 0.1)
+    assert forward_order(c) is not None
+
+
+def test_fields_on_few_inputs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = ORDERED["local"]()
+    monkeypatch.setattr(_order, "_FEW_INPUTS", c.in_features + 1)
+    assert forward_order(c) is None
+    monkeypatch.setattr(_order, "_FEW_INPUTS", c.in_features)
+    assert forward_order(c) is not None
 
 
 def test_neighbours_share_inputs_or_have_the_same_length() -> None:
@@ -124,7 +160,7 @@ def test_results_do_not_depend_on_the_order(
     c = ORDERED[name]()
     same = Connectivity.from_csr(c.crow_indices, c.col_indices, c.in_features, c.soma_ptr)
     ordered = results(c, batch, dtype)
-    for order in ("by_centre", "by_length"):
+    for order in ("by_centre", "by_length", "rows_by_centre"):
         monkeypatch.setattr(_order, order, lambda c: None)
     natural = results(same, batch, dtype)
     assert torch.equal(ordered.pop("signs"), natural.pop("signs"))
@@ -149,4 +185,5 @@ def results(c: Connectivity, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     ]
     bits = torch.arange(32)
     unpacked = (signs[:, None] >> bits[:, None] & 1).flatten(0, 1)[:batch]
-    return {"y": y, "signs": unpacked, **dict(zip(names, gradients, strict=True))}
+    u = cpp.sparse_forward(x, weight, bias, c)
+    return {"y": y, "u": u, "signs": unpacked, **dict(zip(names, gradients, strict=True))}

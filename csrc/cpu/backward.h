@@ -3,6 +3,7 @@
 // every run with the same number of threads.
 #pragma once
 
+#include "backward_single.h"
 #include "gradients.h"
 
 namespace {
@@ -16,6 +17,18 @@ DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
 
 // While all of x is smaller than this, blocks go outside and tiles inside: measured.
 constexpr int64_t kHotBytes = 3 << 19;
+
+// Inputs [n0, n1) of every tile -> x[tile][N][samples].
+template <class T, int V>
+void transpose_inputs(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t n0,
+                      int64_t n1, T* x) {
+  constexpr int kTile = V * kLanes<T>;
+  for (int64_t tile = 0; tile * kTile < call.batch; ++tile) {
+    const int64_t samples = min64(kTile, call.batch - tile * kTile);
+    tile_in<T, V>(call.storage, call.x, tile * kTile, samples, net.in_features, n0, n1,
+                  x + (tile * net.in_features + n0) * kTile);
+  }
+}
 
 // The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
 template <class T, int V>
@@ -61,18 +74,14 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *weight = carver.at<T>(weight_at),
     *G = carver.at<T>(G_at);
   T *G0 = carver.at<T>(G0_at), *dx = carver.at<T>(dx_at);
-  const auto samples = [&](int64_t tile) { return min64(kTile, call.batch - tile * kTile); };
 
   parallel(runtime, runtime.threads, [&](int64_t i) {
     const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
     const int64_t s0 = split<T>(S, i, runtime.threads), s1 = split<T>(S, i + 1, runtime.threads);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      tile_in<T, V>(call.storage, call.x, tile * kTile, samples(tile), N, n0, n1,
-                    x + (tile * N + n0) * kTile);
-      if (s0 < s1)
-        soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
-                            call.dsoma_bias);
-    }
+    transpose_inputs<T, V>(net, call, n0, n1, x);
+    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
+      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
+                          call.dsoma_bias);
   });
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t b0 = net.blocks * i / threads, b1 = net.blocks * (i + 1) / threads;
@@ -169,7 +178,11 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   // A block's q and G stay in L1 over all tiles while x fits the cache; else each tile of x stays
   // in L2 over all blocks of the thread.
   constexpr int64_t kBlock = 128;
-  const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
+  // Where x is small every thread transposes all of it for itself, which takes less than fetching
+  // from other cores' caches what their threads transposed.
+  constexpr int64_t kSmallBytes = 1 << 19;
+  const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
+  const bool block_outer = x_bytes <= kHotBytes, own_x = x_bytes <= kSmallBytes;
   const int64_t blocks = ceil_div(R, kBlock), at_once = block_outer ? 1 : ceil_div(blocks, threads);
   int64_t widest = 0;  // G of so many blocks
   for (int64_t first = 0; first < blocks; first += at_once) {
@@ -181,7 +194,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
     widest = max64(widest, size);
   }
   Carver carver;
-  const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
+  const int64_t x_at = carver.reserve<T>((own_x ? threads : 1) * tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
   const int64_t q_at = carver.reserve<T>(threads * kBlock * kTile),
@@ -192,18 +205,16 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t n0 = split<T>(N, i, threads), n1 = split<T>(N, i + 1, threads);
     const int64_t s0 = split<T>(S, i, threads), s1 = split<T>(S, i + 1, threads);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t samples = min64(kTile, call.batch - tile * kTile);
-      tile_in<T, V>(call.storage, call.x, tile * kTile, samples, N, n0, n1,
-                    x + (tile * N + n0) * kTile);
-      if (s0 < s1)
-        soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
-                            call.dsoma_bias);
-    }
+    if (!own_x) transpose_inputs<T, V>(net, call, n0, n1, x);
+    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
+      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
+                          call.dsoma_bias);
   });
   parallel(runtime, threads, [&](int64_t i) {
     T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kBlock * kTile;
-    T* dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0);
+    T *dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0),
+      *xt = x + (own_x ? i * tiles * N * kTile : 0);
+    if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
     const int64_t end = min64(blocks, (i + 1) * ceil_div(blocks, threads));
     for (int64_t first = i * ceil_div(blocks, threads); first < end; first += at_once) {
@@ -213,7 +224,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
         for (int64_t block = first; block < last; ++block)
           out = gather_rows<T, V, Column, WithInput>(
               net, call, block * kBlock, min64(R, (block + 1) * kBlock), tile,
-              S ? soma + tile * S * kTile : nullptr, x + tile * N * kTile, tile == 0, q, G0, out,
+              S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q, G0, out,
               dx);
       }
       const T* row = G;
@@ -244,6 +255,7 @@ void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
 template <class T, class Column>
 void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
+  if (call.batch == 1) return backward_single<T, Column>(net, call, runtime);
   constexpr int kFew = 16, kFewVectors = kFew / kLanes<T>;
   if (call.batch <= kFew) {
     if (call.dx) return backward_by_rows<T, kFewVectors, Column, true>(net, call, runtime);

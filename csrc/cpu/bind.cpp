@@ -115,13 +115,14 @@ class BoundTopology {
     net.group = group;
     net.blocks = column_ptr.size() - 1;
   }
-  void set_order(const Array<int32_t>& order, const Array<int32_t>& soma,
-                 const Array<int32_t>& crow, const py::array& columns, int64_t mixed_somas) {
+  // soma None: the order stays within groups of rows.
+  void set_order(const Array<int32_t>& order, const py::object& soma, const Array<int32_t>& crow,
+                 const py::array& columns, int64_t group_size) {
     net.order = keep(order);
-    net.soma = keep(soma);
+    if (!soma.is_none()) net.soma = keep(soma.cast<Array<int32_t>>());
     net.ordered_crow = keep(crow);
     net.ordered_columns = keep_any(columns);
-    net.mixed_somas = mixed_somas;
+    net.group_size = group_size;
   }
   Topology net{};
 

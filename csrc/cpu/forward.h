@@ -2,7 +2,7 @@
 // word) at a time; of 16 for the smallest batches, of 64 where samples are bfloat16.
 #pragma once
 
-#include "tile.h"
+#include "forward_single.h"
 
 namespace {
 
@@ -36,20 +36,30 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
       unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k, splat(weight[d][k])); });
 }
 
-// Pre-activations u of ND neighbouring dendrites. FanIn > 0 fixes the trip count at compile time.
-template <class T, int Tile, int FanIn, int ND, class Column, class E>
+// Pre-activations u of the ND dendrites at position r and after it. FanIn > 0 fixes the trip count
+// at compile time. Where they have an order, their columns lie in it and their weights do not:
+// those are asked for some dendrites ahead, since no prefetcher sees a pattern.
+template <class T, int Tile, int FanIn, bool Ordered, int ND, class Column, class E>
 DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call, const E* x,
                          int64_t r, vec<T>* u) {
-  constexpr int V = kStrip<T, Tile>;
+  constexpr int V = kStrip<T, Tile>, kAhead = 8;
   const T* weight[ND];
   const Column* column[ND];
   int64_t count[ND];
   unroll<ND>([&](auto d) DK_LAMBDA {
-    const int64_t begin = FanIn ? (r + d) * FanIn : int64_t(net.crow[r + d]);
-    count[d] = FanIn ? FanIn : net.crow[r + d + 1] - begin;
+    const int64_t dendrite = Ordered ? net.order[r + d] : r + d;
+    const int64_t begin = FanIn ? dendrite * FanIn : int64_t(net.crow[dendrite]);
+    count[d] = FanIn ? FanIn : net.crow[dendrite + 1] - begin;
     weight[d] = call.weight + begin;
-    column[d] = static_cast<const Column*>(net.columns) + begin;
-    const vec<T> bias = splat(call.dendrite_bias ? call.dendrite_bias[r + d] : T(0));
+    if constexpr (Ordered) {
+      column[d] = static_cast<const Column*>(net.ordered_columns) +
+                  (FanIn ? (r + d) * FanIn : int64_t(net.ordered_crow[r + d]));
+      const int64_t later = net.order[min64(r + d + kAhead, net.rows - 1)];
+      __builtin_prefetch(call.weight + (FanIn ? later * FanIn : int64_t(net.crow[later])));
+    } else {
+      column[d] = static_cast<const Column*>(net.columns) + begin;
+    }
+    const vec<T> bias = splat(call.dendrite_bias ? call.dendrite_bias[dendrite] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { u[d * V + t] = bias; });
   });
   int64_t common = count[0];
@@ -83,15 +93,10 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, int strip, const v
   }
 }
 
-template <class T>
-DK_INLINE vec<T> leaky_relu(vec<T> u, vec<T> slope) {
-  return u > vec<T>{} ? u : u * slope;
-}
-
 // visit(dendrite, u) for dendrites r0..r1-1 of one strip. Two at a time their accumulators hide
 // each other's latency; but of many dendrites that vary in length branch prediction learns no
 // pattern, and one at a time mispredicts less often.
-template <class T, int Tile, int FanIn, class Column, class E, class Visit>
+template <class T, int Tile, int FanIn, bool Ordered, class Column, class E, class Visit>
 DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                  const E* x, int64_t r0, int64_t r1, const Visit& visit) {
   constexpr int V = kStrip<T, Tile>;
@@ -100,13 +105,13 @@ DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<
   if (FanIn > 0 || net.rows < kUnpredictable)
     for (; r + 2 <= r1; r += 2) {
       vec<T> u[2 * V];
-      dendrites<T, Tile, FanIn, 2, Column>(net, call, x, r, u);
+      dendrites<T, Tile, FanIn, Ordered, 2, Column>(net, call, x, r, u);
       visit(r, u);
       visit(r + 1, u + V);
     }
   for (; r < r1; ++r) {
     vec<T> u[V];
-    dendrites<T, Tile, FanIn, 1, Column>(net, call, x, r, u);
+    dendrites<T, Tile, FanIn, Ordered, 1, Column>(net, call, x, r, u);
     visit(r, u);
   }
 }
@@ -124,7 +129,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
     vec<T> v[V];
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { v[t] = bias; });
-    for_each_dendrite<T, Tile, FanIn, Column>(
+    for_each_dendrite<T, Tile, FanIn, false, Column>(
         net, call, x, net.soma_ptr[s], net.soma_ptr[s + 1],
         [&](int64_t r, const vec<T>* u) DK_LAMBDA {
           if (signs.words) store_signs<T, V>(signs, r, strip, u);
@@ -136,8 +141,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
   }
 }
 
-// The same for a packed call: the order mixes the dendrites of somas s0..s1-1, whose sums live in
-// y meanwhile.
+// The same where an order mixes the dendrites of somas s0..s1-1, whose sums live in y meanwhile.
 template <class T, int Tile, int FanIn, class Column, class E>
 __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
@@ -150,10 +154,10 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { store(y + (s - s0) * Tile + t * L, bias); });
   }
-  for_each_dendrite<T, Tile, FanIn, Column>(
+  for_each_dendrite<T, Tile, FanIn, true, Column>(
       net, call, x, net.soma_ptr[s0], net.soma_ptr[s1], [&](int64_t p, const vec<T>* u) DK_LAMBDA {
         if (signs.words) store_signs<T, V>(signs, net.order[p], strip, u);
-        const vec<T> c = splat(call.cable[p]);
+        const vec<T> c = splat(call.cable[net.order[p]]);
         T* v = y + (net.soma[p] - s0) * Tile;
         unroll<V>([&](auto t) DK_LAMBDA {
           store(v + t * L, c * leaky_relu<T>(u[t], slope) + load(v + t * L));
@@ -164,16 +168,17 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
 }
 
 // Rows r0..r1-1 of one strip, no soma stage -> u[row - r0][tile]
-template <class T, int Tile, int FanIn, class Column, class E>
+template <class T, int Tile, int FanIn, bool Ordered, class Column, class E>
 __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                             const E* x, int strip, int64_t r0, int64_t r1,
                                             const SignWords&, T* y) {
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
-  for_each_dendrite<T, Tile, FanIn, Column>(
+  for_each_dendrite<T, Tile, FanIn, Ordered, Column>(
       net, call, x, r0, r1, [&](int64_t r, const vec<T>* u) DK_LAMBDA {
-        unroll<V>([&](auto t) DK_LAMBDA { store(y + (r - r0) * Tile + t * L, u[t]); });
+        T* out = y + ((Ordered ? net.order[r] : r) - r0) * Tile;
+        unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, u[t]); });
       });
 }
 
@@ -183,7 +188,9 @@ using ForwardKernel = void (*)(const dk::Topology&, const dk::ForwardCall<T>&, c
 
 template <class T, int Tile, class E, int FanIn, class Column>
 ForwardKernel<T, E> pick_stage(const dk::Topology& net, bool somas) {
-  if (!somas) return forward_rows<T, Tile, FanIn, Column, E>;
+  if (!somas)
+    return net.order ? forward_rows<T, Tile, FanIn, true, Column, E>
+                     : forward_rows<T, Tile, FanIn, false, Column, E>;
   return net.order ? forward_mixed<T, Tile, FanIn, Column, E>
                    : forward_somas<T, Tile, FanIn, Column, E>;
 }
@@ -204,53 +211,16 @@ ForwardKernel<T, E> pick_forward(const dk::Topology& net, bool somas) {
   }
 }
 
-// First soma (or row), of those that are multiples of `whole`, whose share of the work starts at or
-// after `target`; a dendrite costs its synapses and 4 more.
-DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outputs, int64_t whole,
-                              int64_t target) {
-  int64_t lo = 0, hi = ceil_div(outputs, whole);
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2, r = somas ? net.soma_ptr[mid * whole] : mid * whole;
-    if (net.crow[r] + 4 * r < target)
-      lo = mid + 1;
-    else
-      hi = mid;
-  }
-  return min64(lo * whole, outputs);
-}
-
-// Topology and parameters of the dendrites in their order, so that they are read one after the
-// other: copied once, read for every tile.
-template <class T>
-void pack(const dk::Runtime& runtime, dk::Topology& net, dk::ForwardCall<T>& call, T* room) {
-  T *weight = room, *cable = weight + net.nnz, *bias = cable + net.rows;
-  const int64_t threads = useful_threads(runtime, net.nnz / 4);
-  parallel(runtime, threads, [&](int64_t thread) {
-    for (int64_t p = net.rows * thread / threads; p < net.rows * (thread + 1) / threads; ++p) {
-      const int64_t r = net.order[p], begin = net.crow[r];
-      T* out = weight + net.ordered_crow[p];
-      for (int64_t j = begin; j < net.crow[r + 1]; ++j) *out++ = call.weight[j];
-      cable[p] = call.cable[r];
-      if (call.dendrite_bias) bias[p] = call.dendrite_bias[r];
-    }
-  });
-  call.weight = weight;
-  call.cable = cable;
-  if (call.dendrite_bias) call.dendrite_bias = bias;
-  net.crow = net.ordered_crow;
-  net.columns = net.ordered_columns;
-}
-
 // Work is the line (tile 0, all outputs), (tile 1, all outputs), ...; every thread takes an equal
 // stretch of it and transposes the tiles that it meets for itself: no barrier, and a small batch
 // still splits over the outputs.
 template <class T, int Tile, class E>
-void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime& runtime) {
+void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
+                   const dk::Runtime& runtime) {
   constexpr int kStripSamples = kStrip<T, Tile> * kLanes<T>, kRow = Tile / kSamples<E>;
   const bool somas = call.cable != nullptr;
-  // Somas whose dendrites are mixed stay together. Outputs go back in chunks of 16 or more.
-  const int64_t whole = somas && net.order ? net.mixed_somas : 1,
-                chunk = ceil_div(16, whole) * whole;
+  // What an order mixes stays together. Outputs go back in chunks of 16 or more.
+  const int64_t whole = net.order ? net.group_size : 1, chunk = ceil_div(16, whole) * whole;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t tiles = ceil_div(call.batch, Tile), cost = net.nnz + 4 * net.rows,
                 total = tiles * cost;
@@ -258,11 +228,9 @@ void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime&
   const auto kernel = net.narrow ? pick_forward<T, Tile, E, uint16_t>(net, somas)
                                  : pick_forward<T, Tile, E, int32_t>(net, somas);
   Carver carver;
-  const int64_t packed = somas && net.order ? carver.reserve<T>(net.nnz + 2 * net.rows) : 0;
   const int64_t x_tile = carver.reserve<E>(threads * N * kRow),
                 y_tile = carver.reserve<T>(threads * chunk * Tile);
   carver.allocate(runtime);
-  if (somas && net.order) pack(runtime, net, call, carver.at<T>(packed));
   parallel(runtime, threads, [&](int64_t thread) {
     const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
     E* xt = carver.at<E>(x_tile) + thread * N * kRow;
@@ -293,6 +261,7 @@ void forward_tiled(dk::Topology net, dk::ForwardCall<T> call, const dk::Runtime&
 
 template <class T>
 void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::Runtime& runtime) {
+  if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
     // bfloat16 halves what is gathered: up to 1.3 times as fast where x lies in L2, no gain where
     // neighbours share inputs in L1, and a loss without the registers of AVX-512.

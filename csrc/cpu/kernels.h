@@ -17,13 +17,13 @@ struct Topology {
   const void* columns;      // [nnz] uint16 if in_features <= 65536, else int32
   bool narrow;              // columns (and plan_column) are uint16
   // The order in which dendrites are visited, null for that of their numbers. Neighbours in it
-  // share inputs or have about the same number of synapses; results do not depend on it. Only for
-  // calls with somas that want no dx.
+  // share inputs or have about the same number of synapses; results do not depend on it. It stays
+  // within groups: of somas, for calls with somas that want no dx, or of rows, for forward without.
   const int32_t* order;         // [R] position -> dendrite
-  const int32_t* soma;          // [R] position -> soma
+  const int32_t* soma;          // [R] position -> soma; null: groups of rows
   const int32_t* ordered_crow;  // [R + 1] crow and columns of the dendrites in that order
   const void* ordered_columns;  // [nnz]
-  int64_t mixed_somas;          // the order stays within groups of this many somas
+  int64_t group_size;           // in somas or rows
   int64_t blocks, block_rows, group;
   const int64_t* plan_column_ptr;  // [blocks + 1]
   const int64_t* plan_slot_ptr;    // [blocks + 1]

@@ -110,25 +110,101 @@ DK_INLINE vec<T> splat(T x) {
   return splat_impl<T>(x, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// base[index[i]] in lane i. (The masked forms, all lanes on: GCC 12 warns about the undefined
-// vector of the plain ones.)
+// The first `count` lanes; of the others nothing is read or written, and loaded ones are zero.
+// (Masked forms, here and below, also where every lane takes part: GCC 12 warns about the undefined
+// vector of the plain ones, and their result would wait for what that register held before.)
 template <class T>
-DK_INLINE vec<T> gather(const T* base, const int32_t* index) {
+DK_INLINE vec<T> load_part(const T* p, int count) {
 #if defined(__AVX512F__)
+  const __mmask16 on = __mmask16((1u << count) - 1);
   if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(index),
-                                            base, 4);
+    return (vec<T>)_mm512_maskz_loadu_ps(on, p);
   else
-    return (vec<T>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff,
-                                            _mm256_loadu_si256((const __m256i*)index), base, 8);
+    return (vec<T>)_mm512_maskz_loadu_pd(__mmask8(on), p);
+#else
+  if (count == kLanes<T>) return load(p);
+  vec<T> v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+template <class T>
+DK_INLINE void store_part(T* p, vec<T> v, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 on = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, on, (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8(on), (__m512d)v);
+#else
+  if (count == kLanes<T>) return store(p, v);
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+// base[index[i]] in lane i < count, zero in the others; an index is an int32 or a uint16.
+template <class T, class Index>
+DK_INLINE vec<T> gather_part(const T* base, const Index* index, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 on = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    __m512i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm512_maskz_cvtepu16_epi32(on, _mm256_maskz_loadu_epi16(on, index));
+    else
+      at = _mm512_maskz_loadu_epi32(on, index);
+    return (vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), on, at, base, 4);
+  } else {
+    __m256i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm256_maskz_cvtepu16_epi32(__mmask8(on), _mm_maskz_loadu_epi16(__mmask8(on), index));
+    else
+      at = _mm256_maskz_loadu_epi32(__mmask8(on), index);
+    return (vec<T>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), __mmask8(on), at, base, 8);
+  }
+#else
+  vec<T> v{};
+  for (int i = 0; i < count; ++i) v[i] = base[index[i]];
+  return v;
+#endif
+}
+
+// base[index[i]] in lane i.
+template <class T, class Index>
+DK_INLINE vec<T> gather(const T* base, const Index* index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    __m512i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)index));
+    else
+      at = _mm512_loadu_si512(index);
+    return (vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, at, base, 4);
+  } else {
+    __m256i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)index));
+    else
+      at = _mm256_loadu_si256((const __m256i*)index);
+    return (vec<T>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff, at, base, 8);
+  }
 #elif defined(__AVX2__)
   const __m256i all = _mm256_set1_epi32(-1);
-  if constexpr (sizeof(T) == 4)
-    return (vec<T>)_mm256_mask_i32gather_ps(
-        _mm256_setzero_ps(), base, _mm256_loadu_si256((const __m256i*)index), (__m256)all, 4);
-  else
-    return (vec<T>)_mm256_mask_i32gather_pd(
-        _mm256_setzero_pd(), base, _mm_loadu_si128((const __m128i*)index), (__m256d)all, 8);
+  if constexpr (sizeof(T) == 4) {
+    __m256i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)index));
+    else
+      at = _mm256_loadu_si256((const __m256i*)index);
+    return (vec<T>)_mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, at, (__m256)all, 4);
+  } else {
+    __m128i at;
+    if constexpr (sizeof(Index) == 2)
+      at = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)index));
+    else
+      at = _mm_loadu_si128((const __m128i*)index);
+    return (vec<T>)_mm256_mask_i32gather_pd(_mm256_setzero_pd(), base, at, (__m256d)all, 8);
+  }
 #else
   vec<T> v;
   for (int i = 0; i < kLanes<T>; ++i) v[i] = base[index[i]];

@@ -237,4 +237,42 @@ void tile_out(dk::Storage storage, const T* tile, int64_t columns, int64_t sampl
   });
 }
 
+// ---- one row by itself ----
+
+// n samples as numbers to compute with: where they lie, or widened or rounded in `room`.
+template <class T>
+const T* row_in(dk::Storage storage, const void* data, int64_t n, T* room, bool round = false) {
+  if (storage == dk::Storage::full && !round) return static_cast<const T*>(data);
+  const auto copy = [&](const auto& source) {
+    int64_t c = 0;
+    for (; c + kLanes<T> <= n; c += kLanes<T>) store(room + c, source.vector(0, c));
+    for (; c < n; ++c) room[c] = source.scalar(0, c);
+  };
+  with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const Rows<T, S> rows{static_cast<const S*>(data), n};
+    if constexpr (sizeof(T) == 4)
+      if (round) return copy(Rounded<Rows<T, S>>{rows});
+    copy(rows);
+  });
+  return room;
+}
+
+// Where to compute a row of results: where it goes, or in `room`, from which row_out stores it.
+template <class T>
+T* row_out_at(dk::Storage storage, void* data, T* room) {
+  return storage == dk::Storage::full ? static_cast<T*>(data) : room;
+}
+template <class T>
+void row_out(dk::Storage storage, const T* row, int64_t n, void* data) {
+  if (storage == dk::Storage::full) return;
+  with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
+    using S = std::remove_pointer_t<decltype(type)>;
+    S* out = static_cast<S*>(data);
+    int64_t c = 0;
+    for (; c + kLanes<T> <= n; c += kLanes<T>) store_samples(out + c, load(row + c));
+    for (; c < n; ++c) store_sample(out + c, row[c]);
+  });
+}
+
 }  // namespace

@@ -1,8 +1,9 @@
 """The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
 
-Local receptive fields: neighbours in the order see the same inputs, which are still in the cache.
-Many dendrites of varying length: neighbours run the same number of steps, which the processor then
-predicts. Both within groups of somas, so that the sums of a group stay in the cache as well.
+Local receptive fields on many inputs: neighbours in the order see the same inputs, which are still
+in the cache. Many short dendrites of varying length: neighbours run the same number of steps, which
+the processor then predicts. Both within groups of somas, or of rows where there are none, whose
+outputs stay in the cache, too.
 Random inputs of constant number, and fields that are neighbours already, gain nothing and keep the
 order of their numbers, as does the gather over the transposed plan.
 """
@@ -18,16 +19,20 @@ from ..topology import Connectivity
 
 # Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
 MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
+MIXED_ROWS = 512  # where there are no somas
 _MANY = 32768  # the lengths of fewer dendrites are learnt by branch prediction, or nearly so
+_SHORT = 24  # synapses: to mispredict the end of longer dendrites costs less than to mix somas
+_FEW_INPUTS = 1024  # half of what a tile gathers from so few hits the nearest cache in any order
 _SAMPLE = 4096  # pairs of neighbours that are looked at
 _SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
 
 class Order(NamedTuple):
     dendrite: Array  # int32 [R]: position -> dendrite
-    soma: Array  # int32 [R]: position -> its soma
+    soma: Array | None  # int32 [R]: position -> its soma; None: groups of rows
     crow: Array  # int32 [R + 1], of the dendrites in this order
     columns: Array  # uint16 or int32 [nnz]
+    group_size: int  # in somas or rows
 
 
 def by_centre(connectivity: Connectivity) -> Order | None:
@@ -39,18 +44,34 @@ def by_centre(connectivity: Connectivity) -> Order | None:
 
 def by_length(connectivity: Connectivity) -> Order | None:
     """For forward; None: as they come."""
-    if connectivity.fan_in is not None or connectivity.num_dendrites < _MANY:
+    rows = connectivity.num_dendrites
+    if connectivity.fan_in is not None or rows < _MANY or connectivity.nnz > _SHORT * rows:
         return None
     return _order(connectivity, np.diff(connectivity.crow_indices.numpy()))
 
 
+def rows_by_centre(connectivity: Connectivity) -> Order | None:
+    """For forward without somas; None: as they come."""
+    if not _gains_by_centre(connectivity):
+        return None
+    group = np.arange(connectivity.num_dendrites) // MIXED_ROWS
+    dendrite = np.lexsort((_centres(connectivity), group))
+    return Order(dendrite.astype(np.int32), None, *_in_order(connectivity, dendrite), MIXED_ROWS)
+
+
 def _order(connectivity: Connectivity, key: Array) -> Order:
     """By ascending key [R] within groups of somas."""
-    crow, soma = connectivity.crow_indices.numpy(), _soma_of_dendrite(connectivity)
+    soma = _soma_of_dendrite(connectivity)
     dendrite = np.lexsort((key, soma // MIXED_SOMAS))
+    moved = _in_order(connectivity, dendrite)
+    return Order(dendrite.astype(np.int32), soma[dendrite], *moved, MIXED_SOMAS)
+
+
+def _in_order(connectivity: Connectivity, dendrite: Array) -> tuple[Array, Array]:
+    """crow and columns of the dendrites in this order."""
+    crow = connectivity.crow_indices.numpy()
     ordered_crow = np.concatenate(([0], np.cumsum(np.diff(crow)[dendrite]))).astype(np.int32)
-    columns = connectivity.columns[_synapses_of(crow, dendrite)]
-    return Order(dendrite.astype(np.int32), soma[dendrite], ordered_crow, columns)
+    return ordered_crow, connectivity.columns[_synapses_of(crow, dendrite)]
 
 
 def _soma_of_dendrite(connectivity: Connectivity) -> Array:
@@ -69,7 +90,7 @@ def _centres(connectivity: Connectivity) -> Array:
 def _gains_by_centre(connectivity: Connectivity) -> bool:
     """Whether neighbours share inputs once sorted by centre, and share fewer unsorted."""
     rows = connectivity.num_dendrites
-    if rows < 2 or connectivity.nnz == 0:
+    if rows < 2 or connectivity.nnz == 0 or connectivity.in_features < _FEW_INPUTS:
         return False
     pair = np.unique(np.linspace(0, rows - 2, min(rows - 1, _SAMPLE), dtype=np.int64))
     by_centre = np.argsort(_centres(connectivity), kind="stable")

@@ -90,12 +90,12 @@ def _bind_transposed(connectivity: Connectivity) -> Any:
 
 def _bind_ordered(connectivity: Connectivity, order: _order.Order) -> Any:
     topology = _bind(connectivity)
-    topology.set_order(*order, _order.MIXED_SOMAS)
+    topology.set_order(*order)
     return topology
 
 
 def _topology(connectivity: Connectivity) -> Any:
-    """For what has no somas and needs no gradient of x."""
+    """For backward without somas that needs no gradient of x."""
     return connectivity.cached("cpp", lambda: _bind(connectivity))
 
 
@@ -125,6 +125,16 @@ def _forward(connectivity: Connectivity) -> Any:
         return _bind_ordered(connectivity, order)
 
     return connectivity.cached("cpp forward", bind)
+
+
+def _forward_rows(connectivity: Connectivity) -> Any:
+    """For forward without somas."""
+
+    def bind() -> Any:
+        order = _order.rows_by_centre(connectivity)
+        return _topology(connectivity) if order is None else _bind_ordered(connectivity, order)
+
+    return connectivity.cached("cpp forward rows", bind)
 
 
 def accepts(
@@ -218,7 +228,7 @@ def sparse_forward(
     round_x: bool = False,
 ) -> torch.Tensor:
     u = x.new_empty(x.shape[0], connectivity.num_dendrites)
-    topology = _topology(connectivity)
+    topology = _forward_rows(connectivity)
     _load()[0].forward(topology, x, weight, bias, None, None, 1.0, round_x, u, None, _threads())
     return u
 

@@ -109,8 +109,14 @@ void check_inputs(const dk::KernelTable& table, const Subject& subject, int64_t 
       check_forwards(plain, {Forward::kRows, Forward::kSomas, Forward::kSomasWithSigns});
       for (const Order& order : subject.orders) {
         if (std::count(subject.thorough.begin(), subject.thorough.end(), batch) == 0) break;
-        running = how + "groups of " + std::to_string(order.mixed_somas) + " somas in order";
+        const bool of_rows = order.soma.empty();
+        running = how + "groups of " + std::to_string(order.group_size) +
+                  (of_rows ? " rows in order" : " somas in order");
         const dk::Topology ordered = ordered_topology(net, order, narrow);
+        if (of_rows) {
+          check_forwards(ordered, {Forward::kRows});
+          continue;
+        }
         check_forwards(ordered, {Forward::kSomas, Forward::kSomasWithSigns});
         if (with_backward) check_backward(table, net, ordered, in, backward[1], threads, true);
       }
@@ -139,7 +145,8 @@ Subject small(Network net, std::vector<int64_t> batches = kBatches) {
   const bool odd = subject.net.rows() % 2;
   subject.plans = {make_plan(subject.net, 3, odd ? 1 : 4),
                    make_plan(subject.net, 1024, odd ? 4 : 1)};
-  subject.orders = {make_order(subject.net, 1), make_order(subject.net, 64)};
+  subject.orders = {make_order(subject.net, 1), make_order(subject.net, 64),
+                    make_order(subject.net, 3, true)};
   return subject;
 }
 
@@ -160,8 +167,10 @@ Subject large(Network net, std::vector<int64_t> batches, std::vector<int64_t> th
   Subject subject{std::move(net), std::move(batches), {1, kThreads}, {}, {}, std::move(thorough)};
   for (const int64_t block_rows : {256, 1024})
     subject.plans.push_back(make_plan(subject.net, block_rows, block_rows == 256 ? 1 : 4));
-  for (const int64_t mixed_somas : {int64_t(1), int64_t(5), int64_t(64), subject.net.somas()})
-    subject.orders.push_back(make_order(subject.net, mixed_somas));
+  for (const int64_t group_size : {int64_t(1), int64_t(5), int64_t(64), subject.net.somas()})
+    subject.orders.push_back(make_order(subject.net, group_size));
+  for (const int64_t group_size : {7, 512})
+    subject.orders.push_back(make_order(subject.net, group_size, true));
   return subject;
 }
 
@@ -195,6 +204,9 @@ std::vector<Subject> subjects() {
   all.push_back(large(make_network("many dendrites", 150, constant(1300, 16), sizes), few, {129}));
   all.push_back(
       large(make_network("many uneven dendrites", 150, uneven(1300, 40), many_sizes), few, {33}));
+  // Enough for several threads even if there is one sample only.
+  all.push_back(
+      large(make_network("many synapses", 150, constant(1500, 48), constant(60, 25)), {1}, {1}));
   // Only here x outgrows the cache and yet blocks are divided between threads (float64).
   all.push_back(
       large(make_network("many inputs", 3100, constant(1040, 52), constant(52, 20)), {65}, {}));

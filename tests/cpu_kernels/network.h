@@ -91,26 +91,26 @@ inline Plan make_plan(const Network& net, int64_t block_rows, int64_t group) {
 }
 
 struct Order {
-  int64_t mixed_somas;
+  int64_t group_size;
   Array<int32_t> dendrite, soma, crow{0}, columns;
   Array<uint16_t> narrow_columns;
 };
 
-// Any order within each group of so many somas.
-inline Order make_order(const Network& net, int64_t mixed_somas) {
+// Any order within each group of so many somas or rows.
+inline Order make_order(const Network& net, int64_t group_size, bool of_rows = false) {
   Order order;
-  order.mixed_somas = mixed_somas;
+  order.group_size = group_size;
   Random random(4);
-  for (int64_t s = 0; s < net.somas(); s += mixed_somas) {
-    const int64_t begin = net.soma_ptr[s],
-                  end = net.soma_ptr[std::min(net.somas(), s + mixed_somas)];
+  for (int64_t s = 0, outputs = of_rows ? net.rows() : net.somas(); s < outputs; s += group_size) {
+    const int64_t stop = std::min(outputs, s + group_size);
+    const int64_t begin = of_rows ? s : net.soma_ptr[s], end = of_rows ? stop : net.soma_ptr[stop];
     for (int64_t r = begin; r < end; ++r) order.dendrite.push_back(int32_t(r));
     std::shuffle(order.dendrite.begin() + begin, order.dendrite.end(), random);
   }
   for (const int32_t r : order.dendrite) {
     int32_t soma = 0;
     while (net.soma_ptr[soma + 1] <= r) ++soma;
-    order.soma.push_back(soma);
+    if (!of_rows) order.soma.push_back(soma);
     for (int32_t j = net.crow[r]; j < net.crow[r + 1]; ++j) order.columns.push_back(net.columns[j]);
     order.crow.push_back(int32_t(order.columns.size()));
   }
@@ -150,10 +150,10 @@ inline dk::Topology topology(const Network& net, const Plan* plan, bool narrow) 
 inline dk::Topology ordered_topology(const Network& net, const Order& order, bool narrow) {
   dk::Topology t = topology(net, nullptr, narrow);
   t.order = order.dendrite.data();
-  t.soma = order.soma.data();
+  t.soma = order.soma.empty() ? nullptr : order.soma.data();
   t.ordered_crow = order.crow.data();
   t.ordered_columns =
       narrow ? static_cast<const void*>(order.narrow_columns.data()) : order.columns.data();
-  t.mixed_somas = order.mixed_somas;
+  t.group_size = order.group_size;
   return t;
 }
