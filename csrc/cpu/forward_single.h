@@ -1,6 +1,5 @@
-// Forward of a sample by itself: the lanes of a vector are synapses, whose inputs are gathered one
-// by one. For the smallest batches, where a tile would be nearly all padding; any order of
-// dendrites is as good as another.
+// Forward of a batch of one: the lanes of a vector are synapses, whose inputs are gathered one by
+// one. A tile would be nearly all padding; visiting dendrites in an order gains nothing.
 #pragma once
 
 #include "outputs.h"
