@@ -255,31 +255,32 @@ def correlate_row(spec, job, tile, r, q):
         j += 1
 
 
-def correlate_rows(spec, job, k, first, last, q):
-    """dw += G and d_dendrite_bias += G0 of dendrites [first, last) for tile k; q: scratch for the
-    vectors of a strip.
+def correlate_rows(spec, job, k, x_tile, first, last, q):
+    """dw += G and d_dendrite_bias += G0 of dendrites [first, last) for tile k with its x at x_tile.
+
+    q: scratch for the vectors of a strip.
     """
     raise NotImplementedError
 
 
 @overload(correlate_rows, jit_options=OPTIONS)
-def _choose_correlate_rows(spec, job, k, first, last, q):
+def _choose_correlate_rows(spec, job, k, x_tile, first, last, q):
     return (correlate_strips if spec.spec.linear else correlate_somas).py_func
 
 
 @kernel
-def correlate_strips(spec, job, k, first, last, q):
-    lanes, tile = lanes_of(spec), x_tile(spec, job, k)
+def correlate_strips(spec, job, k, x_tile, first, last, q):
+    lanes = lanes_of(spec)
     for strip in range(first, last, STRIP):
         stop = min(last, strip + STRIP)
         fill_q(spec, job, (job.first_tile + k) * lanes, 0, strip, stop, q, job.d_dendrite_bias)
         for r in range(strip, stop):
-            correlate_row(spec, job, tile, r, vload(spec, q, (r - strip) * lanes))
+            correlate_row(spec, job, x_tile, r, vload(spec, q, (r - strip) * lanes))
 
 
 @kernel
-def correlate_somas(spec, job, k, first, last, q):  # its q never leave the registers
-    lanes, tile, soma_ptr = lanes_of(spec), x_tile(spec, job, k), job.soma_ptr
+def correlate_somas(spec, job, k, x_tile, first, last, q):  # its q never leave the registers
+    lanes, soma_ptr = lanes_of(spec), job.soma_ptr
     grads = job.grad_tiles + size_of(spec) * k * lanes * job.somas
     slope = splat(spec, element(spec, job.slope))
     low, high = sign_pair(job, (job.first_tile + k) * lanes)
@@ -292,11 +293,6 @@ def correlate_somas(spec, job, k, first, last, q):  # its q never leave the regi
             x = select_signs(low, high, r, on, off)
             g0 = load(spec, job.d_dendrite_bias, r) + total(x)
             store(spec, job.d_dendrite_bias, r, g0)
-            correlate_row(spec, job, tile, r, x)
+            correlate_row(spec, job, x_tile, r, x)
             r += 1
         s += 1
-
-
-@inline
-def x_tile(spec, job, k):
-    return job.x_tiles + size_of(spec) * k * lanes_of(spec) * job.features

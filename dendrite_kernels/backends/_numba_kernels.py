@@ -28,7 +28,7 @@ CHUNK = 16  # somas that forward finishes before it writes them to y
 _SIZES = [
     "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "pass_tiles",
     "accumulate", "finish", "tile_groups", "block_groups", "blocks", "block_rows", "group", "slots",
-    "weigh_first", "workspace_stride",
+    "weigh_first", "own_x", "workspace_stride",
 ]  # fmt: skip
 _ADDRESSES = [
     "x", "y", "signs", "crow", "columns", "soma_ptr", "weight", "dendrite_bias", "cable",

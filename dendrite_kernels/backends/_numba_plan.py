@@ -21,6 +21,7 @@ _MIB = 1 << 20
 _PASS = 3 * _MIB // 2  # x tiles a thread goes through for block after block should stay in L2
 _PRIVATE = 256 * _MIB  # what all threads' own sums of G, or all tiles, may take
 _GRAIN = 1 << 17  # multiplications worth one more thread
+_SMALL = _MIB // 2  # bytes of x that a thread transposes faster than it fetches others' parts
 _ROWS = 1024  # dendrites per block where the connectivity has no blocks
 _ALIGNMENT = 128  # two cache lines: neighbours in memory are fetched in pairs
 _BYTES = {"float32": 4, "float64": 8}
@@ -198,10 +199,12 @@ def _tiles_at_once(build: _Builder, threads: int, groups: int, copies: int) -> i
 def _by_rows(build: _Builder, somas: int, threads: int) -> Plan:
     """Threads own dendrites, nothing is summed twice."""
     at_once = _tiles_at_once(build, threads, groups=1, copies=1)
-    build.fields["block_rows"] = _ROWS
+    own_x = threads > 1 and build.call.batch * build.features * build.call.size <= _SMALL
+    build.fields |= {"block_rows": _ROWS, "own_x": int(own_x)}
     build.reserve_each(threads, STRIP * build.lanes)
+    x_tiles = at_once * build.lanes * build.features
     build.reserve(
-        x_tiles=at_once * build.lanes * build.features, grad_tiles=at_once * build.lanes * somas
+        x_tiles=x_tiles * (threads if own_x else 1), grad_tiles=at_once * build.lanes * somas
     )
     for fields in _passes(build, at_once):
         build.step("prepare", threads, **fields)

@@ -97,8 +97,8 @@ def forward_tasks(spec):
 
 
 def prepare_tasks(spec):
-    """A share of the columns of every x tile and of the somas of every gradient tile. Before the
-    first tile, if asked for, the weights of a share of the blocks.
+    """A share of the columns of every x tile, unless tasks have their own, and of the somas of
+    every gradient tile. Before the first tile, if asked for, the weights of a share of the blocks.
     """
 
     def entry(begin_task, end_task, jobs):
@@ -116,7 +116,7 @@ def prepare_tasks(spec):
             for k in range(job.tiles):
                 sample = (job.first_tile + k) * lanes
                 samples = min(lanes, job.samples - sample)
-                if begin < end:
+                if begin < end and job.own_x == 0:
                     x, tile = job.x + size * sample * n, job.x_tiles + size * k * lanes * n
                     load_tile(spec, x, None, element(spec, 1.0), n, samples, begin, end, tile)
                 if first < last and not is_linear(spec):
@@ -138,9 +138,18 @@ def rows_tasks(spec):
 
     def entry(begin_task, end_task, jobs):
         job = numba.carray(jobs, 1)[0]
-        crow = job.crow
+        lanes, size, n, crow = lanes_of(spec), size_of(spec), job.features, job.crow
+        tile_size = size * lanes * n
         for task in range(begin_task, end_task):
             q = job.workspace + task * job.workspace_stride
+            x_tiles = job.x_tiles
+            if job.own_x != 0:
+                x_tiles += tile_size * job.tiles * task
+                for k in range(job.tiles):
+                    sample = (job.first_tile + k) * lanes
+                    samples = min(lanes, job.samples - sample)
+                    x, tile = job.x + size * sample * n, x_tiles + tile_size * k
+                    load_tile(spec, x, None, element(spec, 1.0), n, samples, 0, n, tile)
             begin = row_at(crow, job.rows, task, job.tasks)
             end = job.rows if task + 1 == job.tasks else row_at(crow, job.rows, task + 1, job.tasks)
             for start in range(0, job.tiles, job.pass_tiles):
@@ -151,7 +160,7 @@ def rows_tasks(spec):
                         clear(spec, job.dw, load_int32(crow, first), load_int32(crow, last))
                         clear(spec, job.d_dendrite_bias, first, last)
                     for k in range(start, stop):
-                        correlate_rows(spec, job, k, first, last, q)
+                        correlate_rows(spec, job, k, x_tiles + tile_size * k, first, last, q)
                     if job.finish != 0 and stop == job.tiles and not is_linear(spec):
                         finish_rows(spec, job, first, last)
 
