@@ -32,11 +32,11 @@ def backend_for(
 ) -> Any:
     """The backend that computes these operands just as they are; None: take the long way.
 
-    Objects of any type are welcome. Without cable_weight it is a sparse linear layer.
+    Not for compilers. Objects of any type are welcome. Without cable_weight it is a sparse linear
+    layer.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
         or torch.autograd.profiler._is_profiler_enabled

@@ -161,7 +161,12 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
-    if precision is None and type(connectivity) is Connectivity and not connectivity.is_dense:
+    if (
+        not torch.compiler.is_compiling()  # first: what a compiler reads here it guards
+        and precision is None
+        and type(connectivity) is Connectivity
+        and not connectivity.is_dense
+    ):
         backend = _direct.backend_for(x, weight, bias, None, None, connectivity)
         if backend is not None:
             return _direct.sparse_linear(backend, x, weight, bias, connectivity)
@@ -235,7 +240,8 @@ def dendritic_layer(
     slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     c = connectivity
     if (
-        slope is not None
+        not torch.compiler.is_compiling()  # first: what a compiler reads here it guards
+        and slope is not None
         and precision is None
         and 0 <= negative_slope < math.inf
         and type(c) is Connectivity
