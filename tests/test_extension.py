@@ -337,7 +337,7 @@ def run_guarded(at_end: bool) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     dk.use_backend("cpp")
-    _order._MANY = _order._FEW_INPUTS = 1  # so few dendrites have an order, too
+    _order._MANY = 1  # so few dendrites have an order, too
     networks = [
         dk.connectivity.random(30, 10, 4, 6, seed=0),
         dk.connectivity.random(33, 5, 3, 16, constant_fan_in=True, seed=0),

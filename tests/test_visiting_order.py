@@ -23,9 +23,8 @@ SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
 
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are sorted, too."""
+    """Small networks are sorted by length, too."""
     monkeypatch.setattr(_order, "_MANY", 1)
-    monkeypatch.setattr(_order, "_FEW_INPUTS", 1)
 
 
 def forward_order(c: Connectivity) -> _order.Order | None:
@@ -128,12 +127,30 @@ def test_lengths_of_long_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatc
     assert forward_order(c) is not None
 
 
-def test_fields_on_few_inputs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = ORDERED["local"]()
-    monkeypatch.setattr(_order, "_FEW_INPUTS", c.in_features + 1)
-    assert forward_order(c) is None
-    monkeypatch.setattr(_order, "_FEW_INPUTS", c.in_features)
-    assert forward_order(c) is not None
+@pytest.mark.parametrize("synapses", [4, 9, 16, 40])
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((28, 28), 1), ((32, 32), 3), ((16, 12), 1), ((12, 16), 1), ((9, 9), 2)]
+)
+def test_fields_tell_how_long_a_row_of_the_image_is(
+    shape: tuple[int, int], channels: int, synapses: int
+) -> None:
+    c = dk.connectivity.local_receptive_fields(
+        shape, 50, 4, synapses, channels=channels, seed=synapses
+    )
+    assert _order._row_length(c) == shape[1] * channels
+
+
+def test_fields_are_visited_in_bands_of_rows() -> None:
+    """The centre moves by a few pixels from one to the next, but for the ends of groups."""
+    side = 28
+    c = dk.connectivity.local_receptive_fields((side, side), _order.MIXED_SOMAS, 16, 16, seed=0)
+    order = _order.by_centre(c)
+    assert order is not None
+    y, x = np.divmod(order.columns.reshape(-1, 16).astype(np.int64), side)
+    steps = np.hypot(np.diff(y.mean(1)), np.diff(x.mean(1)))
+    natural_y, natural_x = np.divmod(c.col_indices.numpy().reshape(-1, 16), side)
+    natural = np.hypot(np.diff(natural_y.mean(1)), np.diff(natural_x.mean(1)))
+    assert steps.mean() < 2 < 10 < natural.mean()
 
 
 def test_neighbours_share_inputs_or_have_the_same_length() -> None:

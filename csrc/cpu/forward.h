@@ -42,7 +42,7 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
 template <class T, int Tile, int FanIn, bool Ordered, int ND, class Column, class E>
 DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call, const E* x,
                          int64_t r, vec<T>* u) {
-  constexpr int V = kStrip<T, Tile>, kAhead = 8;
+  constexpr int V = kStrip<T, Tile>, kAhead = 16;
   const T* weight[ND];
   const Column* column[ND];
   int64_t count[ND];
@@ -55,7 +55,10 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
       column[d] = static_cast<const Column*>(net.ordered_columns) +
                   (FanIn ? (r + d) * FanIn : int64_t(net.ordered_crow[r + d]));
       const int64_t later = net.order[min64(r + d + kAhead, net.rows - 1)];
-      __builtin_prefetch(call.weight + (FanIn ? later * FanIn : int64_t(net.crow[later])));
+      const T* ahead = call.weight + (FanIn ? later * FanIn : int64_t(net.crow[later]));
+      constexpr int kLine = 64 / int(sizeof(T));
+      unroll<FanIn ? (FanIn + kLine - 1) / kLine : 1>(
+          [&](auto i) DK_LAMBDA { __builtin_prefetch(ahead + i * kLine); });
     } else {
       column[d] = static_cast<const Column*>(net.columns) + begin;
     }
@@ -263,6 +266,13 @@ template <class T>
 void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::Runtime& runtime) {
   if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
+    // Fields whose neighbours share inputs gather from L1: wide tiles, if there is one for each
+    // thread.
+    if (net.order && net.fan_in && call.batch > 32) {
+      const int64_t outputs = call.cable ? net.somas : net.rows;
+      const int64_t parts = ceil_div(call.batch, 64) * ceil_div(outputs, net.group_size);
+      if (parts >= runtime.threads) return forward_tiled<T, 64, T>(net, call, runtime);
+    }
     // bfloat16 halves what is gathered: up to 1.3 times as fast where x lies in L2, no gain where
     // neighbours share inputs in L1, and a loss without the registers of AVX-512.
     const bool local = net.order && net.fan_in;

@@ -1,11 +1,10 @@
 """The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
 
-Local receptive fields on many inputs: neighbours in the order see the same inputs, which are still
-in the cache. Many short dendrites of varying length: neighbours run the same number of steps, which
-the processor then predicts. Both within groups of somas, or of rows where there are none, whose
-outputs stay in the cache, too.
-Random inputs of constant number, and fields that are neighbours already, gain nothing and keep the
-order of their numbers, as does the gather over the transposed plan.
+Local receptive fields: neighbours in the order see the same inputs, which are still in the cache.
+Many short dendrites of varying length: neighbours run the same number of steps, which the processor
+then predicts. Both within groups of somas, or of rows where there are none, whose outputs stay in
+the cache, too. Random inputs of constant number, and fields that are neighbours already, gain
+nothing and keep the order of their numbers, as does the gather over the transposed plan.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
 MIXED_ROWS = 512  # where there are no somas
 _MANY = 32768  # the lengths of fewer dendrites are learnt by branch prediction, or nearly so
 _SHORT = 24  # synapses: to mispredict the end of longer dendrites costs less than to mix somas
-_FEW_INPUTS = 1024  # half of what a tile gathers from so few hits the nearest cache in any order
+_BAND = 4  # rows of an image whose fields are visited before those of the next
+_PATCHES = 256  # dendrites that the length of a row is told from
 _SAMPLE = 4096  # pairs of neighbours that are looked at
 _SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
@@ -39,7 +39,7 @@ def by_centre(connectivity: Connectivity) -> Order | None:
     """For forward and for backward without dx; None: as they come."""
     if not _gains_by_centre(connectivity):
         return None
-    return _order(connectivity, _centres(connectivity))
+    return _order(connectivity, _rank(_along_fields(connectivity)))
 
 
 def by_length(connectivity: Connectivity) -> Order | None:
@@ -55,7 +55,7 @@ def rows_by_centre(connectivity: Connectivity) -> Order | None:
     if not _gains_by_centre(connectivity):
         return None
     group = np.arange(connectivity.num_dendrites) // MIXED_ROWS
-    dendrite = np.lexsort((_centres(connectivity), group))
+    dendrite = np.lexsort((_rank(_along_fields(connectivity)), group))
     return Order(dendrite.astype(np.int32), None, *_in_order(connectivity, dendrite), MIXED_ROWS)
 
 
@@ -80,20 +80,51 @@ def _soma_of_dendrite(connectivity: Connectivity) -> Array:
     return np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
 
 
-def _centres(connectivity: Connectivity) -> Array:
-    """The middle input of each dendrite [R]; for a patch of an image it lies in the middle row."""
+def _rank(order: Array) -> Array:
+    """The position of each dendrite in an order."""
+    rank = np.empty_like(order)
+    rank[order] = np.arange(order.size)
+    return rank
+
+
+def _along_fields(connectivity: Connectivity) -> Array:
+    """Dendrites by centre [R] in bands of rows of what may be an image, there and back again."""
     crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
-    middle = (crow[:-1] + crow[1:]) // 2
-    return np.where(crow[:-1] < crow[1:], col[np.minimum(middle, max(0, col.size - 1))], 0)
+    row, column = np.divmod(col, _row_length(connectivity))
+
+    def mean(values: Array) -> Array:
+        total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+        return (total[crow[1:]] - total[crow[:-1]]) / np.maximum(1, crow[1:] - crow[:-1])
+
+    band, x = mean(row) // _BAND, mean(column)
+    order: Array = np.lexsort((np.where(band % 2, -x, x), band))
+    return order
+
+
+def _row_length(connectivity: Connectivity) -> int:
+    """Inputs in a row of the image that the fields look like patches of, if they do.
+
+    Pixels of a patch lie above each other, so that this is the most common distance of two inputs
+    of a dendrite but for those within its rows, which are shorter.
+    """
+    crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
+    inputs = connectivity.in_features
+    shortest = max(1, int(np.sqrt(inputs) / 2))
+    counts = np.zeros(inputs + 1, np.int64)
+    for r in np.unique(np.linspace(0, crow.size - 2, _PATCHES, dtype=np.int64)):
+        field = col[crow[r] : crow[r + 1]]
+        distance = np.abs(field[:, None] - field[None, :])
+        counts += np.bincount(distance[distance >= shortest], minlength=inputs + 1)
+    return int(counts.argmax()) or inputs
 
 
 def _gains_by_centre(connectivity: Connectivity) -> bool:
     """Whether neighbours share inputs once sorted by centre, and share fewer unsorted."""
     rows = connectivity.num_dendrites
-    if rows < 2 or connectivity.nnz == 0 or connectivity.in_features < _FEW_INPUTS:
+    if rows < 2 or connectivity.nnz == 0:
         return False
     pair = np.unique(np.linspace(0, rows - 2, min(rows - 1, _SAMPLE), dtype=np.int64))
-    by_centre = np.argsort(_centres(connectivity), kind="stable")
+    by_centre = _along_fields(connectivity)
     sorted_share = _shared(connectivity, by_centre[pair], by_centre[pair + 1])
     return sorted_share > _SHARED and sorted_share > 2 * _shared(connectivity, pair, pair + 1)
 
