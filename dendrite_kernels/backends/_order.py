@@ -94,7 +94,8 @@ def _along_fields(connectivity: Connectivity) -> Array:
 
     def mean(values: Array) -> Array:
         total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-        return (total[crow[1:]] - total[crow[:-1]]) / np.maximum(1, crow[1:] - crow[:-1])
+        means: Array = (total[crow[1:]] - total[crow[:-1]]) / np.maximum(1, np.diff(crow))
+        return means
 
     band, x = mean(row) // _BAND, mean(column)
     order: Array = np.lexsort((np.where(band % 2, -x, x), band))
