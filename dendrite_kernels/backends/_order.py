@@ -22,7 +22,7 @@ MIXED_ROWS = 512  # where there are no somas
 _MANY = 32768  # the lengths of fewer dendrites are learnt by branch prediction, or nearly so
 _SHORT = 24  # synapses: to mispredict the end of longer dendrites costs less than to mix somas
 _BAND = 4  # rows of an image whose fields are visited before those of the next
-_PATCHES = 256  # dendrites that the length of a row is told from
+_PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, that a row's length is told from
 _SAMPLE = 4096  # pairs of neighbours that are looked at
 _SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
 
@@ -37,9 +37,8 @@ class Order(NamedTuple):
 
 def by_centre(connectivity: Connectivity) -> Order | None:
     """For forward and for backward without dx; None: as they come."""
-    if not _gains_by_centre(connectivity):
-        return None
-    return _order(connectivity, _rank(_along_fields(connectivity)))
+    rank = _rank_along_fields(connectivity)
+    return None if rank is None else _order(connectivity, rank)
 
 
 def by_length(connectivity: Connectivity) -> Order | None:
@@ -52,10 +51,10 @@ def by_length(connectivity: Connectivity) -> Order | None:
 
 def rows_by_centre(connectivity: Connectivity) -> Order | None:
     """For forward without somas; None: as they come."""
-    if not _gains_by_centre(connectivity):
+    rank = _rank_along_fields(connectivity)
+    if rank is None:
         return None
-    group = np.arange(connectivity.num_dendrites) // MIXED_ROWS
-    dendrite = np.lexsort((_rank(_along_fields(connectivity)), group))
+    dendrite = np.lexsort((rank, np.arange(rank.size) // MIXED_ROWS))
     return Order(dendrite.astype(np.int32), None, *_in_order(connectivity, dendrite), MIXED_ROWS)
 
 
@@ -78,13 +77,6 @@ def _soma_of_dendrite(connectivity: Connectivity) -> Array:
     """int32 [R]"""
     lengths = np.diff(connectivity.soma_ptr.numpy())
     return np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
-
-
-def _rank(order: Array) -> Array:
-    """The position of each dendrite in an order."""
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-    return rank
 
 
 def _along_fields(connectivity: Connectivity) -> Array:
@@ -113,21 +105,27 @@ def _row_length(connectivity: Connectivity) -> int:
     shortest = max(1, int(np.sqrt(inputs) / 2))
     counts = np.zeros(inputs + 1, np.int64)
     for r in np.unique(np.linspace(0, crow.size - 2, _PATCHES, dtype=np.int64)):
-        field = col[crow[r] : crow[r + 1]]
+        field = col[crow[r] : min(crow[r + 1], crow[r] + _PIXELS)]
         distance = np.abs(field[:, None] - field[None, :])
         counts += np.bincount(distance[distance >= shortest], minlength=inputs + 1)
     return int(counts.argmax()) or inputs
 
 
-def _gains_by_centre(connectivity: Connectivity) -> bool:
-    """Whether neighbours share inputs once sorted by centre, and share fewer unsorted."""
+def _rank_along_fields(connectivity: Connectivity) -> Array | None:
+    """Each dendrite's position [R] along the fields; None unless neighbours share inputs there, and
+    share fewer as they come.
+    """
     rows = connectivity.num_dendrites
     if rows < 2 or connectivity.nnz == 0:
-        return False
+        return None
     pair = np.unique(np.linspace(0, rows - 2, min(rows - 1, _SAMPLE), dtype=np.int64))
-    by_centre = _along_fields(connectivity)
-    sorted_share = _shared(connectivity, by_centre[pair], by_centre[pair + 1])
-    return sorted_share > _SHARED and sorted_share > 2 * _shared(connectivity, pair, pair + 1)
+    order = _along_fields(connectivity)
+    shared = _shared(connectivity, order[pair], order[pair + 1])
+    if shared <= _SHARED or shared <= 2 * _shared(connectivity, pair, pair + 1):
+        return None
+    rank = np.empty_like(order)
+    rank[order] = np.arange(rows)
+    return rank
 
 
 def _shared(connectivity: Connectivity, one: Array, other: Array) -> float:
