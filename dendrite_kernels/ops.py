@@ -83,6 +83,10 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
+def _plain_or_none(t: Maybe) -> Maybe:
+    return None if t is None else _plain(t)
+
+
 def _check_sample(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
     """Backends check every operand as it reaches them: of an empty batch none does, and of low
     precision not as it came."""
@@ -147,8 +151,8 @@ def _compute_dendritic_forward(
         )  # fmt: skip
         return y.to(x.dtype), signs
     return backend.dendritic_forward(
-        _plain(x), _plain(synapse_weight), None if dendrite_bias is None else _plain(dendrite_bias),
-        _plain(cable_weight), None if soma_bias is None else _plain(soma_bias), connectivity,
+        _plain(x), _plain(synapse_weight), _plain_or_none(dendrite_bias),
+        _plain(cable_weight), _plain_or_none(soma_bias), connectivity,
         negative_slope, save_signs,
     )  # fmt: skip
 
@@ -179,7 +183,7 @@ def _compute_dendritic_backward(
         return five
     return backend.dendritic_backward(
         _plain(grad), _plain(x), _plain(y), signs, _plain(synapse_weight),
-        None if dendrite_bias is None else _plain(dendrite_bias), _plain(cable_weight),
+        _plain_or_none(dendrite_bias), _plain(cable_weight),
         connectivity, negative_slope, need_x,
     )  # fmt: skip
 
@@ -196,8 +200,7 @@ def _compute_sparse_forward(
         samples, rounds = _rounded(backend, x, round_x)
         parameters = _parameter(weight, x), _optional(bias, x)
         return backend.sparse_forward(samples, *parameters, connectivity, *rounds).to(x.dtype)
-    bias = None if bias is None else _plain(bias)
-    return backend.sparse_forward(_plain(x), _plain(weight), bias, connectivity)
+    return backend.sparse_forward(_plain(x), _plain(weight), _plain_or_none(bias), connectivity)
 
 
 def _compute_sparse_backward(

@@ -88,7 +88,9 @@ def _bind_transposed(connectivity: Connectivity) -> Any:
     return topology
 
 
-def _bind_ordered(connectivity: Connectivity, order: _order.Order) -> Any:
+def _bind_ordered(connectivity: Connectivity, order: _order.Order | None) -> Any:
+    if order is None:
+        return _topology(connectivity)
     topology = _bind(connectivity)
     topology.set_order(*order)
     return topology
@@ -106,35 +108,29 @@ def _transposed(connectivity: Connectivity) -> Any:
 
 def _by_centre(connectivity: Connectivity) -> Any:
     """For the gradients of weights alone."""
-
-    def bind() -> Any:
-        order = _order.by_centre(connectivity)
-        return _topology(connectivity) if order is None else _bind_ordered(connectivity, order)
-
-    return connectivity.cached("cpp by centre", bind)
+    return connectivity.cached(
+        "cpp by centre", lambda: _bind_ordered(connectivity, _order.by_centre(connectivity))
+    )
 
 
 def _forward(connectivity: Connectivity) -> Any:
     """For forward with somas."""
 
     def bind() -> Any:
-        order = _order.by_length(connectivity)
         topology = _by_centre(connectivity)
-        if order is None or topology is not _topology(connectivity):
+        if topology is not _topology(connectivity):
             return topology
-        return _bind_ordered(connectivity, order)
+        return _bind_ordered(connectivity, _order.by_length(connectivity))
 
     return connectivity.cached("cpp forward", bind)
 
 
 def _forward_rows(connectivity: Connectivity) -> Any:
     """For forward without somas."""
-
-    def bind() -> Any:
-        order = _order.rows_by_centre(connectivity)
-        return _topology(connectivity) if order is None else _bind_ordered(connectivity, order)
-
-    return connectivity.cached("cpp forward rows", bind)
+    return connectivity.cached(
+        "cpp forward rows",
+        lambda: _bind_ordered(connectivity, _order.rows_by_centre(connectivity)),
+    )
 
 
 def accepts(
