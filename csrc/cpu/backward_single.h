@@ -84,9 +84,8 @@ template <class T, class Column>
 void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
                      const dk::Runtime& runtime) {
   const bool somas = call.cable != nullptr;
-  const int64_t cost = net.nnz + 4 * net.rows, outputs = somas ? net.somas : net.rows,
-                N = net.in_features;
-  const int64_t threads = useful_threads(runtime, call.dx ? cost : cost / 2);
+  const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
+  const int64_t threads = useful_threads(runtime, call.dx ? work_of(net) : work_of(net) / 2);
   Carver carver;
   const int64_t x_at = carver.reserve<T>(N), grad_at = carver.reserve<T>(outputs),
                 y_at = carver.reserve<T>(outputs),
@@ -99,9 +98,7 @@ void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
   T *private_dx = carver.at<T>(dx_at), *dx = row_out_at(call.storage, call.dx, private_dx);
   const auto dx_of = [&](int64_t i) { return i ? private_dx + i * N : dx; };
   parallel(runtime, threads, [&](int64_t i) {
-    const int64_t first = find_output(net, somas, outputs, 1, cost * i / threads);
-    const int64_t last =
-        i + 1 == threads ? outputs : find_output(net, somas, outputs, 1, cost * (i + 1) / threads);
+    const auto [first, last] = share_of(net, somas, i, threads);
     if (!call.dx) return single_outputs<T, Column, false>(net, call, in, first, last, nullptr);
     memset(dx_of(i), 0, size_t(N) * sizeof(T));
     single_outputs<T, Column, true>(net, call, in, first, last, dx_of(i));

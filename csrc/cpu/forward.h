@@ -225,8 +225,7 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
   // What an order mixes stays together. Outputs go back in chunks of 16 or more.
   const int64_t whole = net.order ? net.group_size : 1, chunk = ceil_div(16, whole) * whole;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
-  const int64_t tiles = ceil_div(call.batch, Tile), cost = net.nnz + 4 * net.rows,
-                total = tiles * cost;
+  const int64_t tiles = ceil_div(call.batch, Tile), cost = work_of(net), total = tiles * cost;
   const int64_t threads = useful_threads(runtime, total);
   const auto kernel = net.narrow ? pick_forward<T, Tile, E, uint16_t>(net, somas)
                                  : pick_forward<T, Tile, E, int32_t>(net, somas);
@@ -268,14 +267,14 @@ void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::
   if constexpr (kLanes<T> == 16) {
     // Fields whose neighbours share inputs gather from L1: wide tiles, if there is one for each
     // thread.
-    if (net.order && net.fan_in && call.batch > 32) {
+    const bool local = net.order && net.fan_in;
+    if (local && call.batch > 32) {
       const int64_t outputs = call.cable ? net.somas : net.rows;
       const int64_t parts = ceil_div(call.batch, 64) * ceil_div(outputs, net.group_size);
       if (parts >= runtime.threads) return forward_tiled<T, 64, T>(net, call, runtime);
     }
     // bfloat16 halves what is gathered: up to 1.3 times as fast where x lies in L2, no gain where
     // neighbours share inputs in L1, and a loss without the registers of AVX-512.
-    const bool local = net.order && net.fan_in;
     const bool is_bf16 = call.round_x || call.storage == dk::Storage::bf16;
     if (is_bf16 && !local && call.batch > 16) return forward_tiled<T, 64, Pair>(net, call, runtime);
   }

@@ -130,20 +130,17 @@ void forward_single(const dk::Topology& net, const dk::ForwardCall<T>& call,
   const bool somas = call.cable != nullptr;
   const auto kernel =
       net.narrow ? pick_single<T, uint16_t>(net, somas) : pick_single<T, int32_t>(net, somas);
-  const int64_t cost = net.nnz + 4 * net.rows, outputs = somas ? net.somas : net.rows,
-                N = net.in_features;
+  const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   Carver carver;
   const int64_t x_at = carver.reserve<T>(N), y_at = carver.reserve<T>(outputs);
   carver.allocate(runtime);
   const T* x = row_in(call.storage, call.x, N, carver.at<T>(x_at), call.round_x);
   T* y = row_out_at(call.storage, call.y, carver.at<T>(y_at));
   constexpr int64_t kPerNanosecond = 4;  // gathered inputs
-  const int64_t threads = useful_threads(runtime, cost / kPerNanosecond);
+  const int64_t threads = useful_threads(runtime, work_of(net) / kPerNanosecond);
   parallel(runtime, threads, [&](int64_t i) {
-    const int64_t first = find_output(net, somas, outputs, 1, cost * i / threads);
-    const int64_t last =
-        i + 1 == threads ? outputs : find_output(net, somas, outputs, 1, cost * (i + 1) / threads);
-    if (first < last) kernel(net, call, x, first, last, y);
+    const Share share = share_of(net, somas, i, threads);
+    if (share.first < share.last) kernel(net, call, x, share.first, share.last, y);
   });
   row_out(call.storage, y, outputs, call.y);
 }

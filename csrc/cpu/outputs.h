@@ -25,4 +25,19 @@ DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outpu
   return min64(lo * whole, outputs);
 }
 
+// What all dendrites cost.
+DK_INLINE int64_t work_of(const dk::Topology& net) { return net.nnz + 4 * net.rows; }
+
+// Somas (or rows) [first, last) of part i of `parts` equal shares of the work.
+struct Share {
+  int64_t first, last;
+};
+DK_INLINE Share share_of(const dk::Topology& net, bool somas, int64_t i, int64_t parts) {
+  const int64_t work = work_of(net), outputs = somas ? net.somas : net.rows;
+  const auto start = [&](int64_t part) {  // the last share has the somas without dendrites
+    return part == parts ? outputs : find_output(net, somas, outputs, 1, work * part / parts);
+  };
+  return {start(i), start(i + 1)};
+}
+
 }  // namespace

@@ -173,21 +173,7 @@ DK_INLINE vec<T> gather_part(const T* base, const Index* index, int count) {
 template <class T, class Index>
 DK_INLINE vec<T> gather(const T* base, const Index* index) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    __m512i at;
-    if constexpr (sizeof(Index) == 2)
-      at = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)index));
-    else
-      at = _mm512_loadu_si512(index);
-    return (vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, at, base, 4);
-  } else {
-    __m256i at;
-    if constexpr (sizeof(Index) == 2)
-      at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)index));
-    else
-      at = _mm256_loadu_si256((const __m256i*)index);
-    return (vec<T>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff, at, base, 8);
-  }
+  return gather_part(base, index, kLanes<T>);
 #elif defined(__AVX2__)
   const __m256i all = _mm256_set1_epi32(-1);
   if constexpr (sizeof(T) == 4) {
