@@ -11,13 +11,14 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dendrite_kernels as dk
-from dendrite_kernels import _autograd, _direct, ops
+from dendrite_kernels import _direct, ops
 from dendrite_kernels.backends import cpp
 
 BATCH, REPEATS, CALLS = 4, 100, 100
@@ -86,30 +87,24 @@ def parts() -> dict[str, Run]:
     c, x = CONNECTIVITY, torch.randn(BATCH, 16)
     w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
     operands = x, w, dendrite_bias, cable, soma_bias
-    extension, topology = cpp._load()[0], cpp._transposed(c)
     with torch.no_grad():
         y, signs = cpp.dendritic_forward(*operands, c, 0.1, True)
+    topology: Any = _direct.topology_of(c, cpp.FORWARD)
+    extension, transposed = cpp._load()[0], cpp._transposed(c)
     grad = torch.ones_like(y)
     new = [torch.empty_like(t) for t in operands]
     backward = x, y, signs, w, dendrite_bias, cable
-    applied = _direct.apply_dendritic_layer
+    record = _direct._record_dendritic_layer
     return {
-        "are the operands plain and unobserved": lambda: _direct.backend_for(*operands, c),
-        "  of which in C++": lambda: extension.accepts(topology, *operands),
-        "does one need a gradient": lambda: _autograd.needs_grad(*operands),
-        "forward": lambda: cpp.dendritic_output(*operands, c, 0.1),
-        "  of which allocation of y": lambda: x.new_empty(BATCH, 4),
-        "  of which C++, checks and kernel": lambda: extension.forward(
-            topology, *operands, 0.1, False, y, None, 1
-        ),
-        "forward that saves signs": lambda: cpp.dendritic_forward(*operands, c, 0.1, True),
-        "the same in an autograd.Function": lambda: applied(
-            *operands, c, 0.1, cpp.dendritic_forward
-        ),
+        "does anybody watch": lambda: _direct.topology_of(c, cpp.FORWARD),
+        "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
+        "forward": lambda: topology.forward(*operands, 0.1, False),
+        "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
+        "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
         "backward": lambda: ops.run_dendritic_backward(grad, *backward, c, 0.1, True),
         "  of which allocations": lambda: [x.new_empty(t.numel()) for t in operands],
         "  of which C++, checks and kernels": lambda: extension.backward(
-            topology, grad, *backward, 0.1, *new, 1
+            transposed, grad, *backward, 0.1, *new, 1
         ),
     }
 
@@ -150,8 +145,8 @@ def main() -> None:
     for name in models():
         row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]
         print(f"{name:>26}" + "".join(row))
-    limit = 3 + 1.6 * found["F.linear|no grad"]
-    print(f"\nlimit of a forward call, 3 us + 1.6 F.linear: {limit:.1f} us")
+    limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
+    print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
     print("\nus of the parts of dendritic_layer")
     for name, time_of_part in measure(parts()).items():
         print(f"{time_of_part:8.1f}  {name}")

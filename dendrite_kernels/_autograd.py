@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import ops
+from .ops import dendritic_forward, sparse_forward
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
@@ -24,7 +27,7 @@ Maybe = torch.Tensor | None
 
 def transforms_active() -> bool:
     """Whether torch.func or forward-mode differentiation looks at what runs now."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _add(a: Maybe, b: Maybe) -> Maybe:
@@ -211,24 +214,21 @@ class DendriticLayer(torch.autograd.Function):
         dendrite_bias: Maybe,
         cable_weight: torch.Tensor,
         soma_bias: Maybe,
-        connectivity: Connectivity,
-        slope: float,
-        run: Callable[
-            ..., tuple[torch.Tensor, torch.Tensor]
-        ],  # ops.run_dendritic_forward, or what it ends in
+        rest: tuple[Connectivity, float, Callable[..., tuple[torch.Tensor, torch.Tensor]]],
     ) -> torch.Tensor:
+        connectivity, slope, run = rest
         y, signs = run(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
         )
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
-        ctx.rest = connectivity, slope
+        ctx.rest = rest
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
-        connectivity, slope = ctx.rest
+        connectivity, slope, _ = ctx.rest
         if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
             gradients = composed_backward(
                 grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, slope,
@@ -239,7 +239,7 @@ class DendriticLayer(torch.autograd.Function):
                 grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
                 slope, need_x,
             )  # fmt: skip
-        return *wanted(ctx, gradients), None, None, None
+        return *wanted(ctx, gradients), None
 
 
 def wanted(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[Maybe, ...]:
@@ -308,14 +308,19 @@ def sparse_linear(
 ) -> torch.Tensor:
     """x [B, N] -> u [B, R]; arguments fit."""
     if transforms_active():
-        compiling = torch.compiler.is_compiling()
-        run = gathered_sparse_linear if compiling else TransformableSparseLinear.apply
+        run = gathered_sparse_linear if is_compiling() else TransformableSparseLinear.apply
         x = round_to_bfloat16(x) if round_x else x
         transformed: torch.Tensor = run(x, weight, bias, connectivity)
         return transformed
     u: torch.Tensor
+    if is_compiling():
+        u = sparse_forward(
+            x, weight, bias, connectivity.crow_indices, connectivity.col_indices,
+            connectivity.soma_ptr, round_x,
+        )  # fmt: skip
+        return u
     compute = partial(ops.run_sparse_forward, round_x=True) if round_x else ops.run_sparse_forward
-    if not torch.compiler.is_compiling() and needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias):
         u = SparseLinear.apply(x, weight, bias, connectivity, compute)
     else:
         u = compute(x, weight, bias, connectivity)
@@ -338,10 +343,18 @@ def dendritic_layer(
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, round_x)
         v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
         return F.leaky_relu(v, slope)
+    recorded = needs_grad(x, *parameters)
+    y: torch.Tensor
+    if is_compiling():
+        y, _ = dendritic_forward(
+            x, *parameters, connectivity.crow_indices, connectivity.col_indices,
+            connectivity.soma_ptr, slope, recorded, round_x,
+        )  # fmt: skip
+        return y
     run = ops.run_dendritic_forward
     compute = partial(run, round_x=True) if round_x else run
-    recorded = needs_grad(x, *parameters)
-    if recorded and not torch.compiler.is_compiling():
-        y: torch.Tensor = DendriticLayer.apply(x, *parameters, connectivity, slope, compute)
-        return y
-    return compute(x, *parameters, connectivity, slope, recorded)[0]
+    if recorded:
+        y = DendriticLayer.apply(x, *parameters, (connectivity, slope, compute))
+    else:
+        y, _ = compute(x, *parameters, connectivity, slope, False)
+    return y

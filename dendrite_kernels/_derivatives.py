@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from . import _autograd, ops
+from ._direct import topology_of
+from .backends.cpp import FORWARD, FORWARD_ROWS
 
 Maybe = torch.Tensor | None
 
@@ -53,14 +55,55 @@ def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
     return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None
 
 
+def _dendritic_forward_at_once(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    soma_bias: Maybe,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    soma_ptr: torch.Tensor,
+    slope: float,
+    save_signs: bool,
+    round_x: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    connectivity = ops.known_connectivity(crow, col, soma_ptr)
+    topology = None if round_x else topology_of(connectivity, FORWARD)
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    if topology is None or topology.accepts(x, *parameters) is None:
+        return None
+    if not save_signs:
+        return topology.forward(x, *parameters, slope, False), torch.empty(0, dtype=torch.int32)
+    y, signs = topology.forward(x, *parameters, slope, True)
+    return y, signs.flatten()
+
+
+def _sparse_forward_at_once(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    soma_ptr: torch.Tensor,
+    round_x: bool = False,
+) -> Maybe:
+    connectivity = ops.known_connectivity(crow, col, soma_ptr)
+    topology = None if round_x else topology_of(connectivity, FORWARD_ROWS)
+    if topology is None or topology.accepts(x, weight, bias, None, None) is None:
+        return None
+    u: torch.Tensor = topology.forward(x, weight, bias, None, None, 1.0, False)
+    return u
+
+
 def _register(
     op: torch._ops.OpOverload,
-    kernel: Callable[..., Any],
+    at_once: Callable[..., Any],  # what the operator returns, or None
     differentiable: int,  # so many of its first arguments
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     differentiate: Callable[..., tuple[Maybe, ...]],
 ) -> None:
-    """torch.library.register_autograd, but a call that records nothing runs `kernel` at once.
+    """torch.library.register_autograd, but a call that records nothing is done at once if possible.
 
     That is how compiled programs call operators, and a second trip from the dispatcher into Python
     costs more than a small kernel.
@@ -84,18 +127,15 @@ def _register(
             return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
 
     def autograd_kernel(keys: Any, *args: Any) -> Any:
-        tensors = args[:differentiable]
-        if _autograd.needs_grad(*tensors):
+        if _autograd.needs_grad(*args[:differentiable]):
             return Recorded.apply(*args, keys)
-        return below_autograd(keys, args) if ops.observed(*tensors) else kernel(*args)
+        output = at_once(*args)
+        return below_autograd(keys, args) if output is None else output
 
     ops.library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
 
 
 _register(
-    ops.dendritic_forward, ops.KERNELS["dendritic_forward"], 5,
-    _setup_dendritic, _differentiate_dendritic,
-)  # fmt: skip
-_register(
-    ops.sparse_forward, ops.KERNELS["sparse_forward"], 3, _setup_sparse, _differentiate_sparse
+    ops.dendritic_forward, _dendritic_forward_at_once, 5, _setup_dendritic, _differentiate_dendritic
 )
+_register(ops.sparse_forward, _sparse_forward_at_once, 3, _setup_sparse, _differentiate_sparse)

@@ -1,8 +1,9 @@
-"""The short way from a function to the kernels, for the calls that need nothing on the way.
+"""The short way from a function to the C++ kernels, for the calls that need nothing on the way.
 
 Most calls of a small layer pass plain tensors that fit, with nobody watching. The extension says so
 in one call; then the checks that explain what is wrong, autocast and the dispatcher are skipped,
-which together cost more than a small kernel.
+which together cost more than a small kernel. Whoever gets None here takes the long way, as does
+the first call of each Connectivity.
 """
 
 from __future__ import annotations
@@ -10,61 +11,101 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch import is_grad_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad, profiler
 
 from . import _autograd, backends
+from .backends import cpp
 from .topology import Connectivity
 
 Maybe = torch.Tensor | None
 
+
+class SparseLinear(_autograd.SparseLinear):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Maybe,
+        connectivity: Connectivity,
+        topology: Any,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.connectivity = connectivity
+        u: torch.Tensor = topology.forward(x, weight, bias, None, None, 1.0, False)
+        return u
+
+
+class DendriticLayer(_autograd.DendriticLayer):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        synapse_weight: torch.Tensor,
+        dendrite_bias: Maybe,
+        cable_weight: torch.Tensor,
+        soma_bias: Maybe,
+        rest: tuple[Connectivity, float, Any],
+    ) -> torch.Tensor:
+        _, slope, topology = rest
+        y: torch.Tensor
+        y, signs = topology.forward(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, slope, True
+        )
+        ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
+        ctx.rest = rest
+        return y
+
+
 # What torch.autograd.Function.apply ends in where no functorch transform is active: 4 us sooner.
-apply_sparse_linear = super(torch.autograd.Function, _autograd.SparseLinear).apply
-apply_dendritic_layer = super(torch.autograd.Function, _autograd.DendriticLayer).apply
+_record_sparse_linear = super(torch.autograd.Function, SparseLinear).apply
+_record_dendritic_layer = super(torch.autograd.Function, DendriticLayer).apply
 
 
-def backend_for(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: Maybe,
-    soma_bias: Maybe,
-    connectivity: Connectivity,
-) -> Any:
-    """The backend that computes these operands just as they are; None: take the long way.
+def topology_of(connectivity: Connectivity | None, kind: str) -> Any:
+    """The extension's object to ask whether it accepts the operands; None: somebody watches, or
+    another backend serves, or it is not made yet. Not for compilers.
 
-    Not for compilers. Objects of any type are welcome. Without cable_weight it is a sparse linear
-    layer.
+    kind: cpp.FORWARD or cpp.FORWARD_ROWS.
     """
     if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch.autograd.profiler._is_profiler_enabled
+        _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
+        or (backends.chosen is not None and backends.chosen != "cpp")
+        or connectivity is None
     ):
         return None
-    backend = backends.direct()
-    if backend is None or not backend.accepts(
-        x, weight, dendrite_bias, cable_weight, soma_bias, connectivity
-    ):
-        return None
-    return backend
+    return connectivity.derived.get(kind)
 
 
 def sparse_linear(
-    backend: Any, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """x [B, N] -> u [B, R] by what `backend_for` returned."""
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> Maybe:
+    """x [B, N] -> u [B, R], or None. Objects of any type are welcome, but for connectivity."""
+    topology = topology_of(connectivity, cpp.FORWARD_ROWS)
+    if topology is None:
+        return None
+    requires_grad = topology.accepts(x, weight, bias, None, None)
+    if requires_grad is None:
+        return None
     u: torch.Tensor
-    if _autograd.needs_grad(x, weight, bias):
-        u = apply_sparse_linear(x, weight, bias, connectivity, backend.sparse_forward)
+    if requires_grad and is_grad_enabled():
+        u = _record_sparse_linear(x, weight, bias, connectivity, topology)
     else:
-        u = backend.sparse_forward(x, weight, bias, connectivity)
+        u = topology.forward(x, weight, bias, None, None, 1.0, False)
     return u
 
 
 def dendritic_layer(
-    backend: Any,
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
@@ -72,16 +113,23 @@ def dendritic_layer(
     soma_bias: Maybe,
     connectivity: Connectivity,
     slope: float,
-) -> torch.Tensor:
-    """x [B, N] -> y [B, S] by what `backend_for` returned."""
+) -> Maybe:
+    """x [B, N] -> y [B, S], or None. Objects of any type are welcome, but for connectivity and
+    slope."""
+    topology = topology_of(connectivity, cpp.FORWARD)
+    if topology is None or cable_weight is None:  # without it, it accepts a sparse linear layer
+        return None
+    requires_grad = topology.accepts(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
+    if requires_grad is None:
+        return None
     y: torch.Tensor
-    if _autograd.needs_grad(x, synapse_weight, dendrite_bias, cable_weight, soma_bias):
-        y = apply_dendritic_layer(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope,
-            backend.dendritic_forward,
+    if requires_grad and is_grad_enabled():
+        y = _record_dendritic_layer(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
+            (connectivity, slope, topology),  # one argument costs less than three
         )  # fmt: skip
     else:
-        y = backend.dendritic_output(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope
+        y = topology.forward(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, slope, False
         )
     return y

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from . import _autograd, _direct, ops
 from .reference import activation_function
@@ -16,6 +17,7 @@ from .topology import Connectivity
 Maybe = torch.Tensor | None
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = ops.LOW
+_INF = math.inf
 _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 # Piecewise linear through the origin: backward needs only the sign of what went in.
 _SLOPES = {"relu": 0.0, "identity": 1.0}
@@ -25,7 +27,7 @@ def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError unless the name is known and the slope is finite and not negative."""
     if activation != "leaky_relu":
         activation_function(activation, negative_slope)
-    if not 0 <= negative_slope < math.inf:
+    if not 0 <= negative_slope < _INF:
         raise ValueError(f"Expected a finite negative_slope >= 0, got {negative_slope}")
 
 
@@ -162,18 +164,18 @@ def sparse_linear(
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
     if (
-        not torch.compiler.is_compiling()  # first: what a compiler reads here it guards
+        not is_compiling()  # first: what a compiler reads it checks before each call
         and precision is None
         and type(connectivity) is Connectivity
         and not connectivity.is_dense
     ):
-        backend = _direct.backend_for(x, weight, bias, None, None, connectivity)
-        if backend is not None:
-            return _direct.sparse_linear(backend, x, weight, bias, connectivity)
+        u = _direct.sparse_linear(x, weight, bias, connectivity)
+        if u is not None:
+            return u
     _require_connectivity(connectivity)
     lengths = connectivity.nnz, connectivity.num_dendrites
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
-    round_x = _rounds(x, precision)
+    round_x = precision is not None and _rounds(x, precision)
     if connectivity.is_dense:  # dense synapses are a matrix product
         x = _autograd.round_to_bfloat16(x) if round_x else x
         return F.linear(
@@ -186,12 +188,12 @@ def sparse_linear(
     return _unflatten(u if low is None else u.to(low), x)
 
 
-def _rounds(x: torch.Tensor, precision: str | None) -> bool:
+def _rounds(x: torch.Tensor, precision: str) -> bool:
     """Whether x must be rounded to bfloat16."""
     check_precision(precision)
-    if precision is not None and x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         raise ValueError(f"Expected precision None for x of dtype {x.dtype}, got {precision!r}")
-    return precision is not None and x.dtype != torch.bfloat16
+    return x.dtype != torch.bfloat16
 
 
 def dendritic_layer(
@@ -240,25 +242,25 @@ def dendritic_layer(
     slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
     c = connectivity
     if (
-        not torch.compiler.is_compiling()  # first: what a compiler reads here it guards
+        not is_compiling()  # first: what a compiler reads it checks before each call
         and slope is not None
         and precision is None
-        and 0 <= negative_slope < math.inf
+        and 0 <= negative_slope < _INF
         and type(c) is Connectivity
         and not c.is_dense
-        and cable_weight is not None  # which would mean a sparse linear layer
     ):
-        backend = _direct.backend_for(x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c)
-        if backend is not None:
-            return _direct.dendritic_layer(
-                backend, x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope
-            )
-    check_activation(activation, negative_slope)
+        y = _direct.dendritic_layer(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope
+        )
+        if y is not None:
+            return y
+    if slope is None or not 0 <= negative_slope < _INF:
+        check_activation(activation, negative_slope)
     _require_connectivity(connectivity)
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)
-    round_x = _rounds(x, precision)
+    round_x = precision is not None and _rounds(x, precision)
     if low is not None and not c.is_dense and (slope is None or not _takes_low(x)):
         wide = partial(
             dendritic_layer,

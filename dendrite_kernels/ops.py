@@ -52,15 +52,25 @@ def index_tensors(connectivity: Connectivity) -> Three:
     return connectivity.crow_indices, col, connectivity.soma_ptr
 
 
+def known_connectivity(
+    crow: torch.Tensor, col: torch.Tensor, soma_ptr: torch.Tensor
+) -> Connectivity | None:
+    """The living Connectivity whose index tensors these are."""
+    owner = getattr(col, _OWNER, None)
+    found: Connectivity | None = owner() if owner is not None else None
+    if found is not None and found.crow_indices is crow and found.soma_ptr is soma_ptr:
+        return found
+    return None
+
+
 def connectivity_of(
     crow: torch.Tensor, col: torch.Tensor, soma_ptr: torch.Tensor, x: torch.Tensor
 ) -> Connectivity:
     """The Connectivity behind index tensors; unknown ones are validated and remembered."""
     if x.dim() != 2:
         raise ValueError(f"Expected x of shape [B, N], got {list(x.shape)}")
-    owner = getattr(col, _OWNER, None)
-    found: Connectivity | None = owner() if owner is not None else None
-    if found is not None and found.crow_indices is crow and found.soma_ptr is soma_ptr:
+    found = known_connectivity(crow, col, soma_ptr)
+    if found is not None:
         return found
     key = crow, soma_ptr, x.shape[1]
     remembered = getattr(col, _FOREIGN, None)
@@ -244,13 +254,12 @@ def _flat_signs(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return y, signs.flatten()
 
 
-KERNELS = {
+for _name, _function in {
     "dendritic_forward": _kernel(_flat_signs, 0, 5),
     "dendritic_backward": _kernel(_compute_dendritic_backward, 1, 7),
     "sparse_forward": _kernel(_compute_sparse_forward, 0, 3),
     "sparse_backward": _kernel(_compute_sparse_backward, 1, 3),
-}
-for _name, _function in KERNELS.items():
+}.items():
     # One kernel for every device: the backend is chosen by the device of x.
     library.impl(_name, _function, "CompositeExplicitAutograd")
 

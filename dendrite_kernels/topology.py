@@ -49,6 +49,9 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+_MISSING: Any = object()
+
+
 class Connectivity:
     """Block-structured CSR: R dendrites over N inputs; consecutive dendrites form S somas.
 
@@ -83,7 +86,7 @@ class Connectivity:
     crow_indices: torch.Tensor  # int32 [R + 1]
     col_indices: torch.Tensor  # int32 [nnz]
     soma_ptr: torch.Tensor  # int32 [S + 1]
-    _cache: dict[Hashable, Any]
+    derived: dict[Hashable, Any]  # what `cached` has made, by key
     _lock: threading.RLock
 
     def __init__(
@@ -115,7 +118,7 @@ class Connectivity:
             "crow_indices": torch.from_numpy(crow),
             "col_indices": torch.from_numpy(col),
             "soma_ptr": torch.from_numpy(soma),
-            "_cache": {},
+            "derived": {},
             "_lock": threading.RLock(),  # re-entrant: a factory may ask for another cached value
         }
         for name, value in values.items():
@@ -285,11 +288,12 @@ class Connectivity:
         Thread-safe; not pickled or compared. `factory` runs under this object's lock, so it must
         not wait for another thread that calls `cached`.
         """
-        if key not in self._cache:
+        value: T = self.derived.get(key, _MISSING)
+        if value is _MISSING:
             with self._lock:
-                if key not in self._cache:
-                    self._cache[key] = _untraced(factory)
-        value: T = self._cache[key]
+                if key not in self.derived:
+                    self.derived[key] = _untraced(factory)
+                value = self.derived[key]
         return value
 
     @property

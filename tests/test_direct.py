@@ -28,12 +28,26 @@ def operands(dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 def taken(operands: list[Any]) -> bool:
-    dk.backends.select(torch.device("cpu"))
-    return _direct.backend_for(*operands) is not None
+    """Whether the short way takes them, once the long way has made what it needs."""
+    c = operands[-1]
+    sizes = (1, c.in_features), (c.nnz,), (c.num_dendrites,), (c.num_dendrites,), (c.num_somas,)
+    tensors = [torch.zeros(size) for size in sizes]
+    with dk.use_backend("cpp"), torch.no_grad():
+        dk.functional.dendritic_layer(*tensors, c)
+        dk.functional.sparse_linear(*tensors[:3], c)
+    return answer(*operands) is not None
+
+
+def answer(*operands: Any) -> Tensor | None:
+    """Without cable weights and soma biases they are those of a sparse linear layer."""
+    x, w, dendrite_bias, cable, soma_bias, c = operands
+    if cable is None and soma_bias is None:
+        return _direct.sparse_linear(x, w, dendrite_bias, c)
+    return _direct.dendritic_layer(x, w, dendrite_bias, cable, soma_bias, c, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("missing", [(), (2,), (4,), (2, 4), (3, 4)], ids=str)
+@pytest.mark.parametrize("missing", [(), (2,), (4,), (2, 4), (3, 4), (2, 3, 4)], ids=str)
 def test_plain_operands_take_it(dtype: torch.dtype, missing: tuple[int, ...]) -> None:
     given = [None if i in missing else t for i, t in enumerate(operands(dtype))]
     assert taken(given)
@@ -63,7 +77,7 @@ def test_other_operands_do_not(change: str, which: int) -> None:
 
 
 def test_weights_are_not_optional() -> None:
-    for which in (0, 1):
+    for which in (0, 1, 3):
         given = operands()
         given[which] = None
         assert not taken(given)
@@ -79,11 +93,11 @@ def test_observers_keep_a_call_from_it() -> None:
     with forward_ad.dual_level():
         assert not taken(given)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert _direct.backend_for(*given) is None
+        assert answer(*given) is None
     with dk.use_backend("reference"):
         assert not taken(given)
     seen = []
-    torch.func.vmap(lambda x: (seen.append(_direct.backend_for(x, *given[1:])), x)[1])(given[0])
+    torch.func.vmap(lambda x: (seen.append(answer(x, *given[1:])), x)[1])(given[0])
     assert seen == [None]
     assert taken(given)
 
@@ -94,9 +108,10 @@ def test_it_computes_what_the_long_way_does(batch: int, monkeypatch: pytest.Monk
     tensors = [t.requires_grad_() for t in operands() if isinstance(t, Tensor)]
     tensors[0] = torch.randn(batch, 30, requires_grad=True)
     c, results = operands()[-1], []
+    assert taken([*tensors, c])
     for direct in (True, False):
         if not direct:
-            monkeypatch.setattr(_direct, "backend_for", lambda *_: None)
+            monkeypatch.setattr(_direct, "topology_of", lambda *_: None)
         for run, leaves in (
             (dk.functional.dendritic_layer, tensors),
             (dk.functional.sparse_linear, tensors[:3]),

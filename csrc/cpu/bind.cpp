@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "direct.h"
 #include "isa.h"
 #include "kernels.h"
 #include "tensor.h"
@@ -60,11 +61,8 @@ Runtime runtime(int threads, Workspace& workspace) {
   return {threads, l2, run_on_pool, Workspace::get, &workspace};
 }
 
-// Classes whose objects are nothing but tensors: subclasses may intercept what is done to them.
-PyTypeObject *tensor_class = nullptr, *parameter_class = nullptr;
-
-void configure(const py::capsule& exchange_api, uintptr_t parallel_for, const py::type& tensor,
-               const py::type& parameter) {
+void configure(const py::capsule& exchange_api, uintptr_t parallel_for, uintptr_t num_threads,
+               uintptr_t forked, const py::module_& module, py::object empty_strided) {
   const auto* api = static_cast<const DLExchangeAbi*>(
       PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
@@ -74,8 +72,18 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for, const py
         "Expected torch to offer version 1 of the DLPack exchange table, got none");
   exchange = api;
   pool_for = reinterpret_cast<decltype(pool_for)>(parallel_for);
-  tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());  // torch lives on
-  parameter_class = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  const auto lent = [](py::object object) { return object.release().ptr(); };  // torch lives on
+  const auto kind = [&](py::object type) { return reinterpret_cast<PyTypeObject*>(lent(type)); };
+  torch = {kind(module.attr("Tensor")),
+           kind(module.attr("nn").attr("Parameter")),
+           lent(module.attr("Tensor").attr("is_neg")),
+           lent(py::str("requires_grad")),
+           lent(empty_strided),
+           lent(module.attr("int32")),
+           lent(module.attr("float32")),
+           lent(module.attr("float64")),
+           reinterpret_cast<decltype(torch.num_threads)>(num_threads),
+           reinterpret_cast<const bool*>(forked)};
 }
 
 // ---- connectivity ----
@@ -97,6 +105,8 @@ class BoundTopology {
     net.soma_ptr = keep(soma_ptr);
     net.narrow = columns.itemsize() == 2;
     net.columns = keep_any(columns);
+    row_strides = pair(net.rows, 1);
+    soma_strides = pair(net.somas, 1);
   }
   void set_transposed(int64_t block_rows, int64_t group, const Array<int64_t>& column_ptr,
                       const py::array& column, const Array<uint16_t>& groups,
@@ -125,6 +135,7 @@ class BoundTopology {
     net.group_size = group_size;
   }
   Topology net{};
+  py::object row_strides, soma_strides;  // of what has a row per sample
 
  private:
   const void* keep_any(const py::array& array) {
@@ -147,6 +158,13 @@ struct Samples {
   Type type;
 };
 
+// What an order says of somas is read with somas only.
+void check_order(const Topology& net, bool somas) {
+  if (net.order && somas != bool(net.soma))
+    throw py::value_error(somas ? "Expected an order of dendrites with their somas, got one of rows"
+                                : "Expected an order of rows, got one of dendrites with somas");
+}
+
 template <class T>
 void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
              py::handle cable, py::handle soma_bias, double slope, bool round_x, py::handle y,
@@ -164,6 +182,7 @@ void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::ha
   call.soma_bias = pointer_or_null<T>(soma_bias, "soma_bias", {net.somas});
   call.slope = T(slope);
   call.y = checked(y, "y", samples.type, {batch, call.cable ? net.somas : net.rows});
+  check_order(net, call.cable);
   if (!signs.is_none())
     call.signs =
         static_cast<uint32_t*>(checked(signs, "signs", kInt32, {(batch + 31) / 32, net.rows}));
@@ -201,43 +220,13 @@ void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::han
     call.dcable = pointer<T>(dcable, "grad of cable_weight", {net.rows});
     call.dsoma_bias = pointer<T>(dsoma_bias, "grad of soma_bias", {net.somas});
   }
+  check_order(net, somas);
   if (call.dx && !net.plan_column_ptr)
     throw py::value_error("Expected a transposed plan for the gradient of x, got none");
   if (batch == 0) throw py::value_error("Expected a batch of at least one sample, got 0");
   py::gil_scoped_release release;
   Workspace workspace;
   kernel(net, call, runtime(threads, workspace));
-}
-
-// A tensor's view, unless only Python can tell what is to be done with the object: it is of another
-// class, or its sign is still to be flipped (DLPack does not say).
-bool lends(py::handle object, DLTensorAbi* t) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  PyTypeObject* const kind = Py_TYPE(object.ptr());
-  if (kind != tensor_class && kind != parameter_class) return false;
-  if (exchange->borrow(object.ptr(), t)) {
-    PyErr_Clear();
-    return false;
-  }
-  PyObject* const pending = PyObject_CallMethodNoArgs(object.ptr(), is_neg);  // a bool: immortal
-  Py_XDECREF(pending);
-  return pending == Py_False;
-}
-
-// Whether `forward` takes these operands just as they are. Asked before every call, so it explains
-// nothing; cable None: a sparse linear layer.
-bool accepts(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
-             py::handle cable, py::handle soma_bias) {
-  const Topology& net = bound.net;
-  DLTensorAbi t;
-  if (!lends(x, &t) || t.ndim != 2) return false;
-  const Type type = has_type(t, kFloat64) ? kFloat64 : kFloat32;
-  if (!fits(t, type, {t.shape[0], net.in_features})) return false;
-  const auto parameter = [&](py::handle p, int64_t length, bool optional) {
-    return p.is_none() ? optional : lends(p, &t) && fits(t, type, {length});
-  };
-  return parameter(weight, net.nnz, false) && parameter(dendrite_bias, net.rows, true) &&
-         parameter(cable, net.rows, true) && parameter(soma_bias, net.somas, true);
 }
 
 // Runs f(T(), samples) for the dtype and length of x, T being the type of sums.
@@ -291,6 +280,49 @@ void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py:
   });
 }
 
+// ---- the short way ----
+
+// None unless `direct_forward` takes these operands just as they are, else whether one of them
+// requires a gradient; cable None: a sparse linear layer.
+py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
+                   py::handle dendrite_bias, py::handle cable, py::handle soma_bias) {
+  const Topology& net = bound.net;
+  DLTensorAbi t;
+  if (!lends(x, &t) || t.ndim != 2) return py::none();
+  const Type type = has_type(t, kFloat64) ? kFloat64 : kFloat32;
+  if (!fits(t, type, {t.shape[0], net.in_features})) return py::none();
+  bool required = requires_grad(x);
+  const auto parameter = [&](py::handle p, int64_t length, bool optional) {
+    if (p.is_none()) return optional;
+    if (!lends(p, &t) || !fits(t, type, {length})) return false;
+    required = required || requires_grad(p);
+    return true;
+  };
+  const bool accepted = parameter(weight, net.nnz, false) &&
+                        parameter(dendrite_bias, net.rows, true) &&
+                        parameter(cable, net.rows, true) && parameter(soma_bias, net.somas, true);
+  return accepted ? py::object(py::bool_(required)) : py::none();
+}
+
+// y, or y and its signs, of operands that were accepted (and are checked once more).
+py::object direct_forward(const BoundTopology& bound, py::handle x, py::handle weight,
+                          py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
+                          double slope, bool save_signs) {
+  const DLTensorAbi t = borrow(x, "x");
+  if (t.ndim != 2) throw py::value_error("x: Expected 2 dimensions, got " + std::to_string(t.ndim));
+  const bool somas = !cable.is_none();
+  const int64_t batch = t.shape[0], rows = bound.net.rows;
+  const py::object y = new_tensor(batch, somas ? bound.net.somas : rows,
+                                  somas ? bound.soma_strides : bound.row_strides,
+                                  has_type(t, kFloat64) ? torch.float64 : torch.float32);
+  const py::object signs =
+      save_signs ? new_tensor((batch + 31) / 32, rows, bound.row_strides, torch.int32) : py::none();
+  any_forward(bound, x, weight, dendrite_bias, cable, soma_bias, slope, false, y, signs,
+              direct_threads());
+  if (!save_signs) return y;
+  return py::reinterpret_steal<py::object>(PyTuple_Pack(2, y.ptr(), signs.ptr()));
+}
+
 }  // namespace
 }  // namespace dk
 
@@ -298,7 +330,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   using namespace dk;
   table = pick_table();
   m.def("configure", &configure,
-        "Hands over torch's DLPack exchange table and the address of torch_parallel_for.");
+        "Hands over torch's DLPack exchange table; the addresses of torch_parallel_for, of "
+        "torch_get_num_threads and of whether this process is a fork; torch; an allocator.");
   m.def("isa", [] { return table->isa; });
   m.def("supported_isas", [] {
     std::vector<const char*> names;
@@ -311,11 +344,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def(py::init<int64_t, const Array<int32_t>&, const py::array&, const Array<int32_t>&,
                     int64_t>())
       .def("set_transposed", &BoundTopology::set_transposed)
-      .def("set_order", &BoundTopology::set_order);
+      .def("set_order", &BoundTopology::set_order)
+      .def("accepts", &accepts)
+      .def("forward", &direct_forward);
   m.def(
       "poison_workspaces", [](bool on) { poison_workspaces = on; },
       "For tests: NaN in every workspace.");
-  m.def("accepts", &accepts);
   m.def("forward", &any_forward);
   m.def("backward", &any_backward);
 }

@@ -113,7 +113,7 @@ def _require(name: str) -> Backend:
     return backend
 
 
-_chosen: str | None = None
+chosen: str | None = None  # by use_backend
 
 
 class use_backend:
@@ -128,13 +128,13 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        global _chosen
+        global chosen
         if name is not None:
             if name not in _NAMES:
                 raise ValueError(f"Expected a backend of {list(_NAMES)}, got {name!r}")
             _require(name)
-        self._previous = _chosen
-        _chosen = name
+        self._previous = chosen
+        chosen = name
 
     def __enter__(self) -> use_backend:
         return self
@@ -145,8 +145,8 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _chosen
-        _chosen = self._previous
+        global chosen
+        chosen = self._previous
 
 
 _CPU = torch.device("cpu")
@@ -156,20 +156,11 @@ _selected: dict[tuple[str | None, torch.device], Backend] = {}
 
 def select(device: torch.device) -> Backend:
     """The chosen backend, or the best one for the device; raises rather than fall back unasked."""
-    key = _chosen, device
+    key = chosen, device
     found = _selected.get(key)
     if found is None:
-        found = _selected[key] = _select(_chosen, device.type)
+        found = _selected[key] = _select(chosen, device.type)
     return found
-
-
-def direct() -> Any:
-    """The backend in use for the CPU, if it `accepts` operands itself; None: it does not.
-
-    Of the calls that could be direct, the first is not: it selects the backend.
-    """
-    backend = _selected.get((_chosen, _CPU))
-    return backend if hasattr(backend, "accepts") else None
 
 
 def _select(chosen: str | None, device: str) -> Backend:

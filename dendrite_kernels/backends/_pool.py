@@ -24,12 +24,11 @@ _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
 # A forked child has none of its parent's worker threads, and GNU OpenMP waits for them forever.
 # torch's operators have the same fault; ours run serially in the child instead.
-_forked = False
+_forked = ctypes.c_bool(False)
 
 
 def _mark_forked() -> None:
-    global _forked
-    _forked = True
+    _forked.value = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,7 +37,12 @@ if hasattr(os, "register_at_fork"):
 
 def forked() -> bool:
     """True in a child made by fork(): kernels must not enter the pool there."""
-    return _forked
+    return _forked.value
+
+
+def forked_address() -> int:
+    """Where native code finds what `forked` says, a bool."""
+    return ctypes.addressof(_forked)
 
 
 def _library_files() -> list[str]:
@@ -51,36 +55,43 @@ def _library_files() -> list[str]:
     return [str(beside), str(torch._C.__file__)]
 
 
-@functools.cache
-def _parallel_for() -> ctypes._NamedFuncPointer:
+def _function(name: str) -> ctypes._NamedFuncPointer:
     errors = []
     for file in _library_files():
         try:
-            function = ctypes.CDLL(file).torch_parallel_for
+            return ctypes.CDLL(file)[name]
         except (OSError, AttributeError) as error:
             errors.append(str(error))
-            continue
-        function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
-        function.restype = ctypes.c_int32
-        return function
     raise RuntimeError(
-        f"Expected torch >= 2.10, whose libtorch_cpu exports torch_parallel_for, got torch "
+        f"Expected torch >= 2.10, whose libtorch_cpu exports {name}, got torch "
         f"{torch.__version__} ({'; '.join(errors)})"
     )
 
 
-def torch_parallel_for_address() -> int:
-    """Address of `int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
-    void (*function)(int64_t begin, int64_t end, void* context), void* context)`.
+def address(name: str) -> int:
+    """Address of one of the C functions by which torch shows its pool:
+
+    int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
+                               void (*function)(int64_t begin, int64_t end, void* context),
+                               void* context)
+    int32_t torch_get_num_threads(uint32_t* threads)
 
     Raises RuntimeError where torch does not have it.
     """
-    address = ctypes.cast(_parallel_for(), ctypes.c_void_p).value
-    assert address is not None
-    return address
+    found = ctypes.cast(_function(name), ctypes.c_void_p).value
+    assert found is not None
+    return found
 
 
-_function = functools.lru_cache(_ENTRY)  # of an address
+@functools.cache
+def _parallel_for() -> ctypes._NamedFuncPointer:
+    function = _function("torch_parallel_for")
+    function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+    function.restype = ctypes.c_int32
+    return function
+
+
+_native = functools.lru_cache(_ENTRY)  # of an address
 
 
 def run(entry: int, tasks: int, context: int) -> None:
@@ -90,7 +101,7 @@ def run(entry: int, tasks: int, context: int) -> None:
     with fewer threads than tasks, or in a forked child, one thread does them all in turn.
     The global interpreter lock is released meanwhile.
     """
-    if tasks == 1 or _forked:
-        _function(entry)(0, tasks, context)
+    if tasks == 1 or forked():
+        _native(entry)(0, tasks, context)
     elif _parallel_for()(0, tasks, 1, entry, context) != 0:
         raise RuntimeError("torch_parallel_for reported an error")

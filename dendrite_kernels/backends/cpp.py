@@ -14,7 +14,10 @@ from . import _order, _pool
 STORES_LOW = True
 ROUNDS_X = True
 
-_SIGNS = torch.empty(0, dtype=torch.int32)  # asking it for more is faster than naming its dtype
+FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what serves forward calls
+
+# What compiled programs allocate with: half the time of torch.empty.
+_empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -34,9 +37,11 @@ def _load() -> tuple[Any, str | None]:
         )
     _cpu.configure(
         torch.Tensor.__dlpack_c_exchange_api__,
-        _pool.torch_parallel_for_address(),
-        torch.Tensor,
-        torch.nn.Parameter,
+        _pool.address("torch_parallel_for"),
+        _pool.address("torch_get_num_threads"),
+        _pool.forked_address(),
+        torch,
+        _empty_strided,
     )
     return _cpu, None
 
@@ -113,59 +118,24 @@ def _by_centre(connectivity: Connectivity) -> Any:
     )
 
 
+def _bind_forward(connectivity: Connectivity) -> Any:
+    topology = _by_centre(connectivity)
+    if topology is not _topology(connectivity):
+        return topology
+    return _bind_ordered(connectivity, _order.by_length(connectivity))
+
+
 def _forward(connectivity: Connectivity) -> Any:
     """For forward with somas."""
-
-    def bind() -> Any:
-        topology = _by_centre(connectivity)
-        if topology is not _topology(connectivity):
-            return topology
-        return _bind_ordered(connectivity, _order.by_length(connectivity))
-
-    return connectivity.cached("cpp forward", bind)
+    return connectivity.cached(FORWARD, lambda: _bind_forward(connectivity))
 
 
 def _forward_rows(connectivity: Connectivity) -> Any:
     """For forward without somas."""
     return connectivity.cached(
-        "cpp forward rows",
+        FORWARD_ROWS,
         lambda: _bind_ordered(connectivity, _order.rows_by_centre(connectivity)),
     )
-
-
-def accepts(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor | None,
-    soma_bias: torch.Tensor | None,
-    connectivity: Connectivity,
-) -> bool:
-    """Whether a forward call may pass these objects on just as they are; never raises."""
-    topology = _topology(connectivity)
-    accepted: bool = _load()[0].accepts(topology, x, weight, dendrite_bias, cable_weight, soma_bias)
-    return accepted
-
-
-def dendritic_output(
-    x: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor,
-    soma_bias: torch.Tensor | None,
-    connectivity: Connectivity,
-    negative_slope: float,
-    signs: torch.Tensor | None = None,
-    round_x: bool = False,
-) -> torch.Tensor:
-    """y of `dendritic_forward`, which leaves its signs in `signs`, if given."""
-    topology = _forward(connectivity)
-    y = x.new_empty(x.shape[0], connectivity.num_somas)  # two numbers: parsed faster than a tuple
-    _load()[0].forward(
-        topology, x, synapse_weight, dendrite_bias, cable_weight, soma_bias, negative_slope,
-        round_x, y, signs, _threads(),
-    )  # fmt: skip
-    return y
 
 
 def dendritic_forward(
@@ -179,11 +149,12 @@ def dendritic_forward(
     save_signs: bool,
     round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty(x.shape[0], connectivity.num_somas)  # two numbers: parsed faster than a tuple
     words = (x.shape[0] + 31) // 32 if save_signs else 0
-    signs = _SIGNS.new_empty(words, connectivity.num_dendrites)
-    y = dendritic_output(
-        x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, negative_slope,
-        signs if save_signs else None, round_x,
+    signs = x.new_empty(words, connectivity.num_dendrites, dtype=torch.int32)
+    _load()[0].forward(
+        _forward(connectivity), x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
+        negative_slope, round_x, y, signs if save_signs else None, _threads(),
     )  # fmt: skip
     return y, signs
 

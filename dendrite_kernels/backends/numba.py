@@ -60,7 +60,7 @@ def unavailable() -> str | None:
     if sys.byteorder != "little":
         return "sign bits are laid out for little-endian machines"
     try:
-        _pool.torch_parallel_for_address()
+        _pool.address("torch_parallel_for")
     except RuntimeError as error:
         return str(error)
     return None
