@@ -1,14 +1,16 @@
 """What one call costs beside its arithmetic: tiny layers against torch's own, eager and compiled.
 
-    python -m bench.overhead
+    python -m bench.overhead [numba]
 
 Times are CPU time of the calling thread, so that other work on the machine counts little, and
-minima over rounds that visit every case in turn. The second table takes an eager call apart.
+minima over rounds that visit every case in turn. The second table takes an eager call of
+the C++ backend apart.
 """
 
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +128,8 @@ def measure(cases: dict[str, Run]) -> dict[str, float]:
 
 
 def main() -> None:
+    backend = sys.argv[1] if len(sys.argv) > 1 else "cpp"
+    dk.use_backend(backend)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(BATCH, 16)
@@ -140,13 +144,15 @@ def main() -> None:
         if name.endswith("|no grad"):
             found[name] -= found["nothing"]
     columns = [f"{mode}{way}" for mode in ("", "compiled ") for way in WAYS]
-    print(f"us per call; batch {BATCH}, torch {torch.__version__}, {platform.processor()}")
+    print(f"us per call; {backend}, batch {BATCH}, torch {torch.__version__}, {platform.processor()}")
     print("".join(f"{title:>26}" for title in ["", *columns]))
     for name in models():
         row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]
         print(f"{name:>26}" + "".join(row))
     limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
     print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
+    if backend != "cpp":
+        return
     print("\nus of the parts of dendritic_layer")
     for name, time_of_part in measure(parts()).items():
         print(f"{time_of_part:8.1f}  {name}")
