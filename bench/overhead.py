@@ -144,7 +144,9 @@ def main() -> None:
         if name.endswith("|no grad"):
             found[name] -= found["nothing"]
     columns = [f"{mode}{way}" for mode in ("", "compiled ") for way in WAYS]
-    print(f"us per call; {backend}, batch {BATCH}, torch {torch.__version__}, {platform.processor()}")
+    print(
+        f"us per call; {backend}, batch {BATCH}, torch {torch.__version__}, {platform.processor()}"
+    )
     print("".join(f"{title:>26}" for title in ["", *columns]))
     for name in models():
         row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]

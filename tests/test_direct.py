@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dendrite_kernels as dk
-from dendrite_kernels import _direct
+from dendrite_kernels import _direct, ops
+from dendrite_kernels.backends import cpp
 
 CPP = dk.backend_info()["cpp"]
 pytestmark = pytest.mark.skipif(not CPP["available"], reason=f"backend cpp: {CPP['reason']}")
@@ -100,6 +101,62 @@ def test_observers_keep_a_call_from_it() -> None:
     torch.func.vmap(lambda x: (seen.append(answer(x, *given[1:])), x)[1])(given[0])
     assert seen == [None]
     assert taken(given)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+def test_gradients_go_to_whatever_requires_them(which: tuple[int, ...]) -> None:
+    given = operands()
+    assert taken(given)
+    for i in which:
+        given[i].requires_grad_()
+    y = answer(*given)
+    assert y is not None
+    assert y.requires_grad
+    y.sum().backward()
+    assert [t.grad is not None for t in given[:5]] == [i in which for i in range(5)]
+    with torch.no_grad():
+        quiet = answer(*given)
+    assert quiet is not None
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, y)
+
+
+def test_what_it_returns_belongs_to_the_mode_of_the_call() -> None:
+    given = operands()
+    assert taken(given)
+    with torch.inference_mode():
+        y = answer(*given)
+    assert y is not None
+    assert y.is_inference()
+    with torch.device("meta"):  # of new tensors, not of results
+        y = answer(*given)
+    assert y is not None
+    assert y.device.type == "cpu"
+    assert not y.is_inference()
+
+
+def test_operators_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit what they compute otherwise, and as many signs."""
+    *tensors, c = operands()
+    indices, op = ops.index_tensors(c), ops.dendritic_forward
+    assert taken([*tensors, c])
+    calls = []
+    kernel = cpp.dendritic_forward
+    monkeypatch.setattr(cpp, "dendritic_forward", lambda *a: (calls.append(0), kernel(*a))[1])
+    for save in (False, True):
+        short = op(*tensors, *indices, 0.1, save)
+        assert not calls
+        with dk.use_backend("cpp"), torch.profiler.profile():  # somebody watches
+            long = op(*tensors, *indices, 0.1, save)
+        assert len(calls) == 1
+        calls.clear()
+        assert torch.equal(short[0], long[0])
+        of_samples = 2**5 - 1  # bits past the batch may be anything
+        assert torch.equal(short[1] & of_samples, long[1] & of_samples)
+        assert short[1].shape == ((40,) if save else (0,))
+    assert torch.equal(
+        ops.sparse_forward(*tensors[:3], *indices), cpp.sparse_forward(*tensors[:3], c)
+    )
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33])

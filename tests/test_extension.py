@@ -228,6 +228,32 @@ def test_gradient_of_x_needs_the_plan() -> None:
 
 
 @needs_extension
+def test_orders_of_somas_are_not_for_rows() -> None:
+    c = dk.connectivity.local_receptive_fields((9, 7), 70, 3, 16, seed=0)
+    orders = {True: _order.by_centre(c), False: _order.rows_by_centre(c)}
+    x, w, bias = torch.randn(33, 63), torch.randn(c.nnz), torch.randn(210)
+    for somas, order in orders.items():
+        assert order is not None
+        topology = cpp._bind(c)
+        topology.set_order(*order)
+        with pytest.raises(ValueError, match=r"Expected an order of .*, got one of"):
+            topology.forward(x, w, None, None if somas else bias, None, 0.1, False)
+
+
+@needs_extension
+def test_what_was_not_accepted_is_refused() -> None:
+    """`Topology.forward` is asked only after `accepts`, and checks all the same."""
+    topology = cpp._topology(network())
+    x, w = torch.randn(33, 30), torch.randn(240)
+    assert topology.forward(x, w, None, None, None, 0.1, False).shape == (33, 40)
+    for bad in (x[0], x.bfloat16(), x[:, :29].contiguous(), x.T, None, [0.5]):
+        with pytest.raises((TypeError, ValueError), match=r"Expected .*, got"):
+            topology.forward(bad, w, None, None, None, 0.1, False)
+    with pytest.raises(ValueError, match="synapse_weight: Expected shape"):
+        topology.forward(x, w[1:], None, None, None, 0.1, True)
+
+
+@needs_extension
 def test_transposed_view_of_one_row_counts_as_contiguous() -> None:
     """Strides of a dimension of size 1, or of no elements, mean nothing."""
     c = network()
@@ -253,6 +279,7 @@ except TypeError as error:
     assert "Expected a torch.Tensor" in str(error)
 else:
     raise AssertionError("computed without a pool")
+assert topology.accepts(x, x[0, :1], None, None, None) is None
 """
     )
 

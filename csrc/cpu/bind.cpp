@@ -317,8 +317,7 @@ py::object direct_forward(const BoundTopology& bound, py::handle x, py::handle w
                                   has_type(t, kFloat64) ? torch.float64 : torch.float32);
   const py::object signs =
       save_signs ? new_tensor((batch + 31) / 32, rows, bound.row_strides, torch.int32) : py::none();
-  any_forward(bound, x, weight, dendrite_bias, cable, soma_bias, slope, false, y, signs,
-              direct_threads());
+  any_forward(bound, x, weight, dendrite_bias, cable, soma_bias, slope, false, y, signs, threads());
   if (!save_signs) return y;
   return py::reinterpret_steal<py::object>(PyTuple_Pack(2, y.ptr(), signs.ptr()));
 }
@@ -340,6 +339,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     for (const char* name : names) list.append(name);
     return list;
   });
+  m.def("threads", &threads);
   py::class_<BoundTopology>(m, "Topology")
       .def(py::init<int64_t, const Array<int32_t>&, const py::array&, const Array<int32_t>&,
                     int64_t>())

@@ -21,7 +21,8 @@ struct Torch {
 };
 inline Torch torch{};
 
-inline int direct_threads() {
+// As many as kernels may use.
+inline int threads() {
   uint32_t threads = 1;
   if (!*torch.forked && torch.num_threads(&threads))
     throw std::runtime_error("torch_get_num_threads failed");

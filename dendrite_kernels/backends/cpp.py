@@ -52,7 +52,8 @@ def _is_built() -> bool:
 
 
 def _threads() -> int:
-    return 1 if _pool.forked() else torch.get_num_threads()
+    threads: int = _load()[0].threads()
+    return threads
 
 
 def unavailable() -> str | None:
