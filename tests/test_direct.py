@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dendrite_kernels as dk
-from dendrite_kernels import _direct, ops
+from dendrite_kernels import _derivatives, _direct, ops
 from dendrite_kernels.backends import cpp
 
 CPP = dk.backend_info()["cpp"]
@@ -157,6 +157,23 @@ def test_operators_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         ops.sparse_forward(*tensors[:3], *indices), cpp.sparse_forward(*tensors[:3], c)
     )
+
+
+def test_operators_that_round_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way knows no rounding."""
+    *tensors, c = operands()
+    indices = ops.index_tensors(c)
+    assert taken([*tensors, c])
+    calls = (
+        lambda *r: ops.dendritic_forward(*tensors, *indices, 0.1, False, *r)[0],
+        lambda *r: ops.sparse_forward(*tensors[:3], *indices, *r),
+    )
+    for call in calls:
+        plain, rounded = call(), call(True)
+        assert not torch.equal(rounded, plain)
+        monkeypatch.setattr(_derivatives, "topology_of", lambda *_: None)
+        assert torch.equal(rounded, call(True))
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33])
