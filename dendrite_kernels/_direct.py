@@ -27,6 +27,8 @@ Maybe = torch.Tensor | None
 
 
 class SparseLinear(_autograd.SparseLinear):
+    """The same, computed by the extension at once."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -43,6 +45,8 @@ class SparseLinear(_autograd.SparseLinear):
 
 
 class DendriticLayer(_autograd.DendriticLayer):
+    """The same, computed by the extension at once."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -49,7 +49,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-_MISSING: Any = object()
+_MISSING: Any = object()  # no value of a cache
 
 
 class Connectivity:

@@ -149,7 +149,6 @@ class use_backend:
         chosen = self._previous
 
 
-_CPU = torch.device("cpu")
 # By device, not by its type: the name of a type is made anew each time, in half a microsecond.
 _selected: dict[tuple[str | None, torch.device], Backend] = {}
 
@@ -163,13 +162,13 @@ def select(device: torch.device) -> Backend:
     return found
 
 
-def _select(chosen: str | None, device: str) -> Backend:
-    if chosen is not None:
-        if _SERVES.get(chosen, device) != device:
+def _select(wanted: str | None, device: str) -> Backend:
+    if wanted is not None:
+        if _SERVES.get(wanted, device) != device:
             raise BackendUnavailable(
-                f"Expected tensors on {_SERVES[chosen]} for backend {chosen!r}, got {device}"
+                f"Expected tensors on {_SERVES[wanted]} for backend {wanted!r}, got {device}"
             )
-        return _require(chosen)
+        return _require(wanted)
     if device not in _BY_DEVICE:
         raise BackendUnavailable(
             f"Expected tensors on one of {sorted(_BY_DEVICE)}, got {device};"
