@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t kRowBlock = 128;  // dendrites whose q and G stay in L1
+
 // Whole vectors of [0, n) for part `i` of `parts`.
 template <class T>
 DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
@@ -177,17 +179,17 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t tiles = ceil_div(call.batch, kTile);
   // A block's q and G stay in L1 over all tiles while x fits the cache; else each tile of x stays
   // in L2 over all blocks of the thread.
-  constexpr int64_t kBlock = 128;
   // Where x is small every thread transposes all of it for itself, which takes less than fetching
   // from other cores' caches what their threads transposed.
   constexpr int64_t kSmallBytes = 1 << 19;
   const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
   const bool block_outer = x_bytes <= kHotBytes, own_x = x_bytes <= kSmallBytes;
-  const int64_t blocks = ceil_div(R, kBlock), at_once = block_outer ? 1 : ceil_div(blocks, threads);
+  const int64_t blocks = ceil_div(R, kRowBlock),
+                at_once = block_outer ? 1 : ceil_div(blocks, threads);
   int64_t widest = 0;  // G of so many blocks
   for (int64_t first = 0; first < blocks; first += at_once) {
     int64_t size = 0;
-    for (int64_t p = first * kBlock; p < min64(R, (first + at_once) * kBlock); ++p) {
+    for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p) {
       const int64_t r = dendrite_at(net, p);
       size += padded_row<T>(net.crow[r + 1] - net.crow[r]);
     }
@@ -197,7 +199,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t x_at = carver.reserve<T>((own_x ? threads : 1) * tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
-  const int64_t q_at = carver.reserve<T>(threads * kBlock * kTile),
+  const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
                 dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0);
   carver.allocate(runtime);
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
@@ -211,7 +213,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                           call.dsoma_bias);
   });
   parallel(runtime, threads, [&](int64_t i) {
-    T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kBlock * kTile;
+    T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
     T *dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0),
       *xt = x + (own_x ? i * tiles * N * kTile : 0);
     if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
@@ -223,12 +225,12 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
         T* out = G;
         for (int64_t block = first; block < last; ++block)
           out = gather_rows<T, V, Column, WithInput>(
-              net, call, block * kBlock, min64(R, (block + 1) * kBlock), tile,
+              net, call, block * kRowBlock, min64(R, (block + 1) * kRowBlock), tile,
               S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q, G0, out,
               dx);
       }
       const T* row = G;
-      for (int64_t p = first * kBlock; p < min64(R, last * kBlock); ++p) {
+      for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
         const int64_t r = dendrite_at(net, p);
         finish_row(net, call, r, G0[p], RowSums<T>{row, net.crow[r]});
         row += padded_row<T>(net.crow[r + 1] - net.crow[r]);
@@ -238,10 +240,77 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
 }
 
+// Without the plan, on batches much larger than the network: threads own tiles, and everything is
+// private to them; G is added up at the end.
+template <class T, int V, class Column>
+void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                            const dk::Runtime& runtime) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
+  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
+  const auto room = [&](int64_t p) {  // of position p in G
+    const int64_t r = dendrite_at(net, p);
+    return padded_row<T>(net.crow[r + 1] - net.crow[r]);
+  };
+  int64_t slots = 0;
+  for (int64_t p = 0; p < R; ++p) slots += room(p);
+  Carver carver;
+  const int64_t x_at = carver.reserve<T>(threads * N * kTile),
+                soma_at = carver.reserve<T>(threads * S * kTile),
+                q_at = carver.reserve<T>(threads * kRowBlock * kTile);
+  const int64_t G_at = carver.reserve<T>(threads * slots), G0_at = carver.reserve<T>(threads * R),
+                bias_at = carver.reserve<T>(threads * S);
+  carver.allocate(runtime);
+  T *G = carver.at<T>(G_at), *G0 = carver.at<T>(G0_at), *bias = carver.at<T>(bias_at);
+
+  parallel(runtime, threads, [&](int64_t i) {
+    T *x = carver.at<T>(x_at) + i * N * kTile, *soma = carver.at<T>(soma_at) + i * S * kTile,
+      *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
+    const int64_t begin = tiles * i / threads, end = tiles * (i + 1) / threads;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const bool first = tile == begin;
+      tile_in<T, V>(call.storage, call.x, tile * kTile, min64(kTile, call.batch - tile * kTile), N,
+                    0, N, x);
+      if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
+      T* out = G + i * slots;
+      for (int64_t p = 0; p < R; p += kRowBlock)
+        out = gather_rows<T, V, Column, false>(net, call, p, min64(R, p + kRowBlock), tile,
+                                               S ? soma : nullptr, x, first, q, G0 + i * R, out,
+                                               nullptr);
+    }
+  });
+  parallel(runtime, threads, [&](int64_t i) {
+    const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
+    T* row = G;
+    for (int64_t p = 0; p < p0; ++p) row += room(p);
+    for (int64_t p = p0; p < p1; row += room(p++)) {
+      T sum = G0[p];
+      for (int64_t copy = 1; copy < threads; ++copy) {
+        sum += G0[copy * R + p];
+        for (int64_t k = 0; k < room(p); k += kLanes<T>)
+          store(row + k, load(row + k) + load(row + copy * slots + k));
+      }
+      const int64_t r = dendrite_at(net, p);
+      finish_row(net, call, r, sum, RowSums<T>{row, net.crow[r]});
+    }
+    for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
+      T sum = 0;
+      for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];
+      call.dsoma_bias[s] = sum;
+    }
+  });
+}
+
 template <class T, int V, class Column>
 void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
                     const dk::Runtime& runtime) {
-  if (!call.dx) return backward_by_rows<T, V, Column, false>(net, call, runtime);
+  if (!call.dx) {
+    const int64_t inputs = call.batch * net.in_features;
+    const bool own_tiles = inputs * int64_t(sizeof(T)) > kHotBytes && inputs > 4 * net.nnz &&
+                           call.batch >= runtime.threads * 4 * V * kLanes<T>;
+    return own_tiles ? backward_rows_by_tiles<T, V, Column>(net, call, runtime)
+                     : backward_by_rows<T, V, Column, false>(net, call, runtime);
+  }
   const int64_t tiles = ceil_div(call.batch, V * kLanes<T>);
   const bool few_blocks = net.blocks < runtime.threads && net.blocks < tiles;
   // Each way keeps one thing per thread: all of dx, or all of G. Take the smaller.

@@ -210,6 +210,9 @@ std::vector<Subject> subjects() {
   // Only here x outgrows the cache and yet blocks are divided between threads (float64).
   all.push_back(
       large(make_network("many inputs", 3100, constant(1040, 52), constant(52, 20)), {65}, {}));
+  // A batch much larger than the network is divided between threads even without dx.
+  all.push_back(
+      large(make_network("many samples", 510, uneven(400, 16), constant(40, 10)), {785}, {785}));
   return all;
 }
 
