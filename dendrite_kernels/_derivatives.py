@@ -103,7 +103,7 @@ def _register(
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     differentiate: Callable[..., tuple[Maybe, ...]],
 ) -> None:
-    """torch.library.register_autograd, but a call that records nothing is done at once if possible.
+    """As by `register_autograd`, but a call that records nothing is done at once if it can be.
 
     That is how compiled programs call operators, and a second trip from the dispatcher into Python
     costs more than a small kernel.
