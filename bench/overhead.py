@@ -3,8 +3,7 @@
     python -m bench.overhead [numba]
 
 Times are CPU time of the calling thread, so that other work on the machine counts little, and
-minima over rounds that visit every case in turn. The second table takes an eager call of
-the C++ backend apart.
+minima over rounds that visit every case in turn. The second table takes an eager call apart.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import nn
 
 import dendrite_kernels as dk
 from dendrite_kernels import _direct, ops
-from dendrite_kernels.backends import cpp
 
 BATCH, REPEATS, CALLS = 4, 100, 100
 Run = Callable[[], object]
@@ -89,25 +87,18 @@ def parts() -> dict[str, Run]:
     c, x = CONNECTIVITY, torch.randn(BATCH, 16)
     w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
     operands = x, w, dendrite_bias, cable, soma_bias
-    with torch.no_grad():
-        y, signs = cpp.dendritic_forward(*operands, c, 0.1, True)
-    topology: Any = _direct.topology_of(c, cpp.FORWARD)
-    extension, transposed = cpp._load()[0], cpp._transposed(c)
+    topology: Any = _direct.topology_of(c, _direct.FORWARD)
+    y, signs = topology.forward(*operands, 0.1, True)
     grad = torch.ones_like(y)
-    new = [torch.empty_like(t) for t in operands]
     backward = x, y, signs, w, dendrite_bias, cable
     record = _direct._record_dendritic_layer
     return {
-        "does anybody watch": lambda: _direct.topology_of(c, cpp.FORWARD),
+        "does anybody watch": lambda: _direct.topology_of(c, _direct.FORWARD),
         "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
         "forward": lambda: topology.forward(*operands, 0.1, False),
         "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
         "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
         "backward": lambda: ops.run_dendritic_backward(grad, *backward, c, 0.1, True),
-        "  of which allocations": lambda: [x.new_empty(t.numel()) for t in operands],
-        "  of which C++, checks and kernels": lambda: extension.backward(
-            transposed, grad, *backward, 0.1, *new, 1
-        ),
     }
 
 
@@ -153,8 +144,6 @@ def main() -> None:
         print(f"{name:>26}" + "".join(row))
     limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
     print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
-    if backend != "cpp":
-        return
     print("\nus of the parts of dendritic_layer")
     for name, time_of_part in measure(parts()).items():
         print(f"{time_of_part:8.1f}  {name}")

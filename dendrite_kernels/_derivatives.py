@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from . import _autograd, ops
-from ._direct import topology_of
-from .backends.cpp import FORWARD, FORWARD_ROWS
+from ._direct import FORWARD, FORWARD_ROWS, topology_of
 
 Maybe = torch.Tensor | None
 

@@ -72,11 +72,28 @@ _record_sparse_linear = super(torch.autograd.Function, SparseLinear).apply
 _record_dendritic_layer = super(torch.autograd.Function, DendriticLayer).apply
 
 
-def topology_of(connectivity: Connectivity | None, kind: str) -> Any:
-    """The extension's object to ask whether it accepts the operands; None: somebody watches, or
-    another backend serves, or it is not made yet. Not for compilers.
+class _Keys(dict[str | None, str]):
+    """By the chosen backend: under which key a connectivity keeps what serves an operation."""
 
-    kind: cpp.FORWARD or cpp.FORWARD_ROWS.
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+
+    def __missing__(self, chosen: str | None) -> str:
+        name = chosen
+        if name is None:  # the best one for the CPU
+            name = "cpp" if cpp.unavailable() is None else "numba"
+        key = self[chosen] = f"{name} {self._operation}"
+        return key
+
+
+FORWARD, FORWARD_ROWS = _Keys("forward"), _Keys("forward rows")
+
+
+def topology_of(connectivity: Connectivity | None, keys: _Keys) -> Any:
+    """The backend's object to ask whether it accepts the operands; None: somebody watches, or it
+    is not made yet, or the backend has none. Not for compilers.
+
+    keys: FORWARD or FORWARD_ROWS.
     """
     if (
         _len_torch_dispatch_stack() > 0
@@ -84,18 +101,17 @@ def topology_of(connectivity: Connectivity | None, kind: str) -> Any:
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
-        or (backends.chosen is not None and backends.chosen != "cpp")
         or connectivity is None
     ):
         return None
-    return connectivity.derived.get(kind)
+    return connectivity.derived.get(keys[backends.chosen])
 
 
 def sparse_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
 ) -> Maybe:
     """x [B, N] -> u [B, R], or None. Objects of any type are welcome, but for connectivity."""
-    topology = topology_of(connectivity, cpp.FORWARD_ROWS)
+    topology = topology_of(connectivity, FORWARD_ROWS)
     if topology is None:
         return None
     requires_grad = topology.accepts(x, weight, bias, None, None)
@@ -120,7 +136,7 @@ def dendritic_layer(
 ) -> Maybe:
     """x [B, N] -> y [B, S], or None. Objects of any type are welcome, but for connectivity and
     slope."""
-    topology = topology_of(connectivity, cpp.FORWARD)
+    topology = topology_of(connectivity, FORWARD)
     if topology is None or cable_weight is None:  # without it, it accepts a sparse linear layer
         return None
     requires_grad = topology.accepts(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,31 +11,53 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dendrite_kernels as dk
-from dendrite_kernels import _derivatives, _direct, ops
-from dendrite_kernels.backends import cpp
+from dendrite_kernels import _derivatives, _direct, backends, ops
 
-CPP = dk.backend_info()["cpp"]
-pytestmark = pytest.mark.skipif(not CPP["available"], reason=f"backend cpp: {CPP['reason']}")
+INFO = dk.backend_info()
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not INFO[name]["available"], reason=f"backend {name}: {INFO[name]['reason']}"
+        ),
+    )
+    for name in ("cpp", "numba")
+]
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with dk.use_backend(request.param):
+        yield request.param
 
 
 class Wrapped(Tensor):
     pass
 
 
-def operands(dtype: torch.dtype = torch.float32) -> list[Any]:
+BATCH = 5
+
+
+def operands(dtype: torch.dtype = torch.float32, batch: int = BATCH) -> list[Any]:
     c = dk.connectivity.random(30, 10, 4, 6, seed=0)
-    sizes = (5, 30), (c.nnz,), (40,), (40,), (10,)
+    sizes = (batch, 30), (c.nnz,), (40,), (40,), (10,)
     return [*(torch.randn(size, dtype=dtype) for size in sizes), c]
 
 
-def taken(operands: list[Any]) -> bool:
-    """Whether the short way takes them, once the long way has made what it needs."""
-    c = operands[-1]
-    sizes = (1, c.in_features), (c.nnz,), (c.num_dendrites,), (c.num_dendrites,), (c.num_somas,)
-    tensors = [torch.zeros(size) for size in sizes]
-    with dk.use_backend("cpp"), torch.no_grad():
-        dk.functional.dendritic_layer(*tensors, c)
-        dk.functional.sparse_linear(*tensors[:3], c)
+def prepare(c: dk.Connectivity, batch: int = BATCH) -> None:
+    """The long way makes what the short one needs: some for each size of batch, some for each
+    dtype."""
+    for dtype in (torch.float32, torch.float64):
+        tensors = operands(dtype, batch)[:-1]
+        with torch.no_grad():
+            dk.functional.dendritic_layer(*tensors, c)
+            dk.functional.sparse_linear(*tensors[:3], c)
+
+
+def taken(operands: list[Any], batch: int = BATCH) -> bool:
+    """Whether the short way takes them, once it may."""
+    with torch.no_grad():
+        prepare(operands[-1], batch)
     return answer(*operands) is not None
 
 
@@ -59,8 +81,13 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "another class": lambda t: t.as_subclass(Wrapped),
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
     "longer": lambda t: torch.cat([t, t], -1),
+    "columns strided": lambda t: t.new_zeros(2 * t.numel()).as_strided(
+        t.shape, (*t.stride()[:-1], 2)
+    ),
     "one dimension more": lambda t: t[None],
+    "one more behind": lambda t: t[..., None],
     "another dtype": lambda t: t.double(),
+    "integers": lambda t: t.int(),
     "half": lambda t: t.half(),
     "meta": lambda t: t.to("meta"),
     "sign pending": torch._neg_view,
@@ -135,18 +162,18 @@ def test_what_it_returns_belongs_to_the_mode_of_the_call() -> None:
     assert not y.is_inference()
 
 
-def test_operators_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_take_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit what they compute otherwise, and as many signs."""
     *tensors, c = operands()
     indices, op = ops.index_tensors(c), ops.dendritic_forward
     assert taken([*tensors, c])
-    calls = []
-    kernel = cpp.dendritic_forward
-    monkeypatch.setattr(cpp, "dendritic_forward", lambda *a: (calls.append(0), kernel(*a))[1])
+    calls, module = [], getattr(backends, backend)
+    kernel = module.dendritic_forward
+    monkeypatch.setattr(module, "dendritic_forward", lambda *a: (calls.append(0), kernel(*a))[1])
     for save in (False, True):
         short = op(*tensors, *indices, 0.1, save)
         assert not calls
-        with dk.use_backend("cpp"), torch.profiler.profile():  # somebody watches
+        with torch.profiler.profile():  # somebody watches
             long = op(*tensors, *indices, 0.1, save)
         assert len(calls) == 1
         calls.clear()
@@ -155,7 +182,7 @@ def test_operators_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(short[1] & of_samples, long[1] & of_samples)
         assert short[1].shape == ((40,) if save else (0,))
     assert torch.equal(
-        ops.sparse_forward(*tensors[:3], *indices), cpp.sparse_forward(*tensors[:3], c)
+        ops.sparse_forward(*tensors[:3], *indices), module.sparse_forward(*tensors[:3], c)
     )
 
 
@@ -177,12 +204,15 @@ def test_operators_that_round_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33])
-def test_it_computes_what_the_long_way_does(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_computes_what_the_long_way_does(
+    batch: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit, with gradients and without, and so do calls that change over in between."""
-    tensors = [t.requires_grad_() for t in operands() if isinstance(t, Tensor)]
-    tensors[0] = torch.randn(batch, 30, requires_grad=True)
-    c, results = operands()[-1], []
-    assert taken([*tensors, c])
+    *tensors, c = operands(batch=batch)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    results: list[list[Tensor]] = []
+    assert taken([*tensors, c], batch) == (batch > 0 or backend == "cpp")
     for direct in (True, False):
         if not direct:
             monkeypatch.setattr(_direct, "topology_of", lambda *_: None)

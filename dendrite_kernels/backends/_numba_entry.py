@@ -1,10 +1,11 @@
-"""From the name of a task to machine code that torch's thread pool can call."""
+"""From Python source to machine code that torch's thread pool, or CPython, can call."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def address(task: str, spec: Spec) -> int:
     if key not in _compiled:
         with _lock:
             if key not in _compiled:
-                _compiled[key] = _compile(task, replace(spec, build=_fingerprint()))
+                # Numba's cache tells entries apart by their code and what they close over: spec.
+                make = getattr(_numba_tasks, f"{task}_tasks")
+                _compiled[key] = compiled(make(replace(spec, build=_fingerprint())), _SIGNATURE)
     function: int = _compiled[key].address
     return function
 
@@ -46,20 +49,18 @@ def cache_state() -> str:
     return "on" if _uncached is None else f"off: {_uncached}"
 
 
-def _compile(task: str, spec: Spec) -> Any:
+def compiled(entry: Callable[..., Any], signature: Any) -> Any:
     """Load from Numba's cache or compile; without the cache where that cannot be had: a read-only
     installation and an unwritable home, a full disk, a damaged file.
     """
     global _uncached
-    # The cache tells entries apart by their code and by the variable they close over: spec.
-    entry = getattr(_numba_tasks, f"{task}_tasks")(spec)
     options = {"boundscheck": False, "error_model": "numpy"}
     if _uncached is None:
         try:
-            return numba.cfunc(_SIGNATURE, cache=True, **options)(entry)
+            return numba.cfunc(signature, cache=True, **options)(entry)
         except Exception as error:
             _uncached = f"{type(error).__name__}: {error}"
-    return numba.cfunc(_SIGNATURE, **options)(entry)
+    return numba.cfunc(signature, **options)(entry)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..topology import Connectivity
-from . import _pool
+from . import _numba_direct, _pool
 from ._numba_kernels import Job
 from ._numba_plan import Call, Plan, backward_plan, forward_plan
 
@@ -127,6 +127,8 @@ def forward(
     call = _call(x, linear)
     plan = _plan(connectivity, (0, *call), lambda: forward_plan(connectivity, call))
     _run(plan, slope, {"x": x, **arrays})
+    if isinstance(x, torch.Tensor):
+        _numba_direct.serve_forward(connectivity, call, plan)
 
 
 def backward(
@@ -138,3 +140,5 @@ def backward(
     key = (1 + need_x, *call)
     plan = _plan(connectivity, key, lambda: backward_plan(connectivity, call, need_x))
     _run(plan, slope, {"x": x, **arrays})
+    if isinstance(x, torch.Tensor):
+        _numba_direct.serve_backward(connectivity, call, need_x, plan)

@@ -14,10 +14,10 @@ from . import _order, _pool
 STORES_LOW = True
 ROUNDS_X = True
 
-FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what serves forward calls
+FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what serves calls at once
 
 # What compiled programs allocate with: half the time of torch.empty.
-_empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def _load() -> tuple[Any, str | None]:
         _pool.address("torch_get_num_threads"),
         _pool.forked_address(),
         torch,
-        _empty_strided,
+        empty_strided,
     )
     return _cpu, None
 

@@ -87,6 +87,17 @@ def _launcher() -> ModuleType:
     return _numba_launch
 
 
+# Keys of what serves calls at once (`_numba_direct.py`): forward for whoever asks it, `_direct.py`.
+FORWARD, FORWARD_ROWS = "numba forward", "numba forward rows"
+BACKWARD, BACKWARD_ROWS = "numba backward", "numba backward rows"
+
+
+def _at_once(connectivity: Connectivity, key: str, *arguments: Any) -> Any:
+    """The results, if native code takes the arguments as they are; else None."""
+    direct = connectivity.derived.get(key)
+    return None if direct is None else direct.launch(*arguments)
+
+
 # --- the operations; every array is checked before an address is taken ---
 
 
@@ -140,6 +151,12 @@ def dendritic_backward(
     """From grad [B, S] and what `dendritic_forward` took and returned: dx [B, N] ([0, N] unless
     need_x), and the gradients of synapse_weight, dendrite_bias, cable_weight and soma_bias.
     """
+    at_once: tuple[Array, Array, Array, Array, Array] | None = _at_once(
+        connectivity, BACKWARD, grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight,
+        negative_slope, need_x,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once
     rows, somas = connectivity.num_dendrites, connectivity.num_somas
     batch = _checked_batch(x, connectivity)
     _check_slope(negative_slope)
@@ -182,6 +199,11 @@ def sparse_backward(
     grad: Array, x: Array, weight: Array, connectivity: Connectivity, need_x: bool
 ) -> tuple[Array, Array, Array]:
     """From grad [B, R]: dx [B, N] ([0, N] unless need_x), dweight [nnz], dbias [R]."""
+    at_once: tuple[Array, Array, Array] | None = _at_once(
+        connectivity, BACKWARD_ROWS, grad, x, weight, 1.0, need_x
+    )
+    if at_once is not None:
+        return at_once
     rows, batch = connectivity.num_dendrites, _checked_batch(x, connectivity)
     _check("x", x, x, (batch, connectivity.in_features))
     _check("grad", grad, x, (batch, rows))
@@ -282,6 +304,8 @@ def _check(
             raise TypeError(
                 f"Expected {name} to be a dense CPU tensor, got {array.layout} on {array.device}"
             )
+        if array.is_neg():
+            raise ValueError(f"Expected {name} to hold its signs, got a lazily negated tensor")
         contiguous = array.is_contiguous()
     else:
         contiguous = array.flags.c_contiguous
