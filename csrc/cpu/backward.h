@@ -177,13 +177,13 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
                 threads = runtime.threads;
   const int64_t tiles = ceil_div(call.batch, kTile);
-  // A block's q and G stay in L1 over all tiles while x fits the cache; else each tile of x stays
-  // in L2 over all blocks of the thread.
+  // A block's q and G stay in L1 over all tiles while x leaves half of L2 free; else each tile of x
+  // stays in L2 over all blocks of the thread.
   // Where x is small every thread transposes all of it for itself, which takes less than fetching
   // from other cores' caches what their threads transposed.
   constexpr int64_t kSmallBytes = 1 << 19;
   const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
-  const bool block_outer = x_bytes <= kHotBytes, own_x = x_bytes <= kSmallBytes;
+  const bool block_outer = x_bytes <= runtime.l2_bytes / 2, own_x = x_bytes <= kSmallBytes;
   const int64_t blocks = ceil_div(R, kRowBlock),
                 at_once = block_outer ? 1 : ceil_div(blocks, threads);
   int64_t widest = 0;  // G of so many blocks

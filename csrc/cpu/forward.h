@@ -90,6 +90,8 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, int strip, const v
   if constexpr (kBits > 32) {  // the second word first: where there is none, it is overwritten
     signs.words[r + signs.next] = positive_bits<T, V / 2>(u + V / 2);
     signs.words[r] = positive_bits<T, V / 2>(u);
+  } else if constexpr (kBits == 32) {
+    signs.words[r] = positive_bits<T, V>(u);
   } else {
     const uint32_t bits = positive_bits<T, V>(u);
     memcpy(reinterpret_cast<char*>(signs.words + r) + strip * kBits % 32 / 8, &bits, kBits / 8);
