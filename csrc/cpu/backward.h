@@ -184,15 +184,14 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   constexpr int64_t kSmallBytes = 1 << 19;
   const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
   const bool block_outer = x_bytes <= runtime.l2_bytes / 2, own_x = x_bytes <= kSmallBytes;
+  const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
   const int64_t blocks = ceil_div(R, kRowBlock),
                 at_once = block_outer ? 1 : ceil_div(blocks, threads);
   int64_t widest = 0;  // G of so many blocks
   for (int64_t first = 0; first < blocks; first += at_once) {
     int64_t size = 0;
-    for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p) {
-      const int64_t r = dendrite_at(net, p);
-      size += padded_row<T>(net.crow[r + 1] - net.crow[r]);
-    }
+    for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p)
+      size += padded_row<T>(net, p);
     widest = max64(widest, size);
   }
   Carver carver;
@@ -224,16 +223,15 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
       for (int64_t tile = 0; tile < tiles; ++tile) {
         T* out = G;
         for (int64_t block = first; block < last; ++block)
-          out = gather_rows<T, V, Column, WithInput>(
-              net, call, block * kRowBlock, min64(R, (block + 1) * kRowBlock), tile,
-              S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q, G0, out,
-              dx);
+          out = gather(net, call, block * kRowBlock, min64(R, (block + 1) * kRowBlock), tile,
+                       S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q,
+                       G0, out, dx);
       }
       const T* row = G;
       for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
         const int64_t r = dendrite_at(net, p);
         finish_row(net, call, r, G0[p], RowSums<T>{row, net.crow[r]});
-        row += padded_row<T>(net.crow[r + 1] - net.crow[r]);
+        row += padded_row<T>(net, p);
       }
     }
   });
@@ -248,12 +246,9 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
   constexpr int kTile = V * kLanes<T>;
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
-  const auto room = [&](int64_t p) {  // of position p in G
-    const int64_t r = dendrite_at(net, p);
-    return padded_row<T>(net.crow[r + 1] - net.crow[r]);
-  };
+  const auto gather = pick_gather_rows<T, V, Column, false>(net);
   int64_t slots = 0;
-  for (int64_t p = 0; p < R; ++p) slots += room(p);
+  for (int64_t p = 0; p < R; ++p) slots += padded_row<T>(net, p);
   Carver carver;
   const int64_t x_at = carver.reserve<T>(threads * N * kTile),
                 soma_at = carver.reserve<T>(threads * S * kTile),
@@ -274,24 +269,24 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
       if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
       T* out = G + i * slots;
       for (int64_t p = 0; p < R; p += kRowBlock)
-        out = gather_rows<T, V, Column, false>(net, call, p, min64(R, p + kRowBlock), tile,
-                                               S ? soma : nullptr, x, first, q, G0 + i * R, out,
-                                               nullptr);
+        out = gather(net, call, p, min64(R, p + kRowBlock), tile, S ? soma : nullptr, x, first, q,
+                     G0 + i * R, out, nullptr);
     }
   });
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
     T* row = G;
-    for (int64_t p = 0; p < p0; ++p) row += room(p);
-    for (int64_t p = p0; p < p1; row += room(p++)) {
+    for (int64_t p = 0; p < p0; ++p) row += padded_row<T>(net, p);
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t room = padded_row<T>(net, p), r = dendrite_at(net, p);
       T sum = G0[p];
       for (int64_t copy = 1; copy < threads; ++copy) {
         sum += G0[copy * R + p];
-        for (int64_t k = 0; k < room(p); k += kLanes<T>)
+        for (int64_t k = 0; k < room; k += kLanes<T>)
           store(row + k, load(row + k) + load(row + copy * slots + k));
       }
-      const int64_t r = dendrite_at(net, p);
       finish_row(net, call, r, sum, RowSums<T>{row, net.crow[r]});
+      row += room;
     }
     for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
       T sum = 0;
