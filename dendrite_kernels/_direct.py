@@ -1,9 +1,9 @@
-"""The short way from a function to the C++ kernels, for the calls that need nothing on the way.
+"""The short way from a function to the CPU kernels, for the calls that need nothing on the way.
 
-Most calls of a small layer pass plain tensors that fit, with nobody watching. The extension says so
-in one call; then the checks that explain what is wrong, autocast and the dispatcher are skipped,
-which together cost more than a small kernel. Whoever gets None here takes the long way, as does
-the first call of each Connectivity.
+Most calls of a small layer pass plain tensors that fit, with nobody watching. Native code says so
+in one call, C++ or what Numba compiled; then the checks that explain what is wrong, autocast and
+the dispatcher are skipped, which together cost more than a small kernel. Whoever gets None here
+takes the long way, as does the first call of each Connectivity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Maybe = torch.Tensor | None
 
 
 class SparseLinear(_autograd.SparseLinear):
-    """The same, computed by the extension at once."""
+    """The same, computed by native code at once."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class SparseLinear(_autograd.SparseLinear):
 
 
 class DendriticLayer(_autograd.DendriticLayer):
-    """The same, computed by the extension at once."""
+    """The same, computed by native code at once."""
 
     @staticmethod
     def forward(
