@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ def _worker(
         work(*args)
     finally:
         dist.destroy_process_group()
+    # A DTensor, of whatever module, keeps the destroyed group and its threads alive (torch 2.13).
+    # One that drops a collective's tensor while Python is being finalized ends in SIGABRT.
+    os._exit(0)
 
 
 def launch(
