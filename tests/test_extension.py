@@ -405,7 +405,7 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
         for _ in range(3)
     )
     for net, order in (
-        (ordered, _order.by_centre(c) or _order.by_length(c)),
+        (ordered, _order.by_centre(c)),
         (ordered_rows, _order.rows_by_centre(c)),
     ):
         if order is not None:

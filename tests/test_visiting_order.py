@@ -21,16 +21,6 @@ needs_cpp = pytest.mark.skipif(
 SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
 
 
-@pytest.fixture(autouse=True)
-def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are sorted by length, too."""
-    monkeypatch.setattr(_order, "_MANY", 1)
-
-
-def forward_order(c: Connectivity) -> _order.Order | None:
-    return _order.by_centre(c) or _order.by_length(c)
-
-
 def uneven(seed: int = 0) -> Connectivity:
     """Somas of 0 to 5 dendrites of 0 to 20 synapses."""
     rng = np.random.default_rng(seed)
@@ -53,11 +43,11 @@ ORDERED: dict[str, Callable[[], Connectivity]] = {
     ),
     "few somas": lambda: dk.connectivity.local_receptive_fields((9, 9), 3, 40, 16, seed=0),
     "pruned": pruned_fields,
-    "variable": lambda: dk.connectivity.random(90, SOMAS, 6, 12, seed=0),
-    "uneven": uneven,
 }
 NATURAL: dict[str, Callable[[], Connectivity]] = {
     "constant": lambda: dk.connectivity.random(90, SOMAS, 6, 12, constant_fan_in=True, seed=0),
+    "variable": lambda: dk.connectivity.random(90, SOMAS, 6, 12, seed=0),
+    "uneven": uneven,
     "global": lambda: dk.connectivity.global_receptive_fields((20, 20), SOMAS, 16, 16, seed=0),
     "one dendrite": lambda: Connectivity.from_csr([0, 3], [0, 1, 2], 4),
     "no synapse": lambda: Connectivity.from_csr([0, 0, 0], [], 4),
@@ -70,7 +60,7 @@ NATURAL: dict[str, Callable[[], Connectivity]] = {
 @pytest.mark.parametrize("name", ORDERED)
 def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
     c = ORDERED[name]()
-    order = forward_order(c)
+    order = _order.by_centre(c)
     assert order is not None
     dendrite = order.dendrite.astype(np.int64)
     assert np.array_equal(np.sort(dendrite), np.arange(c.num_dendrites))
@@ -86,7 +76,7 @@ def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
         assert np.array_equal(here, c.col_indices[crow[r] : crow[r + 1]])
 
 
-@pytest.mark.parametrize("name", ["local", "colour", "few somas", "pruned"])
+@pytest.mark.parametrize("name", ORDERED)
 def test_rows_without_somas_move_within_groups_of_their_own(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,26 +95,8 @@ def test_rows_without_somas_move_within_groups_of_their_own(
 
 @pytest.mark.parametrize("name", NATURAL)
 def test_no_order_where_it_gains_nothing(name: str) -> None:
-    assert forward_order(NATURAL[name]()) is None
+    assert _order.by_centre(NATURAL[name]()) is None
     assert _order.rows_by_centre(NATURAL[name]()) is None
-
-
-def test_lengths_of_few_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = ORDERED["variable"]()
-    monkeypatch.setattr(_order, "_MANY", c.num_dendrites + 1)
-    assert forward_order(c) is None
-    monkeypatch.setattr(_order, "_MANY", c.num_dendrites)
-    assert forward_order(c) is not None
-    assert _order.by_centre(c) is None
-
-
-def test_lengths_of_long_dendrites_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = ORDERED["variable"]()
-    mean = c.nnz / c.num_dendrites
-    monkeypatch.setattr(_order, "_SHORT", mean - 0.1)
-    assert forward_order(c) is None
-    monkeypatch.setattr(_order, "_SHORT", mean + 0.1)
-    assert forward_order(c) is not None
 
 
 @pytest.mark.parametrize("synapses", [4, 9, 16, 40])
@@ -153,17 +125,12 @@ def test_fields_are_visited_in_bands_of_rows() -> None:
     assert steps.mean() < 2 < 10 < natural.mean()
 
 
-def test_neighbours_share_inputs_or_have_the_same_length() -> None:
-    local = ORDERED["local"]()
-    order = forward_order(local)
+def test_neighbours_share_inputs() -> None:
+    order = _order.by_centre(ORDERED["local"]())
     assert order is not None
     columns = order.columns.reshape(-1, 16)
     shared = [np.intersect1d(a, b).size for a, b in itertools.pairwise(columns)]
     assert np.mean(shared) > 5
-    order = forward_order(uneven())
-    assert order is not None
-    steps = np.diff(np.diff(order.crow))
-    assert (steps < 0).sum() == 2  # ascending within each of the three groups
 
 
 @needs_cpp
@@ -177,7 +144,7 @@ def test_results_do_not_depend_on_the_order(
     c = ORDERED[name]()
     same = Connectivity.from_csr(c.crow_indices, c.col_indices, c.in_features, c.soma_ptr)
     ordered = results(c, batch, dtype)
-    for order in ("by_centre", "by_length", "rows_by_centre"):
+    for order in ("by_centre", "rows_by_centre"):
         monkeypatch.setattr(_order, order, lambda c: None)
     natural = results(same, batch, dtype)
     assert torch.equal(ordered.pop("signs"), natural.pop("signs"))

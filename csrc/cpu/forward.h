@@ -1,5 +1,5 @@
 // Fused forward: synapses -> dendrites -> cable -> somas, one batch tile of 32 samples (one sign
-// word) at a time; of 16 for the smallest batches, of 64 where samples are bfloat16.
+// word) at a time; of 16 for small batches and many inputs, of 64 where that pays.
 #pragma once
 
 #include "forward_single.h"
@@ -78,14 +78,15 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
 }
 
 // Where the sign bits of one strip go: dendrite r's first 32 samples into words[r], the next into
-// words[r + next]. Strips of fewer samples share a word.
+// words[r + next]. Strips of fewer samples share a word, into which their bits go from `byte` on.
 struct SignWords {
   uint32_t* words;  // null: not wanted
   int64_t next;     // 0 where the batch ends before a second word
+  int64_t byte;
 };
 
 template <class T, int V>
-DK_INLINE void store_signs(const SignWords& signs, int64_t r, int strip, const vec<T>* u) {
+DK_INLINE void store_signs(const SignWords& signs, int64_t r, const vec<T>* u) {
   constexpr int kBits = V * kLanes<T>;
   if constexpr (kBits > 32) {  // the second word first: where there is none, it is overwritten
     signs.words[r + signs.next] = positive_bits<T, V / 2>(u + V / 2);
@@ -94,7 +95,7 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, int strip, const v
     signs.words[r] = positive_bits<T, V>(u);
   } else {
     const uint32_t bits = positive_bits<T, V>(u);
-    memcpy(reinterpret_cast<char*>(signs.words + r) + strip * kBits % 32 / 8, &bits, kBits / 8);
+    memcpy(reinterpret_cast<char*>(signs.words + r) + signs.byte, &bits, kBits / 8);
   }
 }
 
@@ -137,7 +138,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
     for_each_dendrite<T, Tile, FanIn, false, Column>(
         net, call, x, net.soma_ptr[s], net.soma_ptr[s + 1],
         [&](int64_t r, const vec<T>* u) DK_LAMBDA {
-          if (signs.words) store_signs<T, V>(signs, r, strip, u);
+          if (signs.words) store_signs<T, V>(signs, r, u);
           const vec<T> c = splat(call.cable[r]);
           unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
         });
@@ -161,7 +162,7 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
   }
   for_each_dendrite<T, Tile, FanIn, true, Column>(
       net, call, x, net.soma_ptr[s0], net.soma_ptr[s1], [&](int64_t p, const vec<T>* u) DK_LAMBDA {
-        if (signs.words) store_signs<T, V>(signs, net.order[p], strip, u);
+        if (signs.words) store_signs<T, V>(signs, net.order[p], u);
         const vec<T> c = splat(call.cable[net.order[p]]);
         T* v = y + (net.soma[p] - s0) * Tile;
         unroll<V>([&](auto t) DK_LAMBDA {
@@ -252,7 +253,7 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
         const int64_t stop = min64(last, o + chunk);
         for (int strip = 0; strip * kStripSamples < samples; ++strip) {
           const int64_t from = sample + strip * kStripSamples;
-          SignWords signs{nullptr, from + 32 < call.batch ? net.rows : 0};
+          SignWords signs{nullptr, from + 32 < call.batch ? net.rows : 0, from % 32 / 8};
           if (call.signs) signs.words = call.signs + from / 32 * net.rows;
           kernel(net, call, xt, strip, o, stop, signs, yt);
         }
@@ -263,24 +264,32 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
   });
 }
 
+// A tile of x is gathered from L2 and must leave some of it to weights and columns.
+template <class T>
+bool fits_l2(const dk::Topology& net, const dk::Runtime& runtime, int64_t samples) {
+  return net.in_features * samples * int64_t(sizeof(T)) <= runtime.l2_bytes / 4 * 3;
+}
+
 template <class T>
 void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::Runtime& runtime) {
   if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
-    // Fields whose neighbours share inputs gather from L1: wide tiles, if there is one for each
-    // thread.
-    const bool local = net.order && net.fan_in;
-    if (local && call.batch > 32) {
+    const bool local = net.order, is_bf16 = call.round_x || call.storage == dk::Storage::bf16;
+    // Tiles of 64 samples pay where gathered inputs lie in L1, as those of ordered fields do, and
+    // where rows vary: their ends are mispredicted half as often.
+    const bool varying = !net.fan_in && !is_bf16 && fits_l2<T>(net, runtime, 64);
+    if ((local || varying) && call.batch > 32) {
       const int64_t outputs = call.cable ? net.somas : net.rows;
-      const int64_t parts = ceil_div(call.batch, 64) * ceil_div(outputs, net.group_size);
+      const int64_t parts =
+          ceil_div(call.batch, 64) * ceil_div(outputs, local ? net.group_size : 1);
       if (parts >= runtime.threads) return forward_tiled<T, 64, T>(net, call, runtime);
     }
     // bfloat16 halves what is gathered: up to 1.3 times as fast where x lies in L2, no gain where
     // neighbours share inputs in L1, and a loss without the registers of AVX-512.
-    const bool is_bf16 = call.round_x || call.storage == dk::Storage::bf16;
     if (is_bf16 && !local && call.batch > 16) return forward_tiled<T, 64, Pair>(net, call, runtime);
   }
-  if (call.batch <= 16) return forward_tiled<T, 16, T>(net, call, runtime);
+  if (call.batch <= 16 || !fits_l2<T>(net, runtime, 32))
+    return forward_tiled<T, 16, T>(net, call, runtime);
   forward_tiled<T, 32, T>(net, call, runtime);
 }
 

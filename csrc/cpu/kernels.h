@@ -17,8 +17,8 @@ struct Topology {
   const void* columns;      // [nnz] uint16 if in_features <= 65536, else int32
   bool narrow;              // columns (and plan_column) are uint16
   // The order in which dendrites are visited, null for that of their numbers. Neighbours in it
-  // share inputs or have about the same number of synapses; results do not depend on it. It stays
-  // within groups: of somas, for calls with somas that want no dx, or of rows, for forward without.
+  // share inputs; results do not depend on it. It stays within groups: of somas, for calls with
+  // somas that want no dx, or of rows, for forward without.
   const int32_t* order;         // [R] position -> dendrite
   const int32_t* soma;          // [R] position -> soma; null: groups of rows
   const int32_t* ordered_crow;  // [R + 1] crow and columns of the dendrites in that order

@@ -1,10 +1,9 @@
 """The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
 
-Local receptive fields: neighbours in the order see the same inputs, which are still in the cache.
-Many short dendrites of varying length: neighbours run the same number of steps, which the processor
-then predicts. Both within groups of somas, or of rows where there are none, whose outputs stay in
-the cache, too. Random inputs of constant number, and fields that are neighbours already, gain
-nothing and keep the order of their numbers, as does the gather over the transposed plan.
+Local receptive fields: neighbours in the order see the same inputs, which are still in the cache;
+within groups of somas, or of rows where there are none, whose outputs stay in the cache, too. Random
+inputs, and fields that are neighbours already, gain nothing and keep the order of their numbers, as
+does the gather over the transposed plan.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from ..topology import Connectivity
 # Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
 MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
 MIXED_ROWS = 512  # where there are no somas
-_MANY = 32768  # the lengths of fewer dendrites are learnt by branch prediction, or nearly so
-_SHORT = 24  # synapses: to mispredict the end of longer dendrites costs less than to mix somas
 _BAND = 4  # rows of an image whose fields are visited before those of the next
 _PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, that a row's length is told from
 _SAMPLE = 4096  # pairs of neighbours that are looked at
@@ -38,15 +35,12 @@ class Order(NamedTuple):
 def by_centre(connectivity: Connectivity) -> Order | None:
     """For forward and for backward without dx; None: as they come."""
     rank = _rank_along_fields(connectivity)
-    return None if rank is None else _order(connectivity, rank)
-
-
-def by_length(connectivity: Connectivity) -> Order | None:
-    """For forward; None: as they come."""
-    rows = connectivity.num_dendrites
-    if connectivity.fan_in is not None or rows < _MANY or connectivity.nnz > _SHORT * rows:
+    if rank is None:
         return None
-    return _order(connectivity, np.diff(connectivity.crow_indices.numpy()))
+    soma = _soma_of_dendrite(connectivity)
+    dendrite = np.lexsort((rank, soma // MIXED_SOMAS))
+    moved = _in_order(connectivity, dendrite)
+    return Order(dendrite.astype(np.int32), soma[dendrite], *moved, MIXED_SOMAS)
 
 
 def rows_by_centre(connectivity: Connectivity) -> Order | None:
@@ -56,14 +50,6 @@ def rows_by_centre(connectivity: Connectivity) -> Order | None:
         return None
     dendrite = np.lexsort((rank, np.arange(rank.size) // MIXED_ROWS))
     return Order(dendrite.astype(np.int32), None, *_in_order(connectivity, dendrite), MIXED_ROWS)
-
-
-def _order(connectivity: Connectivity, key: Array) -> Order:
-    """By ascending key [R] within groups of somas."""
-    soma = _soma_of_dendrite(connectivity)
-    dendrite = np.lexsort((key, soma // MIXED_SOMAS))
-    moved = _in_order(connectivity, dendrite)
-    return Order(dendrite.astype(np.int32), soma[dendrite], *moved, MIXED_SOMAS)
 
 
 def _in_order(connectivity: Connectivity, dendrite: Array) -> tuple[Array, Array]:

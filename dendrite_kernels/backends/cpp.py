@@ -113,22 +113,10 @@ def _transposed(connectivity: Connectivity) -> Any:
 
 
 def _by_centre(connectivity: Connectivity) -> Any:
-    """For the gradients of weights alone."""
+    """For forward with somas, and for the gradients of weights alone."""
     return connectivity.cached(
-        "cpp by centre", lambda: _bind_ordered(connectivity, _order.by_centre(connectivity))
+        FORWARD, lambda: _bind_ordered(connectivity, _order.by_centre(connectivity))
     )
-
-
-def _bind_forward(connectivity: Connectivity) -> Any:
-    topology = _by_centre(connectivity)
-    if topology is not _topology(connectivity):
-        return topology
-    return _bind_ordered(connectivity, _order.by_length(connectivity))
-
-
-def _forward(connectivity: Connectivity) -> Any:
-    """For forward with somas."""
-    return connectivity.cached(FORWARD, lambda: _bind_forward(connectivity))
 
 
 def _forward_rows(connectivity: Connectivity) -> Any:
@@ -154,7 +142,7 @@ def dendritic_forward(
     words = (x.shape[0] + 31) // 32 if save_signs else 0
     signs = x.new_empty(words, connectivity.num_dendrites, dtype=torch.int32)
     _load()[0].forward(
-        _forward(connectivity), x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
+        _by_centre(connectivity), x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
         negative_slope, round_x, y, signs if save_signs else None, _threads(),
     )  # fmt: skip
     return y, signs
