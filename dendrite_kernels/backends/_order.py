@@ -1,9 +1,9 @@
 """The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
 
 Local receptive fields: neighbours in the order see the same inputs, which are still in the cache;
-within groups of somas, or of rows where there are none, whose outputs stay in the cache, too. Random
-inputs, and fields that are neighbours already, gain nothing and keep the order of their numbers, as
-does the gather over the transposed plan.
+within groups of somas, or of rows where there are none, whose outputs stay in the cache, too.
+Random inputs, and fields that are neighbours already, gain nothing and keep the order of their
+numbers, as does the gather over the transposed plan.
 """
 
 from __future__ import annotations
