@@ -404,10 +404,7 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
         )
         for _ in range(3)
     )
-    for net, order in (
-        (ordered, _order.by_centre(c)),
-        (ordered_rows, _order.rows_by_centre(c)),
-    ):
+    for net, order in ((ordered, _order.by_centre(c)), (ordered_rows, _order.rows_by_centre(c))):
         if order is not None:
             net.set_order(*(guard(a, at_end) if isinstance(a, np.ndarray) else a for a in order))
     arrays = plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot

@@ -36,6 +36,16 @@ def pruned_fields() -> Connectivity:
     return Connectivity.from_mask(mask, dendrites_per_soma=4)
 
 
+def uneven_fields() -> Connectivity:
+    """Somas of any number of dendrites, or none; every seventh dendrite lost its synapses."""
+    full = dk.connectivity.local_receptive_fields((16, 16), SOMAS, 5, 25, seed=0)
+    mask = full.to_mask()
+    mask[::7] = False
+    ends = np.sort(np.random.default_rng(0).integers(0, full.num_dendrites + 1, SOMAS - 1))
+    soma_ptr = np.concatenate(([0], ends, [full.num_dendrites]))
+    return Connectivity.from_mask(mask, soma_ptr=soma_ptr)
+
+
 ORDERED: dict[str, Callable[[], Connectivity]] = {
     "local": lambda: dk.connectivity.local_receptive_fields((16, 12), SOMAS, 5, 16, seed=0),
     "colour": lambda: dk.connectivity.local_receptive_fields(
@@ -43,6 +53,7 @@ ORDERED: dict[str, Callable[[], Connectivity]] = {
     ),
     "few somas": lambda: dk.connectivity.local_receptive_fields((9, 9), 3, 40, 16, seed=0),
     "pruned": pruned_fields,
+    "uneven fields": uneven_fields,
 }
 NATURAL: dict[str, Callable[[], Connectivity]] = {
     "constant": lambda: dk.connectivity.random(90, SOMAS, 6, 12, constant_fan_in=True, seed=0),
