@@ -33,7 +33,7 @@ from ._validate import (
     pointer_array,
     soma_pointer,
 )
-from .transposed import TransposedPlan, build_transposed_plan
+from .transposed import TransposedPlan, build_transposed_plan, choose_block_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -313,7 +313,10 @@ class Connectivity:
         return self.cached("transposed", self._make_transposed)
 
     def _make_transposed(self) -> TransposedPlan:
-        return build_transposed_plan(self.crow_indices.numpy(), self.columns)
+        rows = choose_block_rows(
+            self.num_dendrites, self.in_features, self.nnz, torch.get_num_threads()
+        )
+        return build_transposed_plan(self.crow_indices.numpy(), self.columns, rows)
 
     @property
     def digest(self) -> str:

@@ -407,7 +407,8 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     for net, order in ((ordered, _order.by_centre(c)), (ordered_rows, _order.rows_by_centre(c))):
         if order is not None:
             net.set_order(*(guard(a, at_end) if isinstance(a, np.ndarray) else a for a in order))
-    arrays = plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot
+    names = "column_ptr", "column", "groups", "slot_ptr", "row", "slot", "synapse"
+    arrays = [getattr(plan, name) for name in names]
     topology.set_transposed(plan.block_rows, plan.group, *(guard(a, at_end) for a in arrays))
     x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
     cable, bs, grad = draw(c.num_dendrites), draw(c.num_somas), draw(batch, c.num_somas)

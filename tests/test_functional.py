@@ -40,11 +40,21 @@ NETWORKS: dict[str, Callable[[], Connectivity]] = {
     "no synapse": lambda: Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
     "wide": lambda: dk.connectivity.random(65537, 9, 4, 12, constant_fan_in=True, seed=0),
     "several blocks": lambda: dk.connectivity.random(40, 130, 18, 5, seed=0),
+    "blocks of many slots": lambda: dk.connectivity.random(200, 64, 16, 150, seed=0),
 }
 
 
 # Every network with every batch; the wide one only with small ones, where an oracle is quick.
 CASES = [(name, b) for name in NETWORKS for b in BATCHES if name != "wide" or b in (0, 2, 33)]
+
+
+def test_networks_have_blocks_of_few_and_of_many_slots() -> None:
+    """Positions in them are uint16 or int32."""
+    narrow, wide = (
+        NETWORKS[name]().transposed.slot.itemsize
+        for name in ("several blocks", "blocks of many slots")
+    )
+    assert (narrow, wide) == (2, 4)
 
 
 def draw(c: Connectivity, batch: int, dtype: torch.dtype, somas: bool) -> list[torch.Tensor]:

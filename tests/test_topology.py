@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 import threading
@@ -20,7 +21,11 @@ import torch
 
 from dendrite_kernels import transposed
 from dendrite_kernels.topology import Connectivity
-from dendrite_kernels.transposed import TransposedPlan, build_transposed_plan
+from dendrite_kernels.transposed import (
+    TransposedPlan,
+    build_transposed_plan,
+    choose_block_rows,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -446,11 +451,12 @@ def naive_plan(c: Connectivity, block_rows: int) -> dict[str, Any]:
                 by_column.setdefault(col[position], []).append((row - first, position))
         blocks.append(by_column)
     in_fours = sum(-(-len(found) // 4) * 4 for block in blocks for found in block.values())
-    group = 4 if in_fours <= 1.5 * c.nnz else 1
-    column_ptr, column, groups, slot_ptr, row_of = [0], [], [], [0], []
+    group = 4 if in_fours <= 1.25 * c.nnz else 1
+    column_ptr, column, groups, slot_ptr, row_of, synapse = [0], [], [], [0], [], []
     slot = [-1] * c.nnz
-    for block in blocks:
+    for b, block in enumerate(blocks):
         rows: list[int] = []
+        begin, end = crow[b * block_rows], crow[min((b + 1) * block_rows, c.num_dendrites)]
         for number in sorted(block):
             column.append(number)
             found = sorted(block[number])
@@ -458,7 +464,10 @@ def naive_plan(c: Connectivity, block_rows: int) -> dict[str, Any]:
             for i, (_, position) in enumerate(found):
                 slot[position] = len(rows) + i
             rows += [row for row, _ in found]
+            synapse += [position - begin for _, position in found]
             rows += [found[0][0]] * (groups[-1] * group - len(found))
+            synapse += [end - begin] * (groups[-1] * group - len(found))
+        synapse += [end - begin] * (-len(rows) % 16)
         rows += [0] * (-len(rows) % 16)
         row_of += rows
         column_ptr.append(len(column))
@@ -466,7 +475,12 @@ def naive_plan(c: Connectivity, block_rows: int) -> dict[str, Any]:
     return {
         "block_rows": block_rows, "group": group, "column_ptr": column_ptr, "column": column,
         "groups": groups, "slot_ptr": slot_ptr, "row": row_of, "slot": slot,
+        "synapse": synapse,
     }  # fmt: skip
+
+
+def block_rows_of(c: Connectivity) -> int:
+    return choose_block_rows(c.num_dendrites, c.in_features, c.nnz, torch.get_num_threads())
 
 
 def assert_same_plan(plan: TransposedPlan, expected: dict[str, Any]) -> None:
@@ -512,11 +526,11 @@ def test_plan_of_awkward_networks(name: str) -> None:
     c = AWKWARD[name]
     plan = c.transposed
     assert plan is c.transposed
-    assert_same_plan(plan, naive_plan(c, 512 if c.num_dendrites < 4096 else 1024))
+    assert_same_plan(plan, naive_plan(c, block_rows_of(c)))
     narrow = np.uint16 if c.in_features <= 65536 else np.int32
     dtypes = {
         "column_ptr": np.int64, "column": narrow, "groups": np.uint16,
-        "slot_ptr": np.int64, "row": np.uint16, "slot": np.int32,
+        "slot_ptr": np.int64, "row": np.uint16, "slot": np.uint16, "synapse": np.uint16,
     }  # fmt: skip
     for field, dtype in dtypes.items():
         array = getattr(plan, field)
@@ -539,13 +553,14 @@ def test_plan_of_random_networks(seed: int) -> None:
     assert_same_plan(plan, naive_plan(c, block_rows))
 
 
-def test_plan_group_is_four_up_to_one_and_a_half_times_the_synapses() -> None:
+def test_plan_group_is_four_up_to_one_and_a_quarter_of_the_synapses() -> None:
     def with_counts(*counts: int) -> Connectivity:
         return Connectivity.from_mask(np.arange(max(counts))[:, None] < np.array(counts))
 
-    assert with_counts(4, 4, 1).transposed.group == 4  # 12 slots for 9
-    assert with_counts(4, 2, 2).transposed.group == 4  # 12 slots for 8: exactly 1.5
-    assert with_counts(4, 2, 1).transposed.group == 1  # 12 slots for 7
+    assert with_counts(4, 4, 4).transposed.group == 4
+    assert with_counts(4, 4, 4, 4, 3, 1).transposed.group == 4  # 24 slots for 20: 1.2
+    assert with_counts(4, 4, 2, 4, 2).transposed.group == 4  # 20 slots for 16: exactly 1.25
+    assert with_counts(4, 4, 2, 4, 1).transposed.group == 1  # 20 slots for 15
 
 
 def gather(c: Connectivity, weight: Array, per_row: Array) -> Array:
@@ -583,6 +598,39 @@ def large(rows: int, inputs: int, k: int) -> Connectivity:
     return Connectivity.from_csr(np.arange(rows + 1) * k, col.ravel(), inputs)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "fan_in", "usual"),
+    [
+        (4096, 784, 16, 1024),
+        (32768, 784, 16, 1024),
+        (16384, 3072, 48, 1024),
+        (65536, 4096, 32, 1821),  # 2048 would not be narrow
+        (65536, 8192, 32, 4096),
+        (1 << 20, 65536, 32, 8192),
+        (1, 1, 1, 1024),
+        (5000, 100, 0, 1600),
+    ],
+)
+def test_blocks_have_enough_synapses_per_column_and_are_shared_by_threads(
+    rows: int, inputs: int, fan_in: int, usual: int, threads: int
+) -> None:
+    chosen = choose_block_rows(rows, inputs, rows * fan_in, threads)
+    assert 512 <= chosen <= max(512, usual + 16)
+    each = math.ceil(rows / chosen / threads)  # blocks, of the thread with most of them
+    assert chosen == 512 or each * chosen <= rows / threads + 16 * each
+    if rows >= threads * usual:
+        assert chosen > usual / 2
+
+
+def test_plan_of_blocks_with_many_slots_is_wide() -> None:
+    c = large(3000, 4000, 40)
+    for block_rows, dtype in ((1024, np.uint16), (2048, np.int32)):
+        plan = build_transposed_plan(c.crow_indices.numpy(), c.columns, block_rows)
+        assert plan.slot.dtype == plan.synapse.dtype == dtype
+        assert_same_plan(plan, naive_plan(c, block_rows))
+
+
 @pytest.mark.parametrize(("inputs", "group"), [(2000, 4), (65536, 1), (200_000, 1)])
 def test_plan_of_large_networks_built_by_threads(inputs: int, group: int) -> None:
     c = large(40_000, inputs, 32)
@@ -602,7 +650,8 @@ def test_plan_of_large_networks_built_by_threads(inputs: int, group: int) -> Non
     np.testing.assert_allclose(
         gather(c, weight, per_row), c.to_scipy(weight).T @ per_row, rtol=1e-9, atol=1e-9
     )
-    crow, columns = c.crow_indices.numpy()[:2049], c.columns[: 2048 * 32]
+    rows = 2 * plan.block_rows
+    crow, columns = c.crow_indices.numpy()[: rows + 1], c.columns[: rows * 32]
     serial = build_transposed_plan(crow, columns, plan.block_rows)
     assert np.array_equal(serial.column, plan.column[: plan.column_ptr[2]])
     assert np.array_equal(serial.row, plan.row[: plan.slot_ptr[2]])
@@ -624,7 +673,15 @@ def test_plan_and_construction_are_lean() -> None:
         build = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    arrays = (plan.column_ptr, plan.column, plan.groups, plan.slot_ptr, plan.row, plan.slot)
+    arrays = (
+        plan.column_ptr,
+        plan.column,
+        plan.groups,
+        plan.slot_ptr,
+        plan.row,
+        plan.slot,
+        plan.synapse,
+    )
     assert construction < 2 * col.numpy().nbytes
     assert build < 3 * sum(array.nbytes for array in arrays)
 

@@ -54,28 +54,62 @@ void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const d
   });
 }
 
-// Threads own blocks of dendrites: G is shared, dx is private and added up while it is transposed
-// back. block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache;
-// else tiles go outside.
+// The blocks of the transposed plan: w c and G of each are kept in the order of its slots.
+template <class T>
+class PlanBlocks {
+ public:
+  PlanBlocks(const dk::Topology& net, const dk::BackwardCall<T>& call) : net_(net), call_(call) {
+    for (int64_t block = 0; block < net.blocks; ++block)
+      most_slots_ = max64(most_slots_, start(block + 1) - start(block));
+  }
+  int64_t start(int64_t block) const { return net_.plan_slot_ptr[block]; }
+  int64_t slots() const { return start(net_.blocks); }
+  int64_t most_slots() const { return most_slots_; }
+  // For one thread: room for the q of a block, or for what `weigh` needs, before there is any q.
+  int64_t scratch(int64_t tile) const {
+    return max64(net_.block_rows * tile, most_slots_ + kLanes<T>);
+  }
+  void weigh(int64_t block, T* products, T* out) const {
+    if (net_.plan_narrow)
+      fill_weights<T, uint16_t>(net_, call_, block, products, out);
+    else
+      fill_weights<T, int32_t>(net_, call_, block, products, out);
+  }
+  void finish(int64_t block, int64_t copies, const T* G, int64_t stride, const T* G0) const {
+    if (net_.plan_narrow)
+      finish_block<T, uint16_t>(net_, call_, block, copies, G, stride, G0);
+    else
+      finish_block<T, int32_t>(net_, call_, block, copies, G, stride, G0);
+  }
+
+ private:
+  const dk::Topology& net_;
+  const dk::BackwardCall<T>& call_;
+  int64_t most_slots_ = 0;
+};
+
+// Threads own blocks of dendrites; dx is private and added up while it is transposed back.
+// block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache; else
+// tiles go outside.
 template <class T, int V, class Column>
 void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
                         const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
-  const int64_t N = net.in_features, S = call.cable ? net.somas : 0,
-                slots = net.plan_slot_ptr[net.blocks];
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0;
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, net.blocks);
   const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
+  const PlanBlocks<T> blocks(net, call);
+  const int64_t slots = block_outer ? threads * blocks.most_slots() : blocks.slots();
   Carver carver;
   const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t weight_at = carver.reserve<T>(slots), G_at = carver.reserve<T>(slots),
                 G0_at = carver.reserve<T>(net.rows);
-  const int64_t q_at = carver.reserve<T>(threads * net.block_rows * kTile),
+  const int64_t q_at = carver.reserve<T>(threads * blocks.scratch(kTile)),
                 dx_at = carver.reserve<T>(threads * tiles * N * kTile);
   carver.allocate(runtime);
-  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *weight = carver.at<T>(weight_at),
-    *G = carver.at<T>(G_at);
-  T *G0 = carver.at<T>(G0_at), *dx = carver.at<T>(dx_at);
+  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at),
+    *dx = carver.at<T>(dx_at);
 
   parallel(runtime, runtime.threads, [&](int64_t i) {
     const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
@@ -87,27 +121,31 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
   });
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t b0 = net.blocks * i / threads, b1 = net.blocks * (i + 1) / threads;
-    T* q = carver.at<T>(q_at) + i * net.block_rows * kTile;
-    T* own = dx + i * tiles * N * kTile;
+    T *q = carver.at<T>(q_at) + i * blocks.scratch(kTile), *own = dx + i * tiles * N * kTile;
+    // Where blocks go outside, those of a thread take turns in one place, which stays in L2.
+    const auto at = [&](int64_t array, int64_t block) {
+      return carver.at<T>(array) + (block_outer ? i * blocks.most_slots() : blocks.start(block));
+    };
+    const auto weigh = [&](int64_t block) { blocks.weigh(block, q, at(weight_at, block)); };
     const auto work = [&](int64_t block, int64_t tile) {
       const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
       make_q<T, V>(net, call, r0, r1, tile, S ? soma + tile * S * kTile : nullptr, tile == 0, q,
                    G0);
-      gather<T, V, Column>(net, block, weight, q, x + tile * N * kTile, block == b0, tile == 0,
-                           own + tile * N * kTile, G);
+      gather<T, V, Column>(net, block, at(weight_at, block), q, x + tile * N * kTile, block == b0,
+                           tile == 0, own + tile * N * kTile, at(G_at, block));
     };
+    const auto finish = [&](int64_t block) { blocks.finish(block, 1, at(G_at, block), 0, G0); };
     if (block_outer) {
       for (int64_t block = b0; block < b1; ++block) {
-        fill_weights(net, call, block, weight + net.plan_slot_ptr[block]);
+        weigh(block);
         for (int64_t tile = 0; tile < tiles; ++tile) work(block, tile);
-        finish_block(net, call, block, 1, G, 0, G0);
+        finish(block);
       }
     } else {
-      for (int64_t block = b0; block < b1; ++block)
-        fill_weights(net, call, block, weight + net.plan_slot_ptr[block]);
+      for (int64_t block = b0; block < b1; ++block) weigh(block);
       for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t block = b0; block < b1; ++block) work(block, tile);
-      for (int64_t block = b0; block < b1; ++block) finish_block(net, call, block, 1, G, 0, G0);
+      for (int64_t block = b0; block < b1; ++block) finish(block);
     }
   });
   finish_dx<T, V>(net, call, runtime, threads, dx);
@@ -118,13 +156,15 @@ template <class T, int V, class Column>
 void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                        const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
+  const PlanBlocks<T> blocks(net, call);
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
-                slots = net.plan_slot_ptr[net.blocks];
-  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
+                slots = blocks.slots();
+  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles),
+                parts = min64(runtime.threads, net.blocks);
   Carver carver;
   const int64_t x_at = carver.reserve<T>(threads * N * kTile),
                 soma_at = carver.reserve<T>(threads * S * kTile);
-  const int64_t q_at = carver.reserve<T>(threads * net.block_rows * kTile),
+  const int64_t q_at = carver.reserve<T>(max64(threads, parts) * blocks.scratch(kTile)),
                 dx_at = carver.reserve<T>(threads * N * kTile);
   const int64_t weight_at = carver.reserve<T>(slots), G_at = carver.reserve<T>(threads * slots);
   const int64_t G0_at = carver.reserve<T>(threads * R), bias_at = carver.reserve<T>(threads * S);
@@ -132,15 +172,15 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
   T *weight = carver.at<T>(weight_at), *G = carver.at<T>(G_at), *G0 = carver.at<T>(G0_at),
     *bias = carver.at<T>(bias_at);
 
-  parallel(runtime, min64(runtime.threads, net.blocks), [&](int64_t i) {
-    const int64_t parts = min64(runtime.threads, net.blocks);
+  parallel(runtime, parts, [&](int64_t i) {
     for (int64_t block = net.blocks * i / parts; block < net.blocks * (i + 1) / parts; ++block)
-      fill_weights(net, call, block, weight + net.plan_slot_ptr[block]);
+      blocks.weigh(block, carver.at<T>(q_at) + i * blocks.scratch(kTile),
+                   weight + blocks.start(block));
   });
   parallel(runtime, threads, [&](int64_t i) {
     T *x = carver.at<T>(x_at) + i * N * kTile, *dx = carver.at<T>(dx_at) + i * N * kTile;
     T *soma = carver.at<T>(soma_at) + i * S * kTile,
-      *q = carver.at<T>(q_at) + i * net.block_rows * kTile;
+      *q = carver.at<T>(q_at) + i * blocks.scratch(kTile);
     const int64_t begin = tiles * i / threads, end = tiles * (i + 1) / threads;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
@@ -150,15 +190,15 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
       for (int64_t block = 0; block < net.blocks; ++block) {
         const int64_t r0 = block * net.block_rows, r1 = min64(R, r0 + net.block_rows);
         make_q<T, V>(net, call, r0, r1, tile, S ? soma : nullptr, first, q, G0 + i * R);
-        gather<T, V, Column>(net, block, weight, q, x, block == 0, first, dx, G + i * slots);
+        gather<T, V, Column>(net, block, weight + blocks.start(block), q, x, block == 0, first, dx,
+                             G + i * slots + blocks.start(block));
       }
       tile_out<T, V>(call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
     }
   });
-  parallel(runtime, min64(runtime.threads, net.blocks), [&](int64_t i) {
-    const int64_t parts = min64(runtime.threads, net.blocks);
+  parallel(runtime, parts, [&](int64_t i) {
     for (int64_t block = net.blocks * i / parts; block < net.blocks * (i + 1) / parts; ++block)
-      finish_block(net, call, block, threads, G, slots, G0);
+      blocks.finish(block, threads, G + blocks.start(block), slots, G0);
     for (int64_t s = S * i / parts; s < S * (i + 1) / parts; ++s) {
       T sum = 0;
       for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];
@@ -228,11 +268,12 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                        G0, out, dx);
       }
       const T* row = G;
+      GradientStream<T> gradients(net, call, first * kRowBlock);
       for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
-        const int64_t r = dendrite_at(net, p);
-        finish_row(net, call, r, G0[p], RowSums<T>{row, net.crow[r]});
+        gradients.push(G0[p], [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
         row += padded_row<T>(net, p);
       }
+      gradients.flush();
     }
   });
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
@@ -277,17 +318,19 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
     const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
     T* row = G;
     for (int64_t p = 0; p < p0; ++p) row += padded_row<T>(net, p);
+    GradientStream<T> gradients(net, call, p0);
     for (int64_t p = p0; p < p1; ++p) {
-      const int64_t room = padded_row<T>(net, p), r = dendrite_at(net, p);
+      const int64_t room = padded_row<T>(net, p);
       T sum = G0[p];
       for (int64_t copy = 1; copy < threads; ++copy) {
         sum += G0[copy * R + p];
         for (int64_t k = 0; k < room; k += kLanes<T>)
           store(row + k, load(row + k) + load(row + copy * slots + k));
       }
-      finish_row(net, call, r, sum, RowSums<T>{row, net.crow[r]});
+      gradients.push(sum, [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
       row += room;
     }
+    gradients.flush();
     for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
       T sum = 0;
       for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];
@@ -327,11 +370,12 @@ void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
   }
   // The vectors of samples of one tile hide the latency of the broadcasts. Two keep x in the cache
   // where N is large (AVX-512 only: elsewhere four are few already), and waste less on a small
-  // batch.
+  // batch. With dx a tile is gone through in the order of its columns and may fill the cache.
   if constexpr (kTileVectors * kLanes<T> > 32) {
     const int64_t wide = kTileVectors * kLanes<T>,
                   tile_bytes = net.in_features * wide * int64_t(sizeof(T));
-    if (tile_bytes > runtime.l2_bytes / 2 || call.batch <= wide / 2)
+    const int64_t most_bytes = call.dx ? runtime.l2_bytes : runtime.l2_bytes / 2;
+    if (tile_bytes > most_bytes || call.batch <= wide / 2)
       return backward_tiled<T, 2, Column>(net, call, runtime);
   }
   backward_tiled<T, kTileVectors, Column>(net, call, runtime);

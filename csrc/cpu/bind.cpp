@@ -111,16 +111,20 @@ class BoundTopology {
   void set_transposed(int64_t block_rows, int64_t group, const Array<int64_t>& column_ptr,
                       const py::array& column, const Array<uint16_t>& groups,
                       const Array<int64_t>& slot_ptr, const Array<uint16_t>& row,
-                      const Array<int32_t>& slot) {
+                      const py::array& slot, const py::array& synapse) {
     if (column.itemsize() != (net.narrow ? 2 : 4))
       throw py::type_error(
           "Expected plan columns as wide as the connectivity's, got another width");
+    if (slot.itemsize() != synapse.itemsize())
+      throw py::type_error("Expected slots as wide as synapses, got another width");
     net.plan_column_ptr = keep(column_ptr);
     net.plan_slot_ptr = keep(slot_ptr);
     net.plan_column = keep_any(column);
     net.plan_groups = keep(groups);
     net.plan_row = keep(row);
-    net.plan_slot = keep(slot);
+    net.plan_slot = keep_any(slot);
+    net.plan_synapse = keep_any(synapse);
+    net.plan_narrow = slot.itemsize() == 2;
     net.block_rows = block_rows;
     net.group = group;
     net.blocks = column_ptr.size() - 1;

@@ -213,85 +213,115 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
   }
 }
 
-// w c of one block in slot order; the pads, all within the last slots of their column, are zero.
-template <class T>
+// w c of one block in slot order; a pad's is zero. In CSR order first, in `products`: numbers are
+// gathered twice as fast as they are scattered.
+template <class T, class Index>
 __attribute__((noinline)) void fill_weights(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
-                                            T* out) {
-  T* column_end = out;
-  for (int64_t i = net.plan_column_ptr[block]; i < net.plan_column_ptr[block + 1]; ++i) {
-    column_end += net.plan_groups[i] * net.group;
-    memset(column_end - net.group, 0, size_t(net.group) * sizeof(T));
+                                            T* products, T* out) {
+  constexpr int L = kLanes<T>;
+  const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows),
+                begin = net.crow[r0];
+  for (int64_t r = r0; r < r1; ++r) {
+    const vec<T> c = splat(cable_weight(call, r));
+    int64_t j = net.crow[r];
+    const int64_t end = net.crow[r + 1];
+    for (; j + L <= end; j += L) store(products + (j - begin), load(call.weight + j) * c);
+    if (j < end)  // what lies past the end is written over by the next row
+      store(products + (j - begin), load_part(call.weight + j, int(end - j)) * c);
   }
-  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
-  for (int64_t r = block * net.block_rows; r < r1; ++r) {
-    const T c = cable_weight(call, r);
-    for (int64_t j = net.crow[r]; j < net.crow[r + 1]; ++j)
-      out[net.plan_slot[j]] = call.weight[j] * c;
-  }
+  products[net.crow[r1] - begin] = 0;
+  const int64_t slots = net.plan_slot_ptr[block + 1] - net.plan_slot_ptr[block];
+  const Index* synapse = static_cast<const Index*>(net.plan_synapse) + net.plan_slot_ptr[block];
+  for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
 }
 
-// Parameter gradients of one dendrite from its G and G0. G.vector(j) and G.scalar(j) give G at CSR
-// position j.
-template <class T, class Source>
-DK_INLINE void finish_row(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r, T G0,
-                          const Source& G) {
-  const T c = cable_weight(call, r);
-  vec<T> dots{};
-  int64_t j = net.crow[r];
-  const int64_t end = net.crow[r + 1];
-  for (; j + kLanes<T> <= end; j += kLanes<T>) {
-    const vec<T> g = G.vector(j);
-    dots += load(call.weight + j) * g;
-    store(call.dweight + j, g * splat(c));
-  }
-  T dot = lane_sum<T>(dots) + (call.dendrite_bias ? call.dendrite_bias[r] * G0 : T(0));
-  for (; j < end; ++j) {
-    const T g = G.scalar(j);
-    dot += call.weight[j] * g;
-    call.dweight[j] = c * g;
-  }
-  call.ddendrite_bias[r] = c * G0;
-  if (call.dcable) call.dcable[r] = dot;
-}
-
-// G in slot order; with copies > 1 it is the sum of that many partial arrays, `stride` apart.
+// Parameter gradients of the dendrites at positions p0, p0 + 1, ..., pushed one after the other.
 template <class T>
-struct SlotSums {
-  const T* data;
-  const int32_t* slot;
-  int64_t copies, stride;
-  DK_INLINE vec<T> vector(int64_t j) const {
-    vec<T> sum = gather(data, slot + j);
-    for (int64_t i = 1; i < copies; ++i) sum += gather(data + i * stride, slot + j);
-    return sum;
+class GradientStream {
+ public:
+  DK_INLINE GradientStream(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p0)
+      : call_(call), crow_(net.crow), order_(net.order), position_(p0) {}
+  // G(k, n): the n numbers of G from the dendrite's k-th synapse on, n at most one vector.
+  template <class Source>
+  DK_INLINE void push(T G0, const Source& G) {
+    constexpr int L = kLanes<T>;
+    const int64_t p = position_ + count_, r = order_ ? order_[p] : p, begin = crow_[r],
+                  synapses = crow_[r + 1] - begin;
+    const T* weight = call_.weight + begin;
+    T* dweight = call_.dweight + begin;
+    const vec<T> c = splat(cable_weight(call_, r));
+    vec<T> dots{};
+    int64_t k = 0;
+    for (; k + L <= synapses; k += L) {
+      const vec<T> g = G(k, L);
+      dots += load(weight + k) * g;
+      store(dweight + k, g * c);
+    }
+    if (const int rest = int(synapses - k)) {
+      const vec<T> g = G(k, rest);
+      dots += load_part(weight + k, rest) * g;
+      store_part(dweight + k, g * c, rest);
+    }
+    dots_[count_] = dots;
+    G0_[count_] = G0;
+    if (++count_ == L) flush();
   }
-  DK_INLINE T scalar(int64_t j) const {
-    T sum = data[slot[j]];
-    for (int64_t i = 1; i < copies; ++i) sum += data[i * stride + slot[j]];
-    return sum;
+  DK_INLINE void flush() {
+    for (int i = count_; i < kLanes<T>; ++i) dots_[i] = vec<T>{};
+    const vec<T> dots = lane_sums<T>(dots_), G0 = load(G0_);
+    if (order_) {
+      for (int i = 0; i < count_; ++i) {
+        const int64_t r = order_[position_ + i];
+        const T bias = call_.dendrite_bias ? call_.dendrite_bias[r] : T(0);
+        call_.ddendrite_bias[r] = cable_weight(call_, r) * G0[i];
+        if (call_.dcable) call_.dcable[r] = dots[i] + bias * G0[i];
+      }
+    } else {
+      const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
+        return numbers ? load_part(numbers + position_, count_) : splat(otherwise);
+      };
+      store_part(call_.ddendrite_bias + position_, own(call_.cable, 1) * G0, count_);
+      if (call_.dcable)
+        store_part(call_.dcable + position_, dots + own(call_.dendrite_bias, 0) * G0, count_);
+    }
+    position_ += count_;
+    count_ = 0;
   }
+
+ private:
+  const dk::BackwardCall<T>& call_;
+  const int32_t *crow_, *order_;
+  int64_t position_;
+  vec<T> dots_[kLanes<T>];  // of weights and G
+  T G0_[kLanes<T>] = {};
+  int count_ = 0;
 };
 
-template <class T>
+// G is in slot order; with copies > 1 it is the sum of that many partial arrays, `stride` apart.
+template <class T, class Index>
 __attribute__((noinline)) void finish_block(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
                                             int64_t copies, const T* G, int64_t stride,
                                             const T* G0) {
-  const SlotSums<T> source{G + net.plan_slot_ptr[block], net.plan_slot, copies, stride};
-  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
-  for (int64_t r = block * net.block_rows; r < r1; ++r) {
+  const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
+  GradientStream<T> gradients(net, call, r0);
+  for (int64_t r = r0; r < r1; ++r) {
+    const Index* slot = static_cast<const Index*>(net.plan_slot) + net.crow[r];
     T sum = 0;
     for (int64_t i = 0; i < copies; ++i) sum += G0[i * net.rows + r];
-    finish_row(net, call, r, sum, source);
+    gradients.push(sum, [&](int64_t k, int count) DK_LAMBDA {
+      vec<T> g = gather_part(G, slot + k, count);
+      for (int64_t i = 1; i < copies; ++i) g += gather_part(G + i * stride, slot + k, count);
+      return g;
+    });
   }
+  gradients.flush();
 }
 
 template <class T, int V, class Column>
 void gather(const dk::Topology& net, int64_t block, const T* weight, const T* q, const T* x,
             bool clear_dx, bool first, T* dx, T* G) {
-  weight += net.plan_slot_ptr[block];
-  G += net.plan_slot_ptr[block];
   if (net.group == 4)
     gather_block<T, V, 4, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
   else
@@ -388,14 +418,5 @@ auto pick_gather_rows(const dk::Topology& net) {
       return gather_rows<T, V, Column, false, true>;
   return gather_rows<T, V, Column, WithInput, false>;
 }
-
-// G of one row from gather_rows.
-template <class T>
-struct RowSums {
-  const T* data;
-  int64_t begin;  // the row's first CSR position
-  DK_INLINE vec<T> vector(int64_t j) const { return load(data + j - begin); }
-  DK_INLINE T scalar(int64_t j) const { return data[j - begin]; }
-};
 
 }  // namespace

@@ -30,7 +30,9 @@ struct Topology {
   const void* plan_column;
   const uint16_t* plan_groups;
   const uint16_t* plan_row;
-  const int32_t* plan_slot;  // [nnz]
+  const void* plan_slot;     // [nnz] uint16 or int32, as plan_narrow says
+  const void* plan_synapse;  // [slots], of the same type
+  bool plan_narrow;
 };
 
 // Threads and memory come from the caller, so that the kernels share torch's pool and allocate

@@ -132,18 +132,29 @@ def fill_q_rows(spec, job, sample, grads, first, last, q, sums):
 # --- with dx ---
 
 
+@inline
+def load_slot(job, address, index):
+    """A number of the plan's `slot` or `synapse`."""
+    return load_uint16(address, index) if job.narrow_slots != 0 else load_int32(address, index)
+
+
 @kernel
-def weigh_slots(spec, job, block):
-    """weights[slot] = w * c of the block's synapses, 0 in pads."""
-    crow, slot, weight, cable = job.crow, job.slot, job.weight, job.cable
-    begin, end = load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1)
-    weights = job.weights + size_of(spec) * begin
-    clear(spec, weights, 0, end - begin)
+def weigh_slots(spec, job, block, products):
+    """weights[slot] = w * c of the block's synapses, 0 in pads.
+
+    products: scratch for them in the order of synapses, since gathering is faster than scattering.
+    """
+    crow, weight, cable, slot_ptr = job.crow, job.weight, job.cable, job.slot_ptr
     first = block * job.block_rows
-    for r in range(first, min(job.rows, first + job.block_rows)):
+    last = min(job.rows, first + job.block_rows)
+    begin, past = load_int32(crow, first), load_int32(crow, last)
+    for r in range(first, last):
         c = element(spec, 1.0) if is_linear(spec) else load(spec, cable, r)
         for j in range(load_int32(crow, r), load_int32(crow, r + 1)):
-            store(spec, weights, load_int32(slot, j), c * load(spec, weight, j))
+            store(spec, products, j - begin, c * load(spec, weight, j))
+    store(spec, products, past - begin, element(spec, 0.0))  # of the pads
+    for i in range(load_int64(slot_ptr, block), load_int64(slot_ptr, block + 1)):
+        store(spec, job.weights, i, load(spec, products, load_slot(job, job.synapse, i)))
 
 
 @kernel
@@ -195,10 +206,10 @@ def collect_rows(spec, job, block, first, last):
         stop = min(last, strip + STRIP)
         begin, end = load_int32(crow, strip), load_int32(crow, stop)
         for j in range(begin, end):
-            store(spec, dw, j, load(spec, sums, load_int32(slot, j)))
+            store(spec, dw, j, load(spec, sums, load_slot(job, slot, j)))
         for t in range(1, groups):
             for j in range(begin, end):
-                value = load(spec, sums + t * stride, load_int32(slot, j))
+                value = load(spec, sums + t * stride, load_slot(job, slot, j))
                 store(spec, dw, j, load(spec, dw, j) + value)
         for r in range(strip, stop):
             value = load(spec, job.row_sums, r)

@@ -28,13 +28,13 @@ CHUNK = 16  # somas that forward finishes before it writes them to y
 _SIZES = [
     "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "pass_tiles",
     "accumulate", "finish", "tile_groups", "block_groups", "blocks", "block_rows", "group", "slots",
-    "weigh_first", "own_x", "workspace_stride",
+    "narrow_slots", "weigh_first", "own_x", "workspace_stride",
 ]  # fmt: skip
 _ADDRESSES = [
     "x", "y", "signs", "crow", "columns", "soma_ptr", "weight", "dendrite_bias", "cable",
     "soma_bias", "grad", "dx", "dw", "d_dendrite_bias", "d_cable", "d_soma_bias", "column_ptr",
-    "column", "groups", "slot_ptr", "row", "slot", "workspace", "weights", "x_tiles", "grad_tiles",
-    "dx_tiles", "sums", "row_sums", "soma_sums",
+    "column", "groups", "slot_ptr", "row", "slot", "synapse", "workspace", "weights", "x_tiles",
+    "grad_tiles", "dx_tiles", "sums", "row_sums", "soma_sums",
 ]  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ..topology import Connectivity
 from . import _numba_entry
 from ._numba_backward import STRIP
@@ -161,13 +163,16 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
         "block_rows": plan.block_rows,
         "group": plan.group,
         "slots": int(plan.slot_ptr[-1]),
+        "narrow_slots": int(plan.slot.itemsize == 2),
     }
-    for name in ("column_ptr", "column", "groups", "slot_ptr", "row", "slot"):
+    for name in ("column_ptr", "column", "groups", "slot_ptr", "row", "slot", "synapse"):
         build.fields[name] = getattr(plan, name).ctypes.data
+    # For the q of a block or, before it has any, for the products of its weights.
+    scratch = max(plan.block_rows * lanes, int(np.diff(plan.slot_ptr).max()) + 1)
     groups = split(build.tiles, build.fields["blocks"], threads)
     if _prefer_tiles(build, groups, threads):
-        return _by_tiles(build, somas, threads)
-    return _by_blocks(build, somas, threads, *groups)
+        return _by_tiles(build, somas, threads, scratch)
+    return _by_blocks(build, somas, threads, scratch, *groups)
 
 
 def _passes(build: _Builder, at_once: int) -> Sequence[dict[str, int]]:
@@ -240,7 +245,7 @@ def _prefer_tiles(build: _Builder, groups: tuple[int, int], threads: int) -> boo
 
 
 def _by_blocks(
-    build: _Builder, somas: int, threads: int, tile_groups: int, block_groups: int
+    build: _Builder, somas: int, threads: int, scratch: int, tile_groups: int, block_groups: int
 ) -> Plan:
     """Threads own blocks of dendrites, or of a group of tiles if there are fewer blocks; dx is
     summed over the groups of blocks, G over the groups of tiles.
@@ -249,8 +254,7 @@ def _by_blocks(
     at_once = _tiles_at_once(build, threads, tile_groups, copies=1 + block_groups)
     fields |= {"tile_groups": tile_groups, "block_groups": block_groups}
     fields["weigh_first"] = int(tile_groups > 1)  # else the block's only owner weighs it
-    q = fields["block_rows"] * lanes
-    build.reserve_each(max(tasks, threads), q)
+    build.reserve_each(max(tasks, threads), scratch)
     x_tiles = at_once * lanes * build.features
     build.reserve(
         x_tiles=x_tiles,
@@ -270,12 +274,11 @@ def _by_blocks(
     return build.plan()
 
 
-def _by_tiles(build: _Builder, somas: int, threads: int) -> Plan:
+def _by_tiles(build: _Builder, somas: int, threads: int, scratch: int) -> Plan:
     """Threads own tiles; G is summed over the threads."""
     fields, lanes = build.fields, build.lanes
     fields |= {"tile_groups": threads, "weigh_first": 1}
-    q = fields["block_rows"] * lanes
-    build.reserve_each(threads, lanes * (2 * build.features + somas) + q)
+    build.reserve_each(threads, lanes * (2 * build.features + somas) + scratch)
     build.reserve(
         weights=fields["slots"],
         sums=threads * fields["slots"],

@@ -111,8 +111,9 @@ def prepare_tasks(spec):
                 clear(spec, job.d_soma_bias, first, last)
             if job.accumulate == 0 and job.weigh_first != 0:
                 first_block, last_block = share(job.blocks, 1, task, job.tasks)
+                products = job.workspace + task * job.workspace_stride
                 for block in range(first_block, last_block):
-                    weigh_slots(spec, job, block)
+                    weigh_slots(spec, job, block, products)
             for k in range(job.tiles):
                 sample = (job.first_tile + k) * lanes
                 samples = min(lanes, job.samples - sample)
@@ -223,7 +224,7 @@ def gather_tasks(spec):
                     if job.accumulate == 0 and start == first_tile:
                         clear_sums(spec, job, tile_group, block)
                         if job.weigh_first == 0:
-                            weigh_slots(spec, job, block)
+                            weigh_slots(spec, job, block, q)
                     fresh, tiles = block == first_block, (start, stop)
                     gather_tiles(spec, job, tile_group, block_group, block, fresh, tiles, q)
                     if job.finish != 0 and stop == last_tile:

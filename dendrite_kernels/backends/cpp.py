@@ -90,6 +90,7 @@ def _bind_transposed(connectivity: Connectivity) -> Any:
         plan.slot_ptr,
         plan.row,
         plan.slot,
+        plan.synapse,
     )
     return topology
 

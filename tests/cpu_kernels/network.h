@@ -54,8 +54,8 @@ inline Network make_network(const std::string& name, int64_t in_features,
 struct Plan {
   int64_t block_rows, group;
   Array<int64_t> column_ptr{0}, slot_ptr{0};
-  Array<int32_t> column, slot;
-  Array<uint16_t> narrow_column, groups, row;
+  Array<int32_t> column, slot, synapse;
+  Array<uint16_t> narrow_column, groups, row, narrow_slot, narrow_synapse;
 };
 
 inline Plan make_plan(const Network& net, int64_t block_rows, int64_t group) {
@@ -70,23 +70,30 @@ inline Plan make_plan(const Network& net, int64_t block_rows, int64_t group) {
       for (int32_t j = net.crow[r]; j < net.crow[r + 1]; ++j)
         synapses[net.columns[j]].push_back({r - r0, j});
     const size_t begin = plan.row.size();
+    const int32_t j0 = net.crow[r0], past = net.crow[std::min(net.rows(), r0 + block_rows)] - j0;
+    const auto add_slot = [&](int64_t row, int32_t synapse) {
+      plan.row.push_back(uint16_t(row));
+      plan.synapse.push_back(synapse);
+    };
     for (const auto& [column, entries] : synapses) {
       plan.column.push_back(column);
       plan.groups.push_back(uint16_t((entries.size() + group - 1) / group));
       for (const auto& [row, position] : entries) {
         plan.slot[position] = int32_t(plan.row.size() - begin);
-        plan.row.push_back(uint16_t(row));
+        add_slot(row, position - j0);
       }
-      while ((plan.row.size() - begin) % group) plan.row.push_back(uint16_t(entries[0].first));
+      while ((plan.row.size() - begin) % group) add_slot(entries[0].first, past);
     }
-    while ((plan.row.size() - begin) % 16) plan.row.push_back(0);
+    while ((plan.row.size() - begin) % 16) add_slot(0, past);
     plan.column_ptr.push_back(int64_t(plan.column.size()));
     plan.slot_ptr.push_back(int64_t(plan.row.size()));
   }
   if (net.in_features <= 65536) plan.narrow_column.assign(plan.column.begin(), plan.column.end());
+  plan.narrow_slot.assign(plan.slot.begin(), plan.slot.end());
+  plan.narrow_synapse.assign(plan.synapse.begin(), plan.synapse.end());
   for (auto* array : {&plan.column_ptr, &plan.slot_ptr}) array->shrink_to_fit();
   for (auto* array : {&plan.groups, &plan.row}) array->shrink_to_fit();
-  plan.column.shrink_to_fit();
+  for (auto* array : {&plan.column, &plan.synapse}) array->shrink_to_fit();
   return plan;
 }
 
@@ -143,7 +150,14 @@ inline dk::Topology topology(const Network& net, const Plan* plan, bool narrow) 
       narrow ? static_cast<const void*>(plan->narrow_column.data()) : plan->column.data();
   t.plan_groups = plan->groups.data();
   t.plan_row = plan->row.data();
-  t.plan_slot = plan->slot.data();
+  int64_t most_slots = 0;
+  for (int64_t i = 0; i < t.blocks; ++i)
+    most_slots = std::max(most_slots, t.plan_slot_ptr[i + 1] - t.plan_slot_ptr[i]);
+  t.plan_narrow = narrow && most_slots <= 65535;
+  t.plan_slot =
+      t.plan_narrow ? static_cast<const void*>(plan->narrow_slot.data()) : plan->slot.data();
+  t.plan_synapse =
+      t.plan_narrow ? static_cast<const void*>(plan->narrow_synapse.data()) : plan->synapse.data();
   return t;
 }
 
