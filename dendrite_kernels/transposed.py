@@ -14,7 +14,8 @@ from ._validate import Array
 
 # Dendrites per block, measured on AVX-512: with fewer synapses in a column, reading x and dx takes
 # longer than all else; more dendrites than the most do not leave their q in L2; fewer than the
-# least (5 % slower than the usual 1024) are not worth a thread.
+# least (5 % slower than the usual 1024) are not worth a thread. Many synapses per dendrite fill
+# such blocks with fewer dendrites, whose q then stay in L1.
 _LEAST_ROWS, _USUAL_ROWS, _MOST_ROWS = 512, 1024, 8192
 _SYNAPSES_PER_COLUMN = 16
 _NARROW_SLOTS = (1 << 16) - 1  # of a block, so that each is a uint16
@@ -49,12 +50,13 @@ class TransposedPlan:
 def choose_block_rows(rows: int, inputs: int, nnz: int, threads: int) -> int:
     """Dendrites per block of the plan for `rows` dendrites; every thread gets as many blocks."""
     fan_in = max(1.0, nnz / rows)
-    wanted = min(_MOST_ROWS, max(_USUAL_ROWS, _SYNAPSES_PER_COLUMN * inputs / fan_in))
-    narrow = _NARROW_SLOTS / (1.125 * fan_in)  # with pads
-    if 0.8 * wanted <= narrow < wanted:
-        wanted = narrow
+    narrow = max(1.0, _NARROW_SLOTS / (1.125 * fan_in))  # with pads
+    wanted = max(min(_USUAL_ROWS, narrow), _SYNAPSES_PER_COLUMN * inputs / fan_in)
+    wanted = min(_MOST_ROWS, wanted)
+    if 0.8 * wanted <= narrow:
+        wanted = min(wanted, narrow)
     blocks = threads * math.ceil(rows / (threads * wanted))
-    return max(_LEAST_ROWS, math.ceil(rows / (16 * blocks)) * 16)
+    return math.ceil(max(min(_LEAST_ROWS, wanted), rows / blocks))
 
 
 def build_transposed_plan(crow: Array, columns: Array, block_rows: int) -> TransposedPlan:

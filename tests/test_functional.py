@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
+from dendrite_kernels.transposed import build_transposed_plan
 
 BATCHES = [0, 1, 2, 31, 33, 128, 1000]
 
@@ -27,6 +28,14 @@ def ragged(inputs: int, rows: int, soma_ptr: list[int], seed: int = 0) -> Connec
     )
 
 
+def many_slots() -> Connectivity:
+    """Its plan, made before anybody asks for it, has more slots in a block than a uint16 counts."""
+    c = dk.connectivity.random(200, 64, 16, 150, seed=0)
+    crow = c.crow_indices.numpy()
+    c.cached("transposed", lambda: build_transposed_plan(crow, c.columns, block_rows=1000))
+    return c
+
+
 NETWORKS: dict[str, Callable[[], Connectivity]] = {
     "constant fan-in": lambda: dk.connectivity.random(100, 12, 4, 16, constant_fan_in=True, seed=0),
     "fan-in 7": lambda: dk.connectivity.random(90, 5, 3, 7, constant_fan_in=True, seed=0),
@@ -40,7 +49,7 @@ NETWORKS: dict[str, Callable[[], Connectivity]] = {
     "no synapse": lambda: Connectivity.from_csr([0, 0, 0, 0], [], 5, soma_ptr=[0, 2, 3]),
     "wide": lambda: dk.connectivity.random(65537, 9, 4, 12, constant_fan_in=True, seed=0),
     "several blocks": lambda: dk.connectivity.random(40, 130, 18, 5, seed=0),
-    "blocks of many slots": lambda: dk.connectivity.random(200, 64, 16, 150, seed=0),
+    "blocks of many slots": many_slots,
 }
 
 

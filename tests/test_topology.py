@@ -608,6 +608,8 @@ def large(rows: int, inputs: int, k: int) -> Connectivity:
         (65536, 4096, 32, 1821),  # 2048 would not be narrow
         (65536, 8192, 32, 4096),
         (1 << 20, 65536, 32, 8192),
+        (4096, 784, 392, 149),  # 1024 would not be narrow
+        (4096, 65536, 65536, 16),  # as many as a column wants synapses
         (1, 1, 1, 1024),
         (5000, 100, 0, 1600),
     ],
@@ -616,9 +618,10 @@ def test_blocks_have_enough_synapses_per_column_and_are_shared_by_threads(
     rows: int, inputs: int, fan_in: int, usual: int, threads: int
 ) -> None:
     chosen = choose_block_rows(rows, inputs, rows * fan_in, threads)
-    assert 512 <= chosen <= max(512, usual + 16)
+    least = min(512, usual)
+    assert least <= chosen <= max(least, usual)
     each = math.ceil(rows / chosen / threads)  # blocks, of the thread with most of them
-    assert chosen == 512 or each * chosen <= rows / threads + 16 * each
+    assert chosen == least or each * chosen < rows / threads + each
     if rows >= threads * usual:
         assert chosen > usual / 2
 
