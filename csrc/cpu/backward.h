@@ -268,12 +268,11 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                        G0, out, dx);
       }
       const T* row = G;
-      GradientStream<T> gradients(net, call, first * kRowBlock);
       for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
-        gradients.push(G0[p], [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
+        finish_row(net, call, dendrite_at(net, p), G0[p],
+                   [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
         row += padded_row<T>(net, p);
       }
-      gradients.flush();
     }
   });
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
@@ -318,7 +317,6 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
     const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
     T* row = G;
     for (int64_t p = 0; p < p0; ++p) row += padded_row<T>(net, p);
-    GradientStream<T> gradients(net, call, p0);
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t room = padded_row<T>(net, p);
       T sum = G0[p];
@@ -327,10 +325,10 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
         for (int64_t k = 0; k < room; k += kLanes<T>)
           store(row + k, load(row + k) + load(row + copy * slots + k));
       }
-      gradients.push(sum, [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
+      finish_row(net, call, dendrite_at(net, p), sum,
+                 [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
       row += room;
     }
-    gradients.flush();
     for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
       T sum = 0;
       for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];

@@ -236,87 +236,70 @@ __attribute__((noinline)) void fill_weights(const dk::Topology& net,
   for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
 }
 
-// Parameter gradients of the dendrites at positions p0, p0 + 1, ..., pushed one after the other.
-template <class T>
-class GradientStream {
- public:
-  DK_INLINE GradientStream(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p0)
-      : call_(call), crow_(net.crow), order_(net.order), position_(p0) {}
-  // G(k, n): the n numbers of G from the dendrite's k-th synapse on, n at most one vector.
-  template <class Source>
-  DK_INLINE void push(T G0, const Source& G) {
-    constexpr int L = kLanes<T>;
-    const int64_t p = position_ + count_, r = order_ ? order_[p] : p, begin = crow_[r],
-                  synapses = crow_[r + 1] - begin;
-    const T* weight = call_.weight + begin;
-    T* dweight = call_.dweight + begin;
-    const vec<T> c = splat(cable_weight(call_, r));
-    vec<T> dots{};
-    int64_t k = 0;
-    for (; k + L <= synapses; k += L) {
-      const vec<T> g = G(k, L);
-      dots += load(weight + k) * g;
-      store(dweight + k, g * c);
-    }
-    if (const int rest = int(synapses - k)) {
-      const vec<T> g = G(k, rest);
-      dots += load_part(weight + k, rest) * g;
-      store_part(dweight + k, g * c, rest);
-    }
-    dots_[count_] = dots;
-    G0_[count_] = G0;
-    if (++count_ == L) flush();
+// The gradient of dendrite r's weights; the lanes of the result add up to <w_r, G_r>. G(k, n): the
+// n numbers of G from the dendrite's k-th synapse on, n at most one vector.
+template <class T, class Source>
+DK_INLINE vec<T> weight_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                 int64_t r, const Source& G) {
+  constexpr int L = kLanes<T>;
+  const int64_t begin = net.crow[r], synapses = net.crow[r + 1] - begin;
+  const T* weight = call.weight + begin;
+  T* dweight = call.dweight + begin;
+  const vec<T> c = splat(cable_weight(call, r));
+  vec<T> dots{};
+  int64_t k = 0;
+  for (; k + L <= synapses; k += L) {
+    const vec<T> g = G(k, L);
+    dots += load(weight + k) * g;
+    store(dweight + k, g * c);
   }
-  DK_INLINE void flush() {
-    for (int i = count_; i < kLanes<T>; ++i) dots_[i] = vec<T>{};
-    const vec<T> dots = lane_sums<T>(dots_), G0 = load(G0_);
-    if (order_) {
-      for (int i = 0; i < count_; ++i) {
-        const int64_t r = order_[position_ + i];
-        const T bias = call_.dendrite_bias ? call_.dendrite_bias[r] : T(0);
-        call_.ddendrite_bias[r] = cable_weight(call_, r) * G0[i];
-        if (call_.dcable) call_.dcable[r] = dots[i] + bias * G0[i];
-      }
-    } else {
-      const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
-        return numbers ? load_part(numbers + position_, count_) : splat(otherwise);
-      };
-      store_part(call_.ddendrite_bias + position_, own(call_.cable, 1) * G0, count_);
-      if (call_.dcable)
-        store_part(call_.dcable + position_, dots + own(call_.dendrite_bias, 0) * G0, count_);
-    }
-    position_ += count_;
-    count_ = 0;
+  if (const int rest = int(synapses - k)) {
+    const vec<T> g = G(k, rest);
+    dots += load_part(weight + k, rest) * g;
+    store_part(dweight + k, g * c, rest);
   }
+  return dots;
+}
 
- private:
-  const dk::BackwardCall<T>& call_;
-  const int32_t *crow_, *order_;
-  int64_t position_;
-  vec<T> dots_[kLanes<T>];  // of weights and G
-  T G0_[kLanes<T>] = {};
-  int count_ = 0;
-};
+// Parameter gradients of one dendrite from its G and G0.
+template <class T, class Source>
+DK_INLINE void finish_row(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r, T G0,
+                          const Source& G) {
+  const T dot = lane_sum<T>(weight_gradient<T>(net, call, r, G)),
+          bias = call.dendrite_bias ? call.dendrite_bias[r] : T(0);
+  call.ddendrite_bias[r] = cable_weight(call, r) * G0;
+  if (call.dcable) call.dcable[r] = dot + bias * G0;
+}
 
-// G is in slot order; with copies > 1 it is the sum of that many partial arrays, `stride` apart.
+// The same for a block, whose G is in slot order; with copies > 1, G and G0 are sums of that many
+// partial arrays, G's `stride` apart. As many dendrites at a time as a vector has lanes.
 template <class T, class Index>
 __attribute__((noinline)) void finish_block(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
                                             int64_t copies, const T* G, int64_t stride,
                                             const T* G0) {
-  const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
-  GradientStream<T> gradients(net, call, r0);
-  for (int64_t r = r0; r < r1; ++r) {
-    const Index* slot = static_cast<const Index*>(net.plan_slot) + net.crow[r];
-    T sum = 0;
-    for (int64_t i = 0; i < copies; ++i) sum += G0[i * net.rows + r];
-    gradients.push(sum, [&](int64_t k, int count) DK_LAMBDA {
-      vec<T> g = gather_part(G, slot + k, count);
-      for (int64_t i = 1; i < copies; ++i) g += gather_part(G + i * stride, slot + k, count);
-      return g;
-    });
+  constexpr int L = kLanes<T>;
+  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
+  for (int64_t r = block * net.block_rows; r < r1; r += L) {
+    const int count = int(min64(L, r1 - r));
+    vec<T> dots[L] = {};
+    for (int i = 0; i < count; ++i) {
+      const Index* slot = static_cast<const Index*>(net.plan_slot) + net.crow[r + i];
+      dots[i] = weight_gradient<T>(net, call, r + i, [&](int64_t k, int n) DK_LAMBDA {
+        vec<T> g = gather_part(G, slot + k, n);
+        for (int64_t t = 1; t < copies; ++t) g += gather_part(G + t * stride, slot + k, n);
+        return g;
+      });
+    }
+    vec<T> sums = load_part(G0 + r, count);
+    for (int64_t t = 1; t < copies; ++t) sums += load_part(G0 + t * net.rows + r, count);
+    const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
+      return numbers ? load_part(numbers + r, count) : splat(otherwise);
+    };
+    store_part(call.ddendrite_bias + r, own(call.cable, 1) * sums, count);
+    if (call.dcable)
+      store_part(call.dcable + r, lane_sums<T>(dots) + own(call.dendrite_bias, 0) * sums, count);
   }
-  gradients.flush();
 }
 
 template <class T, int V, class Column>
