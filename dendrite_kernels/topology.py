@@ -309,7 +309,10 @@ class Connectivity:
 
     @property
     def transposed(self) -> TransposedPlan:
-        """The synapses grouped by input column within blocks of dendrites, for backward."""
+        """The synapses grouped by input column within blocks of dendrites, for backward.
+
+        Made when first asked for; blocks suit the number of threads that torch has then.
+        """
         return self.cached("transposed", self._make_transposed)
 
     def _make_transposed(self) -> TransposedPlan:

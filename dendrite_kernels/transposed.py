@@ -42,9 +42,7 @@ class TransposedPlan:
     slot_ptr: Array  # int64 [blocks + 1], multiples of 16: block b owns slot_ptr[b]:slot_ptr[b + 1]
     row: Array  # uint16 [slots]: dendrite counted from its block's first
     slot: Array  # [nnz]: CSR position -> slot counted from its block's first
-    synapse: (
-        Array  # [slots]: CSR position counted from its block's first; of pads, one past the last
-    )
+    synapse: Array  # [slots]: CSR position counted from its block's first; a pad's is past the last
 
 
 def choose_block_rows(rows: int, inputs: int, nnz: int, threads: int) -> int:
