@@ -25,6 +25,7 @@ from dendrite_kernels.backends import _order, cpp
 from tests.cpu_kernels import build
 
 EXTENSION: Any = cpp._load()[0]
+PLAN_ARRAYS = "column_ptr", "column", "groups", "slot_ptr", "row", "slot", "synapse"
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="_cpu was not built")
 
 
@@ -407,8 +408,7 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     for net, order in ((ordered, _order.by_centre(c)), (ordered_rows, _order.rows_by_centre(c))):
         if order is not None:
             net.set_order(*(guard(a, at_end) if isinstance(a, np.ndarray) else a for a in order))
-    names = "column_ptr", "column", "groups", "slot_ptr", "row", "slot", "synapse"
-    arrays = [getattr(plan, name) for name in names]
+    arrays = [getattr(plan, name) for name in PLAN_ARRAYS]
     topology.set_transposed(plan.block_rows, plan.group, *(guard(a, at_end) for a in arrays))
     x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
     cable, bs, grad = draw(c.num_dendrites), draw(c.num_somas), draw(batch, c.num_somas)
@@ -468,3 +468,23 @@ def check_low_precision(
     run(*rounded)
     run(x, y, grad, dx, round_x=True)
     assert torch.equal(y, rounded[1])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("column", "Expected plan columns as wide as the connectivity's, got another width"),
+        ("synapse", "Expected slots as wide as synapses, got another width"),
+    ],
+)
+def test_a_plan_of_other_widths_is_refused(name: str, message: str) -> None:
+    c = dk.connectivity.random(20, 3, 4, 5, seed=0)
+    plan = c.transposed
+    topology = EXTENSION.Topology(
+        c.in_features, c.crow_indices.numpy(), c.columns, c.soma_ptr.numpy(), c.fan_in or 0
+    )
+    arrays = {field: getattr(plan, field) for field in PLAN_ARRAYS}
+    arrays[name] = arrays[name].astype(np.int32)
+    with pytest.raises(TypeError, match=message):
+        topology.set_transposed(plan.block_rows, plan.group, *arrays.values())
