@@ -100,11 +100,15 @@ def gradients(
 
 
 def assert_as_exact_as_torch(
-    ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]
+    ours: list[torch.Tensor],
+    plain: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    floor: float | None = None,
 ) -> None:
-    """Relative L2 error at most 1e-6 or twice that of plain PyTorch in the same dtype."""
+    """Relative L2 error at most `floor` or twice that of plain PyTorch in the same dtype."""
     names = ["output", "x", "weight", "bias", "cable", "soma bias"]
-    floor = 1e-6 if exact and ours[0].dtype == torch.float32 else 1e-14
+    if floor is None:
+        floor = 1e-6 if ours[0].dtype == torch.float32 else 1e-14
     measured = oracle.errors(ours, exact), oracle.errors(plain, exact)
     for name, error, reference in zip(names[: len(ours)], *measured, strict=True):
         assert error <= max(floor, 2 * reference), (name, error, reference)
@@ -124,6 +128,41 @@ def test_dendritic_layer_is_exact(
     plain = gradients(lambda *t: dk.reference.dendritic_layer(*t, c), tensors, grad)
     ours = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
     assert_as_exact_as_torch(ours, plain, exact)
+
+
+LONG_SUMS = {
+    "rows of 5000": lambda: dk.connectivity.random(8000, 16, 4, 5000, seed=0),
+    "rows of 400": lambda: dk.connectivity.random(784, 256, 4, 392, seed=0),
+    "columns of 4096": lambda: dk.connectivity.random(16, 1024, 16, 4, seed=0),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("network", LONG_SUMS)
+def test_long_sums_round_off_no_more_than_plain_torch(
+    backend: str, network: str, batch: int
+) -> None:
+    """Thousands of products added up one by one would have five times its error."""
+    c = LONG_SUMS[network]()
+    tensors = [torch.randn(batch, c.in_features), torch.randn(c.nnz), torch.randn(c.num_dendrites)]
+    grad = torch.randn(batch, c.num_dendrites)
+    exact = gradients(lambda *t: oracle.sparse_linear(*t, c), [t.double() for t in tensors], grad)
+    plain = gradients(lambda *t: dk.reference.sparse_linear(*t, c), tensors, grad)
+    ours = gradients(lambda *t: dk.functional.sparse_linear(*t, c), tensors, grad)
+    assert_as_exact_as_torch(ours, plain, exact, floor=0)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_cable_gradients_of_long_rows(backend: str, batch: int) -> None:
+    c = LONG_SUMS["rows of 5000"]()
+    tensors = draw(c, batch, torch.float32, somas=True)
+    grad = draw_grad(batch, c.num_somas, torch.float32)
+    exact = gradients(
+        lambda *t: oracle.dendritic_layer(*t, c, 0.1), [t.double() for t in tensors], grad
+    )
+    plain = gradients(lambda *t: dk.reference.dendritic_layer(*t, c), tensors, grad)
+    ours = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
+    assert_as_exact_as_torch(ours, plain, exact, floor=0)
 
 
 @pytest.mark.parametrize(("network", "batch"), CASES)

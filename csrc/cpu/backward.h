@@ -32,6 +32,12 @@ void transpose_inputs(const dk::Topology& net, const dk::BackwardCall<T>& call, 
   }
 }
 
+// sum += part, both of n numbers: whole vectors.
+template <class T>
+DK_INLINE void add_to(int64_t n, const T* part, T* sum) {
+  for (int64_t e = 0; e < n; e += kLanes<T>) store(sum + e, load(sum + e) + load(part + e));
+}
+
 // The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
 template <class T, int V>
 void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
@@ -43,11 +49,8 @@ void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const d
     if (n0 >= n1) return;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       T* sum = dx + (tile * N + n0) * kTile;
-      for (int64_t other = 1; other < threads; ++other) {
-        const T* partial = sum + other * tiles * N * kTile;
-        for (int64_t e = 0; e < (n1 - n0) * kTile; e += kLanes<T>)
-          store(sum + e, load(sum + e) + load(partial + e));
-      }
+      for (int64_t other = 1; other < threads; ++other)
+        add_to((n1 - n0) * kTile, sum + other * tiles * N * kTile, sum);
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
       tile_out<T, V>(call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
     }
@@ -223,10 +226,13 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   // from other cores' caches what their threads transposed.
   constexpr int64_t kSmallBytes = 1 << 19;
   const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
-  const bool block_outer = x_bytes <= runtime.l2_bytes / 2, own_x = x_bytes <= kSmallBytes;
+  const bool block_outer = tiles == 1 || x_bytes <= runtime.l2_bytes / 2,
+             own_x = x_bytes <= kSmallBytes;
   const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
-  const int64_t blocks = ceil_div(R, kRowBlock),
-                at_once = block_outer ? 1 : ceil_div(blocks, threads);
+  const int64_t blocks = ceil_div(R, kRowBlock), share = ceil_div(blocks, threads),
+                at_once = block_outer ? 1 : share;
+  // Blocks that give an input as many synapses as a chain has.
+  const int64_t chain = max64(1, blocks * 2 * kChain * N / max64(1, net.nnz));
   int64_t widest = 0;  // G of so many blocks
   for (int64_t first = 0; first < blocks; first += at_once) {
     int64_t size = 0;
@@ -239,7 +245,8 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                 soma_at = carver.reserve<T>(tiles * S * kTile);
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
   const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
-                dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0);
+                dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0),
+                chain_at = carver.reserve<T>(WithInput && chain < share ? threads * N * kTile : 0);
   carver.allocate(runtime);
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
 
@@ -253,13 +260,18 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   });
   parallel(runtime, threads, [&](int64_t i) {
     T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
-    T *dx = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0),
+    T *sum = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0), *dx = sum,
       *xt = x + (own_x ? i * tiles * N * kTile : 0);
     if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
-    const int64_t end = min64(blocks, (i + 1) * ceil_div(blocks, threads));
-    for (int64_t first = i * ceil_div(blocks, threads); first < end; first += at_once) {
+    const int64_t begin = i * share, end = min64(blocks, begin + share);
+    for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = min64(end, first + at_once);
+      if (WithInput && first > begin && (first - begin) % chain == 0) {
+        if (dx != sum) add_to(N * kTile, dx, sum);
+        dx = carver.at<T>(chain_at) + i * N * kTile;
+        memset(dx, 0, size_t(N) * kTile * sizeof(T));
+      }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         T* out = G;
         for (int64_t block = first; block < last; ++block)
@@ -274,6 +286,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
         row += padded_row<T>(net, p);
       }
     }
+    if (dx != sum) add_to(N * kTile, dx, sum);
   });
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
 }

@@ -16,16 +16,16 @@ DK_INLINE vec<T> single_dendrite(const dk::Topology& net, const dk::BackwardCall
   const Column* column = static_cast<const Column*>(net.columns) + begin;
   const T* weight = call.weight + begin;
   T* dweight = call.dweight + begin;
-  vec<T> sum{};
+  Chains<T> sum;
   for (int64_t k = 0; k < synapses; k += L) {
     const int count = int(min64(L, synapses - k));
     const vec<T> inputs = count == L ? gather(x, column + k) : gather_part(x, column + k, count);
     store_part(dweight + k, inputs * splat(cable_q), count);
-    sum += load_part(weight + k, count) * inputs;
+    sum.add(k, load_part(weight + k, count) * inputs);
   }
   if constexpr (WithInput)
     for (int64_t k = 0; k < synapses; ++k) dx[column[k]] += weight[k] * cable_q;
-  return sum;
+  return sum.sum();
 }
 
 // Dendrites r..r+count-1, given their q in the first lanes.
@@ -86,10 +86,14 @@ void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const bool somas = call.cable != nullptr;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t threads = useful_threads(runtime, call.dx ? work_of(net) : work_of(net) / 2);
+  // An input of more synapses than a chain gets a sum of as many sums as there are stretches.
+  const int64_t chains = ceil_div(work_of(net), 2 * kChain * threads * max64(1, N)),
+                stretches = call.dx ? max64(1, chains) : 1;
   Carver carver;
   const int64_t x_at = carver.reserve<T>(N), grad_at = carver.reserve<T>(outputs),
                 y_at = carver.reserve<T>(outputs),
-                dx_at = carver.reserve<T>(call.dx ? threads * N : 0);
+                dx_at = carver.reserve<T>(call.dx ? threads * N : 0),
+                stretch_at = carver.reserve<T>(stretches > 1 ? threads * N : 0);
   carver.allocate(runtime);
   const SingleSample<T> in{
       row_in(call.storage, call.x, N, carver.at<T>(x_at)),
@@ -97,15 +101,21 @@ void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
       somas ? row_in(call.storage, call.y, outputs, carver.at<T>(y_at)) : nullptr};
   T *private_dx = carver.at<T>(dx_at), *dx = row_out_at(call.storage, call.dx, private_dx);
   const auto dx_of = [&](int64_t i) { return i ? private_dx + i * N : dx; };
+  const auto add = [&](const T* part, T* sum) {
+    for (int64_t n = 0; n < N; ++n) sum[n] += part[n];
+  };
   parallel(runtime, threads, [&](int64_t i) {
-    const auto [first, last] = share_of(net, somas, i, threads);
-    if (!call.dx) return single_outputs<T, Column, false>(net, call, in, first, last, nullptr);
-    memset(dx_of(i), 0, size_t(N) * sizeof(T));
-    single_outputs<T, Column, true>(net, call, in, first, last, dx_of(i));
+    for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+      const auto [first, last] = share_of(net, somas, i * stretches + stretch, threads * stretches);
+      if (!call.dx) return single_outputs<T, Column, false>(net, call, in, first, last, nullptr);
+      T* part = stretch ? carver.at<T>(stretch_at) + i * N : dx_of(i);
+      memset(part, 0, size_t(N) * sizeof(T));
+      single_outputs<T, Column, true>(net, call, in, first, last, part);
+      if (stretch) add(part, dx_of(i));
+    }
   });
   if (!call.dx) return;
-  for (int64_t i = 1; i < threads; ++i)
-    for (int64_t n = 0; n < N; ++n) dx[n] += dx_of(i)[n];
+  for (int64_t i = 1; i < threads; ++i) add(dx_of(i), dx);
   row_out(call.storage, dx, N, call.dx);
 }
 

@@ -36,6 +36,56 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
       unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k, splat(weight[d][k])); });
 }
 
+// The same for ND rows of count[d] synapses. FanIn > 0 fixes the trip count at compile time.
+template <class T, int Tile, int FanIn, int ND, class Column, class E>
+DK_INLINE void gather_dendrites(const T* const* weight, const Column* const* column,
+                                const int64_t* count, const E* x, vec<T>* acc) {
+  constexpr int V = kStrip<T, Tile>;
+  if constexpr (FanIn > 0) {
+    gather_synapses<T, Tile, FanIn, ND>(weight, column, FanIn, x, acc);
+  } else {
+    int64_t common = count[0];
+    unroll<ND>([&](auto d) DK_LAMBDA { common = min64(common, count[d]); });
+    gather_synapses<T, Tile, 0, ND>(weight, column, common, x, acc);
+    if constexpr (ND > 1)
+      unroll<ND>([&](auto d) DK_LAMBDA {
+        const T* w = weight[d] + common;
+        const Column* c = column[d] + common;
+        gather_synapses<T, Tile, 0, 1>(&w, &c, count[d] - common, x, acc + d * V);
+      });
+  }
+}
+
+template <class T, class Column, int ND>
+struct LongRows {
+  const T* weight[ND];
+  const Column* column[ND];
+  int64_t count[ND];
+};
+
+// The sums of rows of more than a chain of synapses, chain by chain. Not inlined: short rows need
+// the registers.
+template <class T, int Tile, int ND, class Column, class E>
+__attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E* x, vec<T>* sum) {
+  constexpr int V = kStrip<T, Tile>;
+  unroll<ND * V>([&](auto i) DK_LAMBDA { sum[i] = vec<T>{}; });
+  for (bool more = true; more;) {
+    more = false;
+    int64_t count[ND];
+    vec<T> part[ND * V];
+    unroll<ND * V>([&](auto i) DK_LAMBDA { part[i] = vec<T>{}; });
+    unroll<ND>([&](auto d) DK_LAMBDA { count[d] = min64(rows.count[d], kChain); });
+    gather_dendrites<T, Tile, 0, ND>(rows.weight, rows.column, count, x, part);
+    unroll<ND * V>([&](auto i) DK_LAMBDA { sum[i] += part[i]; });
+    unroll<ND>([&](auto d) DK_LAMBDA {
+      rows.weight[d] += count[d];
+      rows.column[d] += count[d];
+      rows.count[d] -= count[d];
+      more |= rows.count[d] > 0;
+    });
+  }
+}
+
 // Pre-activations u of the ND dendrites at position r and after it. FanIn > 0 fixes the trip count
 // at compile time. Where they have an order, their columns lie in it and their weights do not:
 // those are asked for some dendrites ahead, since no prefetcher sees a pattern.
@@ -65,15 +115,20 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
     const vec<T> bias = splat(call.dendrite_bias ? call.dendrite_bias[dendrite] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { u[d * V + t] = bias; });
   });
-  int64_t common = count[0];
-  unroll<ND>([&](auto d) DK_LAMBDA { common = min64(common, count[d]); });
-  gather_synapses<T, Tile, FanIn, ND, Column>(weight, column, FanIn ? FanIn : common, x, u);
-  if constexpr (FanIn == 0 && ND > 1) {
+  bool is_long = false;
+  unroll<ND>([&](auto d) DK_LAMBDA { is_long |= count[d] > kChain; });
+  if (FanIn == 0 && __builtin_expect(is_long, false)) {
+    LongRows<T, Column, ND> rows;
     unroll<ND>([&](auto d) DK_LAMBDA {
-      const T* w = weight[d] + common;
-      const Column* c = column[d] + common;
-      gather_synapses<T, Tile, 0, 1, Column>(&w, &c, count[d] - common, x, u + d * V);
+      rows.weight[d] = weight[d];
+      rows.column[d] = column[d];
+      rows.count[d] = count[d];
     });
+    vec<T> sum[ND * V];
+    gather_long<T, Tile, ND>(rows, x, sum);
+    unroll<ND * V>([&](auto i) DK_LAMBDA { u[i] += sum[i]; });
+  } else {
+    gather_dendrites<T, Tile, FanIn, ND>(weight, column, count, x, u);
   }
 }
 

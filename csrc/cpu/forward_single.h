@@ -27,17 +27,19 @@ DK_INLINE vec<T> gathered_products(const dk::Topology& net, const T* weight, con
   const int64_t begin = FanIn ? r * FanIn : int64_t(net.crow[r]);
   const Column* column = static_cast<const Column*>(net.columns) + begin;
   weight += begin;
-  vec<T> sum{};
   if constexpr (FanIn > 0) {
+    vec<T> sum{};
     unroll<FanIn / L>([&](auto i)
                           DK_LAMBDA { sum += load(weight + i * L) * gather(x, column + i * L); });
+    return sum;
   } else {
+    Chains<T> sum;
     const int64_t synapses = net.crow[r + 1] - begin;
     int64_t k = 0;
-    for (; k + L <= synapses; k += L) sum += load(weight + k) * gather(x, column + k);
-    if (k < synapses) sum += products_part(weight + k, x, column + k, int(synapses - k));
+    for (; k + L <= synapses; k += L) sum.add(k, load(weight + k) * gather(x, column + k));
+    if (k < synapses) sum.add(k, products_part(weight + k, x, column + k, int(synapses - k)));
+    return sum.sum();
   }
-  return sum;
 }
 
 // u of dendrites r..r+count-1 in the first lanes.

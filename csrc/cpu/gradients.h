@@ -169,10 +169,7 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
     }
     vec<T> xv[V], acc[V];
     unroll<V>([&](auto t) DK_LAMBDA { xv[t] = load(x + n * kTile + t * L); });
-    if (clear_dx)
-      unroll<V>([&](auto t) DK_LAMBDA { acc[t] = vec<T>{}; });
-    else
-      unroll<V>([&](auto t) DK_LAMBDA { acc[t] = load(dx + n * kTile + t * L); });
+    unroll<V>([&](auto t) DK_LAMBDA { acc[t] = vec<T>{}; });
     const auto synapse = [&](int slot) DK_LAMBDA {
       const vec<T> w = splat(weight[slot]);
       const T* p = q + int64_t(row[slot]) * kTile;
@@ -199,6 +196,8 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
       weight += Group;
       row += Group;
     }
+    // What other blocks gave comes last: a sum of their sums rounds off less than one long chain.
+    if (!clear_dx) unroll<V>([&](auto t) DK_LAMBDA { acc[t] += load(dx + n * kTile + t * L); });
     unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
   }
   if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
@@ -246,19 +245,19 @@ DK_INLINE vec<T> weight_gradient(const dk::Topology& net, const dk::BackwardCall
   const T* weight = call.weight + begin;
   T* dweight = call.dweight + begin;
   const vec<T> c = splat(cable_weight(call, r));
-  vec<T> dots{};
+  Chains<T> dots;
   int64_t k = 0;
   for (; k + L <= synapses; k += L) {
     const vec<T> g = G(k, L);
-    dots += load(weight + k) * g;
+    dots.add(k, load(weight + k) * g);
     store(dweight + k, g * c);
   }
   if (const int rest = int(synapses - k)) {
     const vec<T> g = G(k, rest);
-    dots += load_part(weight + k, rest) * g;
+    dots.add(k, load_part(weight + k, rest) * g);
     store_part(dweight + k, g * c, rest);
   }
-  return dots;
+  return dots.sum();
 }
 
 // Parameter gradients of one dendrite from its G and G0.

@@ -34,6 +34,28 @@ DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
   return max64(1, min64(runtime.threads, work / kWorkPerThread));
 }
 
+// Products that are added up in one accumulator. Rounding errors grow with the length of such a
+// chain, so longer sums are sums of chains.
+constexpr int64_t kChain = 128;
+
+// Such a sum of the numbers of a row, a vector of them at a time; the k-th and the next ones first
+// to last.
+template <class T>
+class Chains {
+ public:
+  DK_INLINE void add(int64_t k, vec<T> products) {
+    chain_ += products;
+    if (k % kChain == kChain - kLanes<T>) {
+      done_ += chain_;
+      chain_ = vec<T>{};
+    }
+  }
+  DK_INLINE vec<T> sum() const { return done_ + chain_; }
+
+ private:
+  vec<T> done_{}, chain_{};
+};
+
 // Cuts one workspace into 64-byte aligned arrays: first add up the sizes, then take the pieces in
 // the same order.
 class Carver {

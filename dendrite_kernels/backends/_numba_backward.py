@@ -14,6 +14,7 @@ from __future__ import annotations
 from numba.extending import overload
 
 from ._numba_kernels import (
+    CHAIN,
     OPTIONS,
     inline,
     kernel,
@@ -23,6 +24,7 @@ from ._numba_kernels import (
 )
 from ._numba_operations import (
     accumulate,
+    add,
     clear,
     correlate,
     element,
@@ -176,9 +178,8 @@ def gather_block(spec, job, block, q, weights, x_tile, dx_tile, sums, fresh):
         x = vload(spec, x_tile, n)
         if fresh:
             clear(spec, dx_tile, done, n)
-            dx, done = none, n + lanes
-        else:
-            dx = vload(spec, dx_tile, n)
+            done = n + lanes
+        dx = none
         end = j + group * load_uint16(groups, i)
         while j + 4 <= end:
             dx, dots = gather(spec, 4, q, rows, weights, j, x, dx)
@@ -188,7 +189,8 @@ def gather_block(spec, job, block, q, weights, x_tile, dx_tile, sums, fresh):
             dx, dot = gather(spec, 1, q, rows, weights, j, x, dx)
             accumulate(sums, j, dot)
             j += 1
-        vstore(dx_tile, n, dx)
+        # Last what other blocks gave: a sum of their sums rounds off less than one long chain.
+        vstore(dx_tile, n, dx if fresh else add(dx, vload(spec, dx_tile, n)))
     if fresh:
         clear(spec, dx_tile, done, job.features * lanes)
 
@@ -230,20 +232,24 @@ def finish_rows(spec, job, first, last):
     bias, d_bias, d_cable = job.dendrite_bias, job.d_dendrite_bias, job.d_cable
     for r in range(first, last):
         c, g0 = load(spec, cable, r), load(spec, d_bias, r)
-        cs, dots = splat(one, c), splat(one, element(spec, 0.0))
+        cs, none = splat(one, c), splat(one, element(spec, 0.0))
+        dots, chain = none, none
         dot = load_or_zero(spec, bias, r) * g0
-        j, end = load_int32(crow, r), load_int32(crow, r + 1)
+        begin, end = load_int32(crow, r), load_int32(crow, r + 1)
+        j = begin
         while j + width <= end:
             g = vload(one, dw, j)
-            dots = multiply_add(vload(one, weight, j), g, dots)
+            chain = multiply_add(vload(one, weight, j), g, chain)
             vstore(dw, j, multiply(cs, g))
             j += width
+            if (j - begin) % CHAIN == 0:
+                dots, chain = add(dots, chain), none
         while j < end:
             value = load(spec, dw, j)
             dot += load(spec, weight, j) * value
             store(spec, dw, j, c * value)
             j += 1
-        store(spec, d_cable, r, dot + total(dots))
+        store(spec, d_cable, r, dot + total(add(dots, chain)))
         store(spec, d_bias, r, c * g0)
 
 

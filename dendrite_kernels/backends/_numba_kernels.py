@@ -19,11 +19,12 @@ from numba.core import types
 from numba.extending import overload
 
 from ._numba_operations import (
-    element, lanes_of, leaky, load, load_int32, multiply_add, register_of, size_of,
+    add, element, lanes_of, leaky, load, load_int32, multiply_add, register_of, size_of,
     splat, store, store_signs, transpose_in, transpose_out, vstore, weigh,
 )  # fmt: skip
 
 CHUNK = 16  # somas that forward finishes before it writes them to y
+CHAIN = 128  # products added up one by one: longer sums, sums of such, round off less
 
 _SIZES = [
     "tasks", "samples", "features", "rows", "somas", "first_tile", "tiles", "pass_tiles",
@@ -122,17 +123,45 @@ def excite(spec, tile, columns, weights, begin, end, u):
 
 
 @inline
-def excite_two(spec, tile, columns, weights, begin, middle, end, u0, u1):
-    """u0 + the synapses [begin, middle), u1 + the synapses [middle, end): two chains of sums at
+def excite_two(spec, tile, columns, weights, begin0, end0, begin1, end1, u0, u1):
+    """u0 + the synapses [begin0, end0), u1 + the synapses [begin1, end1): two chains of sums at
     once, so that neither waits for its own last addition.
     """
-    both = min(middle - begin, end - middle) & -4
+    both = min(end0 - begin0, end1 - begin1) & -4
     for j in range(0, both, 4):
-        u0 = weigh(spec, 4, tile, columns, weights, begin + j, u0)
-        u1 = weigh(spec, 4, tile, columns, weights, middle + j, u1)
-    u0 = excite(spec, tile, columns, weights, begin + both, middle, u0)
-    u1 = excite(spec, tile, columns, weights, middle + both, end, u1)
+        u0 = weigh(spec, 4, tile, columns, weights, begin0 + j, u0)
+        u1 = weigh(spec, 4, tile, columns, weights, begin1 + j, u1)
+    u0 = excite(spec, tile, columns, weights, begin0 + both, end0, u0)
+    u1 = excite(spec, tile, columns, weights, begin1 + both, end1, u1)
     return u0, u1
+
+
+@kernel
+def excite_long(spec, tile, columns, weights, begin, middle, end, u0, u1):
+    """The same for [begin, middle) and [middle, end), chain by chain."""
+    none, second = splat(spec, element(spec, 0.0)), middle
+    while begin < middle or second < end:
+        end0, end1 = min(middle, begin + CHAIN), min(end, second + CHAIN)
+        sum0, sum1 = excite_two(spec, tile, columns, weights, begin, end0, second, end1, none, none)
+        u0, u1 = add(u0, sum0), add(u1, sum1)
+        begin, second = end0, end1
+    return u0, u1
+
+
+@inline
+def excite_pair(spec, tile, columns, weights, begin, middle, end, u0, u1):
+    """u0 + the synapses [begin, middle), u1 + the synapses [middle, end)."""
+    if max(middle - begin, end - middle) > CHAIN:
+        return excite_long(spec, tile, columns, weights, begin, middle, end, u0, u1)
+    return excite_two(spec, tile, columns, weights, begin, middle, middle, end, u0, u1)
+
+
+@inline
+def excite_last(spec, tile, columns, weights, begin, end, u):
+    """u + the synapses [begin, end) of a dendrite without a neighbour."""
+    if end - begin > CHAIN:
+        return excite_long(spec, tile, columns, weights, begin, end, end, u, u)[0]
+    return excite(spec, tile, columns, weights, begin, end, u)
 
 
 @kernel
@@ -151,7 +180,7 @@ def forward_somas(spec, job, tile, signs, first, last, out):
             u0 = splat(spec, load_or_zero(spec, dendrite_bias, r))
             u1 = splat(spec, load_or_zero(spec, dendrite_bias, r + 1))
             j0, j1, j2 = load_int32(crow, r), load_int32(crow, r + 1), load_int32(crow, r + 2)
-            u0, u1 = excite_two(spec, tile, columns, weights, j0, j1, j2, u0, u1)
+            u0, u1 = excite_pair(spec, tile, columns, weights, j0, j1, j2, u0, u1)
             if signs != 0:
                 store_signs(signs, r, u0)
                 store_signs(signs, r + 1, u1)
@@ -161,7 +190,7 @@ def forward_somas(spec, job, tile, signs, first, last, out):
         if r < end:
             u = splat(spec, load_or_zero(spec, dendrite_bias, r))
             j0, j1 = load_int32(crow, r), load_int32(crow, r + 1)
-            u = excite(spec, tile, columns, weights, j0, j1, u)
+            u = excite_last(spec, tile, columns, weights, j0, j1, u)
             if signs != 0:
                 store_signs(signs, r, u)
             v = multiply_add(splat(spec, load(spec, cable, r)), leaky(u, slope), v)
@@ -179,10 +208,10 @@ def forward_rows(spec, job, tile, signs, first, last, out):
         if r + 1 < last:
             u1 = splat(spec, load_or_zero(spec, bias, r + 1))
             j2 = load_int32(crow, r + 2)
-            u0, u1 = excite_two(spec, tile, columns, weights, j0, j1, j2, u0, u1)
+            u0, u1 = excite_pair(spec, tile, columns, weights, j0, j1, j2, u0, u1)
             vstore(out, (r + 1 - first) * lanes, u1)
         else:
-            u0 = excite(spec, tile, columns, weights, j0, j1, u0)
+            u0 = excite_last(spec, tile, columns, weights, j0, j1, u0)
         vstore(out, (r - first) * lanes, u0)
         r += 2
 
