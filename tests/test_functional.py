@@ -53,8 +53,9 @@ NETWORKS: dict[str, Callable[[], Connectivity]] = {
 }
 
 
-# Every network with every batch; the wide one only with small ones, where an oracle is quick.
-CASES = [(name, b) for name in NETWORKS for b in BATCHES if name != "wide" or b in (0, 2, 33)]
+# Every network with every batch; large ones only with a few, where an oracle is quick.
+FEW = {"wide": (0, 2, 33), "blocks of many slots": (0, 2, 128)}
+CASES = [(name, b) for name in NETWORKS for b in FEW.get(name, BATCHES)]
 
 
 def test_networks_have_blocks_of_few_and_of_many_slots() -> None:

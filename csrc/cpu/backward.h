@@ -233,8 +233,10 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                 at_once = block_outer ? 1 : share;
   // Blocks that give an input as many synapses as a chain has.
   const int64_t chain = max64(1, blocks * 2 * kChain * N / max64(1, net.nnz));
+  // G of all blocks may grow where dw will be.
+  const bool in_place = !block_outer && !net.order && whole_rows<T>(net);
   int64_t widest = 0;  // G of so many blocks
-  for (int64_t first = 0; first < blocks; first += at_once) {
+  for (int64_t first = 0; first < blocks && !in_place; first += at_once) {
     int64_t size = 0;
     for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p)
       size += padded_row<T>(net, p);
@@ -259,12 +261,14 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                           call.dsoma_bias);
   });
   parallel(runtime, threads, [&](int64_t i) {
-    T *G = carver.at<T>(G_at) + i * widest, *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
+    const int64_t begin = i * share, end = min64(blocks, begin + share);
+    T *G = in_place ? call.dweight + min64(R, begin * kRowBlock) * net.fan_in
+                    : carver.at<T>(G_at) + i * widest,
+      *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
     T *sum = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0), *dx = sum,
       *xt = x + (own_x ? i * tiles * N * kTile : 0);
     if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
-    const int64_t begin = i * share, end = min64(blocks, begin + share);
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = min64(end, first + at_once);
       if (WithInput && first > begin && (first - begin) % chain == 0) {

@@ -393,11 +393,15 @@ __attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::Back
   return out;
 }
 
+template <class T>
+DK_INLINE bool whole_rows(const dk::Topology& net) {
+  return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
+}
+
 template <class T, int V, class Column, bool WithInput>
 auto pick_gather_rows(const dk::Topology& net) {
   if constexpr (!WithInput)
-    if (net.fan_in > 0 && net.fan_in % kLanes<T> == 0)
-      return gather_rows<T, V, Column, false, true>;
+    if (whole_rows<T>(net)) return gather_rows<T, V, Column, false, true>;
   return gather_rows<T, V, Column, WithInput, false>;
 }
 

@@ -207,9 +207,15 @@ std::vector<Subject> subjects() {
   // Enough for several threads even if there is one sample only.
   all.push_back(
       large(make_network("many synapses", 150, constant(1500, 48), constant(60, 25)), {1}, {1}));
-  // Only here x outgrows the cache and yet blocks are divided between threads (float64).
+  // Only here x outgrows the cache and yet blocks are divided between threads (float64), and sums
+  // grow where dw will be.
   all.push_back(
-      large(make_network("many inputs", 3100, constant(1040, 52), constant(52, 20)), {65}, {}));
+      large(make_network("many inputs", 3100, constant(1040, 48), constant(52, 20)), {65}, {}));
+  // Sums of more than a chain: of rows, and of the columns that a thread adds up without a plan.
+  all.push_back(small(make_network("long rows", 400, {300, 129, 128, 0, 17, 256, 385, 400}, {3, 5}),
+                      {1, 16, 33, 65}));
+  all.push_back(
+      large(make_network("few inputs", 3, constant(2600, 3), constant(200, 13)), {1, 2, 33}, {}));
   // A batch much larger than the network is divided between threads even without dx.
   all.push_back(
       large(make_network("many samples", 510, uneven(400, 16), constant(40, 10)), {785}, {785}));
