@@ -39,8 +39,12 @@ struct Workspace {
   std::vector<Array<Line>> blocks;
 };
 
+// Of the machine that kernels are told to run on; they choose tiles by it.
+constexpr int64_t kUsualL2 = 1 << 20, kSmallL2 = 1 << 14;
+int64_t l2_bytes = kUsualL2;
+
 dk::Runtime runtime(int threads, Workspace& workspace) {
-  return {threads, 1 << 20, run_on_threads, Workspace::get, &workspace};
+  return {threads, l2_bytes, run_on_threads, Workspace::get, &workspace};
 }
 
 template <class T>
