@@ -472,19 +472,23 @@ def check_low_precision(
 
 @needs_extension
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "dtype", "message"),
     [
-        ("column", "Expected plan columns as wide as the connectivity's, got another width"),
-        ("synapse", "Expected slots as wide as synapses, got another width"),
+        ("column", np.int32, "Expected plan columns as wide as the connectivity's, got another"),
+        ("synapse", np.int32, "Expected slots as wide as synapses, got another width"),
+        ("slot", np.int64, "slot: Expected contiguous uint16 or int32, got int64"),
+        ("synapse", np.int16, "synapse: Expected contiguous uint16 or int32, got int16"),
     ],
 )
-def test_a_plan_of_other_widths_is_refused(name: str, message: str) -> None:
+def test_a_plan_of_other_widths_is_refused(
+    name: str, dtype: type[np.signedinteger[Any]], message: str
+) -> None:
     c = dk.connectivity.random(20, 3, 4, 5, seed=0)
     plan = c.transposed
     topology = EXTENSION.Topology(
         c.in_features, c.crow_indices.numpy(), c.columns, c.soma_ptr.numpy(), c.fan_in or 0
     )
     arrays = {field: getattr(plan, field) for field in PLAN_ARRAYS}
-    arrays[name] = arrays[name].astype(np.int32)
+    arrays[name] = arrays[name].astype(dtype)
     with pytest.raises(TypeError, match=message):
         topology.set_transposed(plan.block_rows, plan.group, *arrays.values())

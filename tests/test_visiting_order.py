@@ -18,7 +18,7 @@ from dendrite_kernels.backends import _order, cpp
 needs_cpp = pytest.mark.skipif(
     not dk.backend_info()["cpp"]["available"], reason="the C++ backend was not built"
 )
-SOMAS = 2 * _order.MIXED_SOMAS + 7  # two groups and a piece of one
+SOMAS = 2 * _order.MOST_SOMAS + 7  # two groups and a piece of one
 
 
 def uneven(seed: int = 0) -> Connectivity:
@@ -51,6 +51,7 @@ ORDERED: dict[str, Callable[[], Connectivity]] = {
     "colour": lambda: dk.connectivity.local_receptive_fields(
         (12, 12), SOMAS, 3, 16, channels=3, seed=0
     ),
+    "many dendrites": lambda: dk.connectivity.local_receptive_fields((9, 9), 40, 64, 16, seed=0),
     "few somas": lambda: dk.connectivity.local_receptive_fields((9, 9), 3, 40, 16, seed=0),
     "pruned": pruned_fields,
     "uneven fields": uneven_fields,
@@ -78,13 +79,21 @@ def test_an_order_moves_dendrites_within_groups_of_somas(name: str) -> None:
     soma_ptr, crow = c.soma_ptr.numpy(), c.crow_indices.numpy()
     soma = np.searchsorted(soma_ptr, np.arange(c.num_dendrites), side="right") - 1
     assert np.array_equal(order.soma, soma[dendrite])
-    for first in range(0, c.num_somas, _order.MIXED_SOMAS):
-        stop = min(first + _order.MIXED_SOMAS, c.num_somas)
+    for first in range(0, c.num_somas, order.group_size):
+        stop = min(first + order.group_size, c.num_somas)
         part = dendrite[soma_ptr[first] : soma_ptr[stop]]
         assert np.array_equal(np.sort(part), np.arange(soma_ptr[first], soma_ptr[stop]))
     for position, r in enumerate(dendrite):
         here = order.columns[order.crow[position] : order.crow[position + 1]]
         assert np.array_equal(here, c.col_indices[crow[r] : crow[r + 1]])
+
+
+@pytest.mark.parametrize(("dendrites", "somas"), [(1, 64), (16, 64), (50, 20), (1500, 1)])
+def test_a_group_has_about_a_thousand_dendrites(dendrites: int, somas: int) -> None:
+    c = dk.connectivity.local_receptive_fields((16, 12), 80, dendrites, 16, seed=0)
+    order = _order.by_centre(c)
+    assert order is not None
+    assert order.group_size == somas
 
 
 @pytest.mark.parametrize("name", ORDERED)
@@ -126,7 +135,7 @@ def test_fields_tell_how_long_a_row_of_the_image_is(
 def test_fields_are_visited_in_bands_of_rows() -> None:
     """The centre moves by a few pixels from one to the next, but for the ends of groups."""
     side = 28
-    c = dk.connectivity.local_receptive_fields((side, side), _order.MIXED_SOMAS, 16, 16, seed=0)
+    c = dk.connectivity.local_receptive_fields((side, side), _order.MOST_SOMAS, 16, 16, seed=0)
     order = _order.by_centre(c)
     assert order is not None
     y, x = np.divmod(order.columns.reshape(-1, 16).astype(np.int64), side)

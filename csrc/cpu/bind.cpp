@@ -91,6 +91,14 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for, uintptr_
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// Of indices, which are uint16 or int32: whether they are uint16.
+bool is_narrow(const py::array& indices, const char* name) {
+  if (py::isinstance<Array<uint16_t>>(indices)) return true;
+  if (py::isinstance<Array<int32_t>>(indices)) return false;
+  throw py::type_error(std::string(name) + ": Expected contiguous uint16 or int32, got " +
+                       std::string(py::str(indices.dtype())));
+}
+
 // Borrows the arrays of a (validated, immutable) Connectivity and keeps them alive.
 class BoundTopology {
  public:
@@ -103,7 +111,7 @@ class BoundTopology {
     net.fan_in = fan_in;
     net.crow = keep(crow);
     net.soma_ptr = keep(soma_ptr);
-    net.narrow = columns.itemsize() == 2;
+    net.narrow = is_narrow(columns, "columns");
     net.columns = keep_any(columns);
     row_strides = pair(net.rows, 1);
     soma_strides = pair(net.somas, 1);
@@ -112,10 +120,11 @@ class BoundTopology {
                       const py::array& column, const Array<uint16_t>& groups,
                       const Array<int64_t>& slot_ptr, const Array<uint16_t>& row,
                       const py::array& slot, const py::array& synapse) {
-    if (column.itemsize() != (net.narrow ? 2 : 4))
+    if (is_narrow(column, "column") != net.narrow)
       throw py::type_error(
           "Expected plan columns as wide as the connectivity's, got another width");
-    if (slot.itemsize() != synapse.itemsize())
+    net.plan_narrow = is_narrow(slot, "slot");
+    if (is_narrow(synapse, "synapse") != net.plan_narrow)
       throw py::type_error("Expected slots as wide as synapses, got another width");
     net.plan_column_ptr = keep(column_ptr);
     net.plan_slot_ptr = keep(slot_ptr);
@@ -124,7 +133,6 @@ class BoundTopology {
     net.plan_row = keep(row);
     net.plan_slot = keep_any(slot);
     net.plan_synapse = keep_any(synapse);
-    net.plan_narrow = slot.itemsize() == 2;
     net.block_rows = block_rows;
     net.group = group;
     net.blocks = column_ptr.size() - 1;
@@ -132,6 +140,8 @@ class BoundTopology {
   // soma None: the order stays within groups of rows.
   void set_order(const Array<int32_t>& order, const py::object& soma, const Array<int32_t>& crow,
                  const py::array& columns, int64_t group_size) {
+    if (is_narrow(columns, "columns") != net.narrow)
+      throw py::type_error("Expected columns as wide as the connectivity's, got another width");
     net.order = keep(order);
     if (!soma.is_none()) net.soma = keep(soma.cast<Array<int32_t>>());
     net.ordered_crow = keep(crow);

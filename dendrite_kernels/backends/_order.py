@@ -15,8 +15,9 @@ import numpy as np
 from .._validate import Array
 from ..topology import Connectivity
 
-# Measured (cases A to D of bench.cases): 64 to 256 somas gain the same; fewer gain less.
-MIXED_SOMAS = 64  # dendrites change places within groups of this many somas
+# Dendrites change places within groups of so many. Measured (cases A to D of bench.cases): fewer
+# gain less, and the weights and signs of more are slow to find for backward (6 % on B).
+MIXED_DENDRITES, MOST_SOMAS = 1024, 64
 MIXED_ROWS = 512  # where there are no somas
 _BAND = 4  # rows of an image whose fields are visited before those of the next
 _PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, that a row's length is told from
@@ -38,9 +39,16 @@ def by_centre(connectivity: Connectivity) -> Order | None:
     if rank is None:
         return None
     soma = _soma_of_dendrite(connectivity)
-    dendrite = np.lexsort((rank, soma // MIXED_SOMAS))
+    group = _mixed_somas(connectivity)
+    dendrite = np.lexsort((rank, soma // group))
     moved = _in_order(connectivity, dendrite)
-    return Order(dendrite.astype(np.int32), soma[dendrite], *moved, MIXED_SOMAS)
+    return Order(dendrite.astype(np.int32), soma[dendrite], *moved, group)
+
+
+def _mixed_somas(connectivity: Connectivity) -> int:
+    """Somas of a group."""
+    wanted = MIXED_DENDRITES * connectivity.num_somas // connectivity.num_dendrites
+    return min(MOST_SOMAS, max(1, wanted))
 
 
 def rows_by_centre(connectivity: Connectivity) -> Order | None:
