@@ -38,8 +38,8 @@ DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
 // chain, so longer sums are sums of chains.
 constexpr int64_t kChain = 128;
 
-// Such a sum over the synapses of a row, a vector of them at a time: from the first on, `k` says how
-// many came before.
+// Such a sum over the synapses of a row, a vector of them at a time: from the first on, `k` says
+// how many came before.
 template <class T>
 class Chains {
  public:
