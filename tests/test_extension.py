@@ -485,10 +485,18 @@ def test_a_plan_of_other_widths_is_refused(
 ) -> None:
     c = dk.connectivity.random(20, 3, 4, 5, seed=0)
     plan = c.transposed
-    topology = EXTENSION.Topology(
-        c.in_features, c.crow_indices.numpy(), c.columns, c.soma_ptr.numpy(), c.fan_in or 0
-    )
+    topology = cpp._bind(c)
     arrays = {field: getattr(plan, field) for field in PLAN_ARRAYS}
     arrays[name] = arrays[name].astype(dtype)
     with pytest.raises(TypeError, match=message):
         topology.set_transposed(plan.block_rows, plan.group, *arrays.values())
+
+
+@needs_extension
+def test_an_order_of_another_width_is_refused() -> None:
+    c = dk.connectivity.local_receptive_fields((16, 12), 80, 5, 16, seed=0)
+    order = _order.by_centre(c)
+    assert order is not None
+    topology = cpp._bind(c)
+    with pytest.raises(TypeError, match="Expected columns as wide as the connectivity's, got"):
+        topology.set_order(*order._replace(columns=order.columns.astype(np.int32)))

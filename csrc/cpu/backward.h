@@ -231,8 +231,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
   const int64_t blocks = ceil_div(R, kRowBlock), share = ceil_div(blocks, threads),
                 at_once = block_outer ? 1 : share;
-  // Blocks that give an input as many synapses as a chain has.
-  const int64_t chain = max64(1, blocks * 2 * kChain * N / max64(1, net.nnz));
+  const int64_t stretch = max64(1, blocks * kStretch * N / max64(1, net.nnz));  // in blocks
   // G of all blocks may grow where dw will be.
   const bool in_place = !block_outer && !net.order && whole_rows<T>(net);
   int64_t widest = 0;  // G of so many blocks
@@ -248,7 +247,8 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
   const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
                 dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0),
-                chain_at = carver.reserve<T>(WithInput && chain < share ? threads * N * kTile : 0);
+                stretch_at =
+                    carver.reserve<T>(WithInput && stretch < share ? threads * N * kTile : 0);
   carver.allocate(runtime);
   T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
 
@@ -271,9 +271,9 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = min64(end, first + at_once);
-      if (WithInput && first > begin && (first - begin) % chain == 0) {
+      if (WithInput && first > begin && (first - begin) % stretch == 0) {
         if (dx != sum) add_to(N * kTile, dx, sum);
-        dx = carver.at<T>(chain_at) + i * N * kTile;
+        dx = carver.at<T>(stretch_at) + i * N * kTile;
         memset(dx, 0, size_t(N) * kTile * sizeof(T));
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -339,8 +339,7 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
       T sum = G0[p];
       for (int64_t copy = 1; copy < threads; ++copy) {
         sum += G0[copy * R + p];
-        for (int64_t k = 0; k < room; k += kLanes<T>)
-          store(row + k, load(row + k) + load(row + copy * slots + k));
+        add_to(room, row + copy * slots, row);
       }
       finish_row(net, call, dendrite_at(net, p), sum,
                  [&](int64_t k, int) DK_LAMBDA { return load(row + k); });

@@ -86,9 +86,8 @@ void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const bool somas = call.cable != nullptr;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t threads = useful_threads(runtime, call.dx ? work_of(net) : work_of(net) / 2);
-  // An input of more synapses than a chain gets a sum of as many sums as there are stretches.
-  const int64_t chains = ceil_div(work_of(net), 2 * kChain * threads * max64(1, N)),
-                stretches = call.dx ? max64(1, chains) : 1;
+  const int64_t stretches =
+      call.dx ? max64(1, ceil_div(work_of(net), kStretch * threads * max64(1, N))) : 1;
   Carver carver;
   const int64_t x_at = carver.reserve<T>(N), grad_at = carver.reserve<T>(outputs),
                 y_at = carver.reserve<T>(outputs),

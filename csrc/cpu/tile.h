@@ -37,6 +37,8 @@ DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
 // Products that are added up in one accumulator. Rounding errors grow with the length of such a
 // chain, so longer sums are sums of chains.
 constexpr int64_t kChain = 128;
+// Synapses of an input after which dx of a small batch, which has no plan, starts another sum.
+constexpr int64_t kStretch = 2 * kChain;
 
 // Such a sum over the synapses of a row, a vector of them at a time: from the first on, `k` says
 // how many came before.
