@@ -45,19 +45,15 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
       gather_all<K>(samples, index, offset, grad);
       if (args.signs) {
         const auto row = load_readonly<Vector<int32_t, K::kChunk>>(args.row + slot);
-#pragma unroll
-        for (int j = 0; j < K::kChunk; ++j) {
-          const A w = weight.value[j], sloped = args.slope * w;
-#pragma unroll
-          for (int i = 0; i < K::kVec; ++i)
-            sum[i] += (bits.positive(i, row.value[j]) ? w : sloped) * grad[j].value[i];
-        }
+        add_products<K>(
+            grad,
+            [&](int j, int i) {
+              const A w = weight.value[j];
+              return bits.positive(i, row.value[j]) ? w : args.slope * w;
+            },
+            sum);
       } else {
-#pragma unroll
-        for (int j = 0; j < K::kChunk; ++j) {
-#pragma unroll
-          for (int i = 0; i < K::kVec; ++i) sum[i] += weight.value[j] * grad[j].value[i];
-        }
+        add_products<K>(grad, [&](int j, int) { return weight.value[j]; }, sum);
       }
     }
 #pragma unroll

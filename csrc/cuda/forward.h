@@ -83,26 +83,18 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
       const int32_t stop = begin(args.steps, r + 1);
       const A cable = args.cable ? args.cable[r] : A(1);
       const A bias = args.dendrite_bias ? args.dendrite_bias[r] : A(0);
-      A even[K::kVec] = {}, odd[K::kVec] = {};  // two chains of multiply-adds
+      A u[K::kVec] = {};
       while (step < stop) {
         const Indices<K> index = next_index;
         const Vector<A, K::kChunk> weight = next_weight;
         prefetch(++step);
         typename K::V x[K::kChunk];
         gather_all<K>(samples, index, offset, x);
-#pragma unroll
-        for (int j = 0; j < K::kChunk; ++j) {
-#pragma unroll
-          for (int i = 0; i < K::kVec; ++i) {
-            A& sum = j % 2 ? odd[i] : even[i];
-            sum += weight.value[j] * widen(x[j].value[i]);
-          }
-        }
+        add_products<K>(x, [&](int j, int) { return weight.value[j]; }, u);
       }
-      A u[K::kVec];
 #pragma unroll
       for (int i = 0; i < K::kVec; ++i) {
-        u[i] = sum_groups<K>(even[i] + odd[i]) + bias;
+        u[i] = sum_groups<K>(u[i]) + bias;
         v[i] += cable * (args.cable ? leaky(u[i], args.slope) : u[i]);
       }
       if (args.signs) {
@@ -148,6 +140,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) forward_rows(const ForwardArgs
         index.load(args.index, int64_t(step) * K::kStep);
         const auto weight =
             load_readonly<Vector<A, K::kChunk>>(args.weight + int64_t(step) * K::kStep);
+        A sum[SAMPLES] = {};  // of the chunk, as in add_products
 #pragma unroll
         for (int j = 0; j < K::kChunk; ++j) {
           const uint32_t word = index.words.value[K::kNarrow ? j / 2 : j];
@@ -156,9 +149,11 @@ __global__ void __launch_bounds__(kFewThreads, 1) forward_rows(const ForwardArgs
 #pragma unroll
             for (int b = 0; b < SAMPLES; ++b)
               if (b < args.batch)
-                u[b] += weight.value[j] * widen(args.x[int64_t(b) * args.inputs + n]);
+                sum[b] += weight.value[j] * widen(args.x[int64_t(b) * args.inputs + n]);
           }
         }
+#pragma unroll
+        for (int b = 0; b < SAMPLES; ++b) u[b] += sum[b];
       }
       uint32_t signs = 0;
 #pragma unroll

@@ -12,7 +12,7 @@ from dendrite_kernels.backends import cuda
 from tests import oracle
 from tests.cuda_emulator import check
 
-CASES = [*check.ALL, *check.WIDE]
+CASES = [*check.ALL, *check.LONG, *check.WIDE]
 
 
 @pytest.fixture
