@@ -1,7 +1,9 @@
 // Fused backward. With q[b, r] = (gradient at the soma) * (derivative of the dendrite, from its
 // sign bit) and G[r, k] = sum_b q * x, G0[r] = sum_b q:   dw = c G,   dbd = c G0,   dc = <w_r, G_r>
 // + bd G0,   dx = sum w c q. A sparse linear layer is the same with q = incoming gradient and c
-// = 1. u and a are never needed.
+// = 1. u and a are never needed. Here: what the ways of going backward share. In all of them
+// threads own dendrites or tiles of the batch, and partial sums are added up in their order,
+// without atomics: results are the same in every run with the same number of threads.
 #pragma once
 
 #include "tile.h"
@@ -121,120 +123,6 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   sums.finish();
 }
 
-// q[row - r0][tile] of rows r0..r1-1.
-template <class T, int V>
-__attribute__((noinline)) void make_q(const dk::Topology& net, const dk::BackwardCall<T>& call,
-                                      int64_t r0, int64_t r1, int64_t tile, const T* soma_grad,
-                                      bool first, T* q, T* G0) {
-  for_each_q<T, V>(net, call, r0, r1, tile, soma_grad, first, q, G0,
-                   [&](int64_t r, const vec<T>* value) DK_LAMBDA {
-                     unroll<V>([&](auto t) DK_LAMBDA {
-                       store(q + (r - r0) * V * kLanes<T> + t * kLanes<T>, value[t]);
-                     });
-                   });
-}
-
-// ---- with dx: one gather of q over a block of the transposed plan feeds both dx and G ----
-
-// One block of dendrites on one tile. G in slot order. clear_dx: dx holds nothing yet, so rows
-// without synapses are zeroed.
-template <class T, int V, int Group, class Column>
-__attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t block, const T* weight,
-                                            const T* q, const T* x, bool clear_dx, bool first,
-                                            T* dx, T* G) {
-  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL, kAhead = 3;
-  const int64_t begin = net.plan_column_ptr[block], end = net.plan_column_ptr[block + 1];
-  const Column* column = static_cast<const Column*>(net.plan_column);
-  const uint16_t* row = net.plan_row + net.plan_slot_ptr[block];
-  vec<T> folded[kGroups], single[L];
-  int count = 0;
-  const auto flush = [&](vec<T> sums) DK_LAMBDA {
-    store(G, first ? sums : sums + load(G));
-    G += L;
-    count = 0;
-  };
-  int64_t next = 0;  // dx rows before this one are written
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = column[i];
-    const int64_t ahead = int64_t(column[min64(i + kAhead, end - 1)]) * kTile;
-    unroll<V>([&](auto t) DK_LAMBDA {
-      if constexpr (t * kVectorBytes % 64 == 0) {  // where a cache line starts
-        __builtin_prefetch(x + ahead + t * L);
-        __builtin_prefetch(dx + ahead + t * L, 1);
-      }
-    });
-    if (clear_dx) {
-      memset(dx + next * kTile, 0, size_t(n - next) * kTile * sizeof(T));
-      next = n + 1;
-    }
-    vec<T> xv[V], acc[V];
-    unroll<V>([&](auto t) DK_LAMBDA { xv[t] = load(x + n * kTile + t * L); });
-    unroll<V>([&](auto t) DK_LAMBDA { acc[t] = vec<T>{}; });
-    const auto synapse = [&](int slot) DK_LAMBDA {
-      const vec<T> w = splat(weight[slot]);
-      const T* p = q + int64_t(row[slot]) * kTile;
-      vec<T> product;
-      unroll<V>([&](auto t) DK_LAMBDA {
-        const vec<T> value = in_register(load(p + t * L));
-        acc[t] = in_order(w * value + acc[t]);
-        product = t == 0 ? value * xv[t] : value * xv[t] + product;
-      });
-      return product;
-    };
-    for (int group = net.plan_groups[i]; group > 0; --group) {
-      if constexpr (Group == 4) {
-        vec<T> products[4];
-        unroll<4>([&](auto s) DK_LAMBDA { products[s] = synapse(s); });
-        unroll<4 / BL>([&](auto g) DK_LAMBDA {
-          folded[count] = fold_group<T>(products + g * BL);
-          if (++count == kGroups) flush(fold_groups<T>(folded));
-        });
-      } else {
-        single[count] = synapse(0);
-        if (++count == L) flush(lane_sums<T>(single));
-      }
-      weight += Group;
-      row += Group;
-    }
-    // What other blocks gave comes last: a sum of their sums rounds off less than one long chain.
-    if (!clear_dx) unroll<V>([&](auto t) DK_LAMBDA { acc[t] += load(dx + n * kTile + t * L); });
-    unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
-  }
-  if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
-  if (count > 0) {  // a block's slots are padded to whole vectors, so the last store stays inside
-    if constexpr (Group == 4) {
-      for (int i = count; i < kGroups; ++i) folded[i] = vec<T>{};
-      flush(fold_groups<T>(folded));
-    } else {
-      for (int i = count; i < L; ++i) single[i] = vec<T>{};
-      flush(lane_sums<T>(single));
-    }
-  }
-}
-
-// w c of one block in slot order; a pad's is zero. In CSR order first, in `products`: numbers are
-// gathered twice as fast as they are scattered.
-template <class T, class Index>
-__attribute__((noinline)) void fill_weights(const dk::Topology& net,
-                                            const dk::BackwardCall<T>& call, int64_t block,
-                                            T* products, T* out) {
-  constexpr int L = kLanes<T>;
-  const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows),
-                begin = net.crow[r0];
-  for (int64_t r = r0; r < r1; ++r) {
-    const vec<T> c = splat(cable_weight(call, r));
-    int64_t j = net.crow[r];
-    const int64_t end = net.crow[r + 1];
-    for (; j + L <= end; j += L) store(products + (j - begin), load(call.weight + j) * c);
-    if (j < end)  // what lies past the end is written over by the next row
-      store(products + (j - begin), load_part(call.weight + j, int(end - j)) * c);
-  }
-  products[net.crow[r1] - begin] = 0;
-  const int64_t slots = net.plan_slot_ptr[block + 1] - net.plan_slot_ptr[block];
-  const Index* synapse = static_cast<const Index*>(net.plan_synapse) + net.plan_slot_ptr[block];
-  for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
-}
-
 // The gradient of dendrite r's weights; the lanes of the result add up to <w_r, G_r>. G(k, n): the
 // n numbers of G from the dendrite's k-th synapse on, n at most one vector.
 template <class T, class Source>
@@ -270,46 +158,6 @@ DK_INLINE void finish_row(const dk::Topology& net, const dk::BackwardCall<T>& ca
   if (call.dcable) call.dcable[r] = dot + bias * G0;
 }
 
-// The same for a block, whose G is in slot order; with copies > 1, G and G0 are sums of that many
-// partial arrays, G's `stride` apart. As many dendrites at a time as a vector has lanes.
-template <class T, class Index>
-__attribute__((noinline)) void finish_block(const dk::Topology& net,
-                                            const dk::BackwardCall<T>& call, int64_t block,
-                                            int64_t copies, const T* G, int64_t stride,
-                                            const T* G0) {
-  constexpr int L = kLanes<T>;
-  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
-  for (int64_t r = block * net.block_rows; r < r1; r += L) {
-    const int count = int(min64(L, r1 - r));
-    vec<T> dots[L] = {};
-    for (int i = 0; i < count; ++i) {
-      const Index* slot = static_cast<const Index*>(net.plan_slot) + net.crow[r + i];
-      dots[i] = weight_gradient<T>(net, call, r + i, [&](int64_t k, int n) DK_LAMBDA {
-        vec<T> g = gather_part(G, slot + k, n);
-        for (int64_t t = 1; t < copies; ++t) g += gather_part(G + t * stride, slot + k, n);
-        return g;
-      });
-    }
-    vec<T> sums = load_part(G0 + r, count);
-    for (int64_t t = 1; t < copies; ++t) sums += load_part(G0 + t * net.rows + r, count);
-    const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
-      return numbers ? load_part(numbers + r, count) : splat(otherwise);
-    };
-    store_part(call.ddendrite_bias + r, own(call.cable, 1) * sums, count);
-    if (call.dcable)
-      store_part(call.dcable + r, lane_sums<T>(dots) + own(call.dendrite_bias, 0) * sums, count);
-  }
-}
-
-template <class T, int V, class Column>
-void gather(const dk::Topology& net, int64_t block, const T* weight, const T* q, const T* x,
-            bool clear_dx, bool first, T* dx, T* G) {
-  if (net.group == 4)
-    gather_block<T, V, 4, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
-  else
-    gather_block<T, V, 1, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
-}
-
 // Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]; dsoma_bias += its sums.
 template <class T, int V>
 void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t tile,
@@ -332,77 +180,51 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
   sums.finish();
 }
 
-// ---- without dx: gather rows of x in CSR order, no plan ----
+// While all of x is smaller than this, blocks go outside and tiles inside: measured.
+constexpr int64_t kHotBytes = 3 << 19;
 
-// Room for G of the dendrite at a position in gather_rows: it ends in a whole vector.
+// Whole vectors of [0, n) for part `i` of `parts`.
 template <class T>
-DK_INLINE int64_t padded_row(const dk::Topology& net, int64_t p) {
-  const int64_t r = dendrite_at(net, p);
-  return ceil_div(net.crow[r + 1] - net.crow[r], kLanes<T>) * kLanes<T>;
+DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
+  const int64_t L = kLanes<T>;
+  return min64(n, ceil_div(n, L) * i / parts * L);
 }
 
-// G of positions p0..p1-1 on one tile, one padded row after the other; returns the end of them.
-// WithInput: dx += w c q, too. Whole: every row has net.fan_in synapses and fills its vectors (5 %
-// faster: nothing has to be asked of a row).
-template <class T, int V, class Column, bool WithInput, bool Whole>
-__attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
-                                         int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
-                                         const T* x, bool first, T* buffer, T* G0, T* G, T* dx) {
-  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
-  const int32_t* crow = net.order ? net.ordered_crow : net.crow;
-  const auto* columns = static_cast<const Column*>(net.order ? net.ordered_columns : net.columns);
-  T* out = G;
-  for_each_q<T, V>(
-      net, call, p0, p1, tile, soma_grad, first, buffer, G0,
-      [&](int64_t p, const vec<T>* q) DK_LAMBDA {
-        const int64_t begin = Whole ? p * net.fan_in : int64_t(crow[p]);
-        const int64_t count = Whole ? net.fan_in : crow[p + 1] - begin;
-        const Column* column = columns + begin;
-        const T* weight = call.weight + begin;
-        const T cable = WithInput ? cable_weight(call, p) : T(0);
-        const auto product = [&](int64_t k) DK_LAMBDA {
-          const int64_t at = int64_t(column[k]) * kTile;
-          const vec<T> w = WithInput ? splat(weight[k] * cable) : vec<T>{};
-          vec<T> sum;
-          unroll<V>([&](auto t) DK_LAMBDA {
-            sum = t == 0 ? q[t] * load(x + at + t * L) : q[t] * load(x + at + t * L) + sum;
-            if constexpr (WithInput) store(dx + at + t * L, w * q[t] + load(dx + at + t * L));
-          });
-          return sum;
-        };
-        for (int64_t k = 0; k < count; k += L, out += L) {
-          vec<T> folded[kGroups];
-          if (Whole || k + L <= count)
-            unroll<kGroups>([&](auto g) DK_LAMBDA {
-              vec<T> products[BL];
-              unroll<BL>([&](auto s) DK_LAMBDA { products[s] = product(k + g * BL + s); });
-              folded[g] = fold_group<T>(products);
-            });
-          else
-            unroll<kGroups>([&](auto g) DK_LAMBDA {
-              vec<T> products[BL];
-              unroll<BL>([&](auto s) DK_LAMBDA {
-                products[s] = k + g * BL + s < count ? product(k + g * BL + s) : vec<T>{};
-              });
-              folded[g] = fold_group<T>(products);
-            });
-          const vec<T> sums = fold_groups<T>(folded);
-          store(out, first ? sums : sums + load(out));
-        }
-      });
-  return out;
+// Inputs [n0, n1) of every tile -> x[tile][N][samples].
+template <class T, int V>
+void transpose_inputs(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t n0,
+                      int64_t n1, T* x) {
+  constexpr int kTile = V * kLanes<T>;
+  for (int64_t tile = 0; tile * kTile < call.batch; ++tile) {
+    const int64_t samples = min64(kTile, call.batch - tile * kTile);
+    tile_in<T, V>(call.storage, call.x, tile * kTile, samples, net.in_features, n0, n1,
+                  x + (tile * net.in_features + n0) * kTile);
+  }
 }
 
+// sum += part, both of n numbers: whole vectors.
 template <class T>
-DK_INLINE bool whole_rows(const dk::Topology& net) {
-  return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
+DK_INLINE void add_to(int64_t n, const T* part, T* sum) {
+  for (int64_t e = 0; e < n; e += kLanes<T>) store(sum + e, load(sum + e) + load(part + e));
 }
 
-template <class T, int V, class Column, bool WithInput>
-auto pick_gather_rows(const dk::Topology& net) {
-  if constexpr (!WithInput)
-    if (whole_rows<T>(net)) return gather_rows<T, V, Column, false, true>;
-  return gather_rows<T, V, Column, WithInput, false>;
+// The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
+template <class T, int V>
+void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
+               int64_t threads, T* dx) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, tiles = ceil_div(call.batch, kTile);
+  parallel(runtime, runtime.threads, [&](int64_t i) {
+    const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
+    if (n0 >= n1) return;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      T* sum = dx + (tile * N + n0) * kTile;
+      for (int64_t other = 1; other < threads; ++other)
+        add_to((n1 - n0) * kTile, sum + other * tiles * N * kTile, sum);
+      const int64_t samples = min64(kTile, call.batch - tile * kTile);
+      tile_out<T, V>(call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
+    }
+  });
 }
 
 }  // namespace

@@ -1,0 +1,313 @@
+// Backward with dx: one gather of q over a block of the transposed plan feeds both dx and G.
+#pragma once
+
+#include "gradients.h"
+
+namespace {
+
+// q[row - r0][tile] of rows r0..r1-1.
+template <class T, int V>
+__attribute__((noinline)) void make_q(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                      int64_t r0, int64_t r1, int64_t tile, const T* soma_grad,
+                                      bool first, T* q, T* G0) {
+  for_each_q<T, V>(net, call, r0, r1, tile, soma_grad, first, q, G0,
+                   [&](int64_t r, const vec<T>* value) DK_LAMBDA {
+                     unroll<V>([&](auto t) DK_LAMBDA {
+                       store(q + (r - r0) * V * kLanes<T> + t * kLanes<T>, value[t]);
+                     });
+                   });
+}
+
+// One block of dendrites on one tile. G in slot order. clear_dx: dx holds nothing yet, so rows
+// without synapses are zeroed.
+template <class T, int V, int Group, class Column>
+__attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t block, const T* weight,
+                                            const T* q, const T* x, bool clear_dx, bool first,
+                                            T* dx, T* G) {
+  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL, kAhead = 3;
+  const int64_t begin = net.plan_column_ptr[block], end = net.plan_column_ptr[block + 1];
+  const Column* column = static_cast<const Column*>(net.plan_column);
+  const uint16_t* row = net.plan_row + net.plan_slot_ptr[block];
+  vec<T> folded[kGroups], single[L];
+  int count = 0;
+  const auto flush = [&](vec<T> sums) DK_LAMBDA {
+    store(G, first ? sums : sums + load(G));
+    G += L;
+    count = 0;
+  };
+  int64_t next = 0;  // dx rows before this one are written
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = column[i];
+    const int64_t ahead = int64_t(column[min64(i + kAhead, end - 1)]) * kTile;
+    unroll<V>([&](auto t) DK_LAMBDA {
+      if constexpr (t * kVectorBytes % 64 == 0) {  // where a cache line starts
+        __builtin_prefetch(x + ahead + t * L);
+        __builtin_prefetch(dx + ahead + t * L, 1);
+      }
+    });
+    if (clear_dx) {
+      memset(dx + next * kTile, 0, size_t(n - next) * kTile * sizeof(T));
+      next = n + 1;
+    }
+    vec<T> xv[V], acc[V];
+    unroll<V>([&](auto t) DK_LAMBDA { xv[t] = load(x + n * kTile + t * L); });
+    unroll<V>([&](auto t) DK_LAMBDA { acc[t] = vec<T>{}; });
+    const auto synapse = [&](int slot) DK_LAMBDA {
+      const vec<T> w = splat(weight[slot]);
+      const T* p = q + int64_t(row[slot]) * kTile;
+      vec<T> product;
+      unroll<V>([&](auto t) DK_LAMBDA {
+        const vec<T> value = in_register(load(p + t * L));
+        acc[t] = in_order(w * value + acc[t]);
+        product = t == 0 ? value * xv[t] : value * xv[t] + product;
+      });
+      return product;
+    };
+    for (int group = net.plan_groups[i]; group > 0; --group) {
+      if constexpr (Group == 4) {
+        vec<T> products[4];
+        unroll<4>([&](auto s) DK_LAMBDA { products[s] = synapse(s); });
+        unroll<4 / BL>([&](auto g) DK_LAMBDA {
+          folded[count] = fold_group<T>(products + g * BL);
+          if (++count == kGroups) flush(fold_groups<T>(folded));
+        });
+      } else {
+        single[count] = synapse(0);
+        if (++count == L) flush(lane_sums<T>(single));
+      }
+      weight += Group;
+      row += Group;
+    }
+    // What other blocks gave comes last: a sum of their sums rounds off less than one long chain.
+    if (!clear_dx) unroll<V>([&](auto t) DK_LAMBDA { acc[t] += load(dx + n * kTile + t * L); });
+    unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
+  }
+  if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
+  if (count > 0) {  // a block's slots are padded to whole vectors, so the last store stays inside
+    if constexpr (Group == 4) {
+      for (int i = count; i < kGroups; ++i) folded[i] = vec<T>{};
+      flush(fold_groups<T>(folded));
+    } else {
+      for (int i = count; i < L; ++i) single[i] = vec<T>{};
+      flush(lane_sums<T>(single));
+    }
+  }
+}
+
+// w c of one block in slot order; a pad's is zero. In CSR order first, in `products`: numbers are
+// gathered twice as fast as they are scattered.
+template <class T, class Index>
+__attribute__((noinline)) void fill_weights(const dk::Topology& net,
+                                            const dk::BackwardCall<T>& call, int64_t block,
+                                            T* products, T* out) {
+  constexpr int L = kLanes<T>;
+  const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows),
+                begin = net.crow[r0];
+  for (int64_t r = r0; r < r1; ++r) {
+    const vec<T> c = splat(cable_weight(call, r));
+    int64_t j = net.crow[r];
+    const int64_t end = net.crow[r + 1];
+    for (; j + L <= end; j += L) store(products + (j - begin), load(call.weight + j) * c);
+    if (j < end)  // what lies past the end is written over by the next row
+      store(products + (j - begin), load_part(call.weight + j, int(end - j)) * c);
+  }
+  products[net.crow[r1] - begin] = 0;
+  const int64_t slots = net.plan_slot_ptr[block + 1] - net.plan_slot_ptr[block];
+  const Index* synapse = static_cast<const Index*>(net.plan_synapse) + net.plan_slot_ptr[block];
+  for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
+}
+
+// The same for a block, whose G is in slot order; with copies > 1, G and G0 are sums of that many
+// partial arrays, G's `stride` apart. As many dendrites at a time as a vector has lanes.
+template <class T, class Index>
+__attribute__((noinline)) void finish_block(const dk::Topology& net,
+                                            const dk::BackwardCall<T>& call, int64_t block,
+                                            int64_t copies, const T* G, int64_t stride,
+                                            const T* G0) {
+  constexpr int L = kLanes<T>;
+  const int64_t r1 = min64(net.rows, (block + 1) * net.block_rows);
+  for (int64_t r = block * net.block_rows; r < r1; r += L) {
+    const int count = int(min64(L, r1 - r));
+    vec<T> dots[L] = {};
+    for (int i = 0; i < count; ++i) {
+      const Index* slot = static_cast<const Index*>(net.plan_slot) + net.crow[r + i];
+      dots[i] = weight_gradient<T>(net, call, r + i, [&](int64_t k, int n) DK_LAMBDA {
+        vec<T> g = gather_part(G, slot + k, n);
+        for (int64_t t = 1; t < copies; ++t) g += gather_part(G + t * stride, slot + k, n);
+        return g;
+      });
+    }
+    vec<T> sums = load_part(G0 + r, count);
+    for (int64_t t = 1; t < copies; ++t) sums += load_part(G0 + t * net.rows + r, count);
+    const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
+      return numbers ? load_part(numbers + r, count) : splat(otherwise);
+    };
+    store_part(call.ddendrite_bias + r, own(call.cable, 1) * sums, count);
+    if (call.dcable)
+      store_part(call.dcable + r, lane_sums<T>(dots) + own(call.dendrite_bias, 0) * sums, count);
+  }
+}
+
+template <class T, int V, class Column>
+void gather(const dk::Topology& net, int64_t block, const T* weight, const T* q, const T* x,
+            bool clear_dx, bool first, T* dx, T* G) {
+  if (net.group == 4)
+    gather_block<T, V, 4, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
+  else
+    gather_block<T, V, 1, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
+}
+
+// The blocks of the transposed plan: w c and G of each are kept in the order of its slots.
+template <class T>
+class PlanBlocks {
+ public:
+  PlanBlocks(const dk::Topology& net, const dk::BackwardCall<T>& call) : net_(net), call_(call) {
+    for (int64_t block = 0; block < net.blocks; ++block)
+      most_slots_ = max64(most_slots_, start(block + 1) - start(block));
+  }
+  int64_t start(int64_t block) const { return net_.plan_slot_ptr[block]; }
+  int64_t slots() const { return start(net_.blocks); }
+  int64_t most_slots() const { return most_slots_; }
+  // For one thread: room for the q of a block, or for what `weigh` needs, before there is any q.
+  int64_t scratch(int64_t tile) const {
+    return max64(net_.block_rows * tile, most_slots_ + kLanes<T>);
+  }
+  void weigh(int64_t block, T* products, T* out) const {
+    if (net_.plan_narrow)
+      fill_weights<T, uint16_t>(net_, call_, block, products, out);
+    else
+      fill_weights<T, int32_t>(net_, call_, block, products, out);
+  }
+  void finish(int64_t block, int64_t copies, const T* G, int64_t stride, const T* G0) const {
+    if (net_.plan_narrow)
+      finish_block<T, uint16_t>(net_, call_, block, copies, G, stride, G0);
+    else
+      finish_block<T, int32_t>(net_, call_, block, copies, G, stride, G0);
+  }
+
+ private:
+  const dk::Topology& net_;
+  const dk::BackwardCall<T>& call_;
+  int64_t most_slots_ = 0;
+};
+
+// Threads own blocks of dendrites; dx is private and added up while it is transposed back.
+// block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache; else
+// tiles go outside.
+template <class T, int V, class Column>
+void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                        const dk::Runtime& runtime) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0;
+  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, net.blocks);
+  const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
+  const PlanBlocks<T> blocks(net, call);
+  const int64_t slots = block_outer ? threads * blocks.most_slots() : blocks.slots();
+  Carver carver;
+  const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
+                soma_at = carver.reserve<T>(tiles * S * kTile);
+  const int64_t weight_at = carver.reserve<T>(slots), G_at = carver.reserve<T>(slots),
+                G0_at = carver.reserve<T>(net.rows);
+  const int64_t q_at = carver.reserve<T>(threads * blocks.scratch(kTile)),
+                dx_at = carver.reserve<T>(threads * tiles * N * kTile);
+  carver.allocate(runtime);
+  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at),
+    *dx = carver.at<T>(dx_at);
+
+  parallel(runtime, runtime.threads, [&](int64_t i) {
+    const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
+    const int64_t s0 = split<T>(S, i, runtime.threads), s1 = split<T>(S, i + 1, runtime.threads);
+    transpose_inputs<T, V>(net, call, n0, n1, x);
+    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
+      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
+                          call.dsoma_bias);
+  });
+  parallel(runtime, threads, [&](int64_t i) {
+    const int64_t b0 = net.blocks * i / threads, b1 = net.blocks * (i + 1) / threads;
+    T *q = carver.at<T>(q_at) + i * blocks.scratch(kTile), *own = dx + i * tiles * N * kTile;
+    // Where blocks go outside, those of a thread take turns in one place, which stays in L2.
+    const auto at = [&](int64_t array, int64_t block) {
+      return carver.at<T>(array) + (block_outer ? i * blocks.most_slots() : blocks.start(block));
+    };
+    const auto weigh = [&](int64_t block) { blocks.weigh(block, q, at(weight_at, block)); };
+    const auto work = [&](int64_t block, int64_t tile) {
+      const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
+      make_q<T, V>(net, call, r0, r1, tile, S ? soma + tile * S * kTile : nullptr, tile == 0, q,
+                   G0);
+      gather<T, V, Column>(net, block, at(weight_at, block), q, x + tile * N * kTile, block == b0,
+                           tile == 0, own + tile * N * kTile, at(G_at, block));
+    };
+    const auto finish = [&](int64_t block) { blocks.finish(block, 1, at(G_at, block), 0, G0); };
+    if (block_outer) {
+      for (int64_t block = b0; block < b1; ++block) {
+        weigh(block);
+        for (int64_t tile = 0; tile < tiles; ++tile) work(block, tile);
+        finish(block);
+      }
+    } else {
+      for (int64_t block = b0; block < b1; ++block) weigh(block);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t block = b0; block < b1; ++block) work(block, tile);
+      for (int64_t block = b0; block < b1; ++block) finish(block);
+    }
+  });
+  finish_dx<T, V>(net, call, runtime, threads, dx);
+}
+
+// Threads own batch tiles: x, dx and q are private and small, G is private and added up at the end.
+template <class T, int V, class Column>
+void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                       const dk::Runtime& runtime) {
+  constexpr int kTile = V * kLanes<T>;
+  const PlanBlocks<T> blocks(net, call);
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
+                slots = blocks.slots();
+  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles),
+                parts = min64(runtime.threads, net.blocks);
+  Carver carver;
+  const int64_t x_at = carver.reserve<T>(threads * N * kTile),
+                soma_at = carver.reserve<T>(threads * S * kTile);
+  const int64_t q_at = carver.reserve<T>(max64(threads, parts) * blocks.scratch(kTile)),
+                dx_at = carver.reserve<T>(threads * N * kTile);
+  const int64_t weight_at = carver.reserve<T>(slots), G_at = carver.reserve<T>(threads * slots);
+  const int64_t G0_at = carver.reserve<T>(threads * R), bias_at = carver.reserve<T>(threads * S);
+  carver.allocate(runtime);
+  T *weight = carver.at<T>(weight_at), *G = carver.at<T>(G_at), *G0 = carver.at<T>(G0_at),
+    *bias = carver.at<T>(bias_at);
+
+  parallel(runtime, parts, [&](int64_t i) {
+    for (int64_t block = net.blocks * i / parts; block < net.blocks * (i + 1) / parts; ++block)
+      blocks.weigh(block, carver.at<T>(q_at) + i * blocks.scratch(kTile),
+                   weight + blocks.start(block));
+  });
+  parallel(runtime, threads, [&](int64_t i) {
+    T *x = carver.at<T>(x_at) + i * N * kTile, *dx = carver.at<T>(dx_at) + i * N * kTile;
+    T *soma = carver.at<T>(soma_at) + i * S * kTile,
+      *q = carver.at<T>(q_at) + i * blocks.scratch(kTile);
+    const int64_t begin = tiles * i / threads, end = tiles * (i + 1) / threads;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t samples = min64(kTile, call.batch - tile * kTile);
+      const bool first = tile == begin;
+      tile_in<T, V>(call.storage, call.x, tile * kTile, samples, N, 0, N, x);
+      if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
+      for (int64_t block = 0; block < net.blocks; ++block) {
+        const int64_t r0 = block * net.block_rows, r1 = min64(R, r0 + net.block_rows);
+        make_q<T, V>(net, call, r0, r1, tile, S ? soma : nullptr, first, q, G0 + i * R);
+        gather<T, V, Column>(net, block, weight + blocks.start(block), q, x, block == 0, first, dx,
+                             G + i * slots + blocks.start(block));
+      }
+      tile_out<T, V>(call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
+    }
+  });
+  parallel(runtime, parts, [&](int64_t i) {
+    for (int64_t block = net.blocks * i / parts; block < net.blocks * (i + 1) / parts; ++block)
+      blocks.finish(block, threads, G + blocks.start(block), slots, G0);
+    for (int64_t s = S * i / parts; s < S * (i + 1) / parts; ++s) {
+      T sum = 0;
+      for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];
+      call.dsoma_bias[s] = sum;
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,225 @@
+// Backward without the plan: rows of x are gathered in CSR order. For calls that want no dx, and
+// for small batches.
+#pragma once
+
+#include "gradients.h"
+
+namespace {
+
+constexpr int64_t kRowBlock = 128;  // dendrites whose q and G stay in L1
+
+// Room for G of the dendrite at a position in gather_rows: it ends in a whole vector.
+template <class T>
+DK_INLINE int64_t padded_row(const dk::Topology& net, int64_t p) {
+  const int64_t r = dendrite_at(net, p);
+  return ceil_div(net.crow[r + 1] - net.crow[r], kLanes<T>) * kLanes<T>;
+}
+
+// G of positions p0..p1-1 on one tile, one padded row after the other; returns the end of them.
+// WithInput: dx += w c q, too. Whole: every row has net.fan_in synapses and fills its vectors (5 %
+// faster: nothing has to be asked of a row).
+template <class T, int V, class Column, bool WithInput, bool Whole>
+__attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                         int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
+                                         const T* x, bool first, T* buffer, T* G0, T* G, T* dx) {
+  constexpr int L = kLanes<T>, kTile = V * L, BL = kBlockLanes<T>, kGroups = L / BL;
+  const int32_t* crow = net.order ? net.ordered_crow : net.crow;
+  const auto* columns = static_cast<const Column*>(net.order ? net.ordered_columns : net.columns);
+  T* out = G;
+  for_each_q<T, V>(
+      net, call, p0, p1, tile, soma_grad, first, buffer, G0,
+      [&](int64_t p, const vec<T>* q) DK_LAMBDA {
+        const int64_t begin = Whole ? p * net.fan_in : int64_t(crow[p]);
+        const int64_t count = Whole ? net.fan_in : crow[p + 1] - begin;
+        const Column* column = columns + begin;
+        const T* weight = call.weight + begin;
+        const T cable = WithInput ? cable_weight(call, p) : T(0);
+        const auto product = [&](int64_t k) DK_LAMBDA {
+          const int64_t at = int64_t(column[k]) * kTile;
+          const vec<T> w = WithInput ? splat(weight[k] * cable) : vec<T>{};
+          vec<T> sum;
+          unroll<V>([&](auto t) DK_LAMBDA {
+            sum = t == 0 ? q[t] * load(x + at + t * L) : q[t] * load(x + at + t * L) + sum;
+            if constexpr (WithInput) store(dx + at + t * L, w * q[t] + load(dx + at + t * L));
+          });
+          return sum;
+        };
+        for (int64_t k = 0; k < count; k += L, out += L) {
+          vec<T> folded[kGroups];
+          if (Whole || k + L <= count)
+            unroll<kGroups>([&](auto g) DK_LAMBDA {
+              vec<T> products[BL];
+              unroll<BL>([&](auto s) DK_LAMBDA { products[s] = product(k + g * BL + s); });
+              folded[g] = fold_group<T>(products);
+            });
+          else
+            unroll<kGroups>([&](auto g) DK_LAMBDA {
+              vec<T> products[BL];
+              unroll<BL>([&](auto s) DK_LAMBDA {
+                products[s] = k + g * BL + s < count ? product(k + g * BL + s) : vec<T>{};
+              });
+              folded[g] = fold_group<T>(products);
+            });
+          const vec<T> sums = fold_groups<T>(folded);
+          store(out, first ? sums : sums + load(out));
+        }
+      });
+  return out;
+}
+
+template <class T>
+DK_INLINE bool whole_rows(const dk::Topology& net) {
+  return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
+}
+
+template <class T, int V, class Column, bool WithInput>
+auto pick_gather_rows(const dk::Topology& net) {
+  if constexpr (!WithInput)
+    if (whole_rows<T>(net)) return gather_rows<T, V, Column, false, true>;
+  return gather_rows<T, V, Column, WithInput, false>;
+}
+
+// Threads own blocks of dendrites, whose G stays small and private. WithInput,
+// for a batch of one tile: what the plan saves there is less than its weights and sums cost to
+// move.
+template <class T, int V, class Column, bool WithInput>
+void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                      const dk::Runtime& runtime) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
+                threads = runtime.threads;
+  const int64_t tiles = ceil_div(call.batch, kTile);
+  // A block's q and G stay in L1 over all tiles while x leaves half of L2 free; else each tile of x
+  // stays in L2 over all blocks of the thread.
+  // Where x is small every thread transposes all of it for itself, which takes less than fetching
+  // from other cores' caches what their threads transposed.
+  constexpr int64_t kSmallBytes = 1 << 19;
+  const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
+  const bool block_outer = tiles == 1 || x_bytes <= runtime.l2_bytes / 2,
+             own_x = x_bytes <= kSmallBytes;
+  const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
+  const int64_t blocks = ceil_div(R, kRowBlock), share = ceil_div(blocks, threads),
+                at_once = block_outer ? 1 : share;
+  const int64_t stretch = max64(1, blocks * kStretch * N / max64(1, net.nnz));  // in blocks
+  // G of all blocks may grow where dw will be.
+  const bool in_place = !block_outer && !net.order && whole_rows<T>(net);
+  int64_t widest = 0;  // G of so many blocks
+  for (int64_t first = 0; first < blocks && !in_place; first += at_once) {
+    int64_t size = 0;
+    for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p)
+      size += padded_row<T>(net, p);
+    widest = max64(widest, size);
+  }
+  Carver carver;
+  const int64_t x_at = carver.reserve<T>((own_x ? threads : 1) * tiles * N * kTile),
+                soma_at = carver.reserve<T>(tiles * S * kTile);
+  const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
+  const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
+                dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0),
+                stretch_at =
+                    carver.reserve<T>(WithInput && stretch < share ? threads * N * kTile : 0);
+  carver.allocate(runtime);
+  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
+
+  parallel(runtime, threads, [&](int64_t i) {
+    const int64_t n0 = split<T>(N, i, threads), n1 = split<T>(N, i + 1, threads);
+    const int64_t s0 = split<T>(S, i, threads), s1 = split<T>(S, i + 1, threads);
+    if (!own_x) transpose_inputs<T, V>(net, call, n0, n1, x);
+    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
+      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
+                          call.dsoma_bias);
+  });
+  parallel(runtime, threads, [&](int64_t i) {
+    const int64_t begin = i * share, end = min64(blocks, begin + share);
+    T *G = in_place ? call.dweight + min64(R, begin * kRowBlock) * net.fan_in
+                    : carver.at<T>(G_at) + i * widest,
+      *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
+    T *sum = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0), *dx = sum,
+      *xt = x + (own_x ? i * tiles * N * kTile : 0);
+    if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
+    if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t last = min64(end, first + at_once);
+      if (WithInput && first > begin && (first - begin) % stretch == 0) {
+        if (dx != sum) add_to(N * kTile, dx, sum);
+        dx = carver.at<T>(stretch_at) + i * N * kTile;
+        memset(dx, 0, size_t(N) * kTile * sizeof(T));
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        T* out = G;
+        for (int64_t block = first; block < last; ++block)
+          out = gather(net, call, block * kRowBlock, min64(R, (block + 1) * kRowBlock), tile,
+                       S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q,
+                       G0, out, dx);
+      }
+      const T* row = G;
+      for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
+        finish_row(net, call, dendrite_at(net, p), G0[p],
+                   [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
+        row += padded_row<T>(net, p);
+      }
+    }
+    if (dx != sum) add_to(N * kTile, dx, sum);
+  });
+  if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
+}
+
+// For batches much larger than the network: threads own tiles, and everything is
+// private to them; G is added up at the end.
+template <class T, int V, class Column>
+void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                            const dk::Runtime& runtime) {
+  constexpr int kTile = V * kLanes<T>;
+  const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
+  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
+  const auto gather = pick_gather_rows<T, V, Column, false>(net);
+  int64_t slots = 0;
+  for (int64_t p = 0; p < R; ++p) slots += padded_row<T>(net, p);
+  Carver carver;
+  const int64_t x_at = carver.reserve<T>(threads * N * kTile),
+                soma_at = carver.reserve<T>(threads * S * kTile),
+                q_at = carver.reserve<T>(threads * kRowBlock * kTile);
+  const int64_t G_at = carver.reserve<T>(threads * slots), G0_at = carver.reserve<T>(threads * R),
+                bias_at = carver.reserve<T>(threads * S);
+  carver.allocate(runtime);
+  T *G = carver.at<T>(G_at), *G0 = carver.at<T>(G0_at), *bias = carver.at<T>(bias_at);
+
+  parallel(runtime, threads, [&](int64_t i) {
+    T *x = carver.at<T>(x_at) + i * N * kTile, *soma = carver.at<T>(soma_at) + i * S * kTile,
+      *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
+    const int64_t begin = tiles * i / threads, end = tiles * (i + 1) / threads;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const bool first = tile == begin;
+      tile_in<T, V>(call.storage, call.x, tile * kTile, min64(kTile, call.batch - tile * kTile), N,
+                    0, N, x);
+      if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
+      T* out = G + i * slots;
+      for (int64_t p = 0; p < R; p += kRowBlock)
+        out = gather(net, call, p, min64(R, p + kRowBlock), tile, S ? soma : nullptr, x, first, q,
+                     G0 + i * R, out, nullptr);
+    }
+  });
+  parallel(runtime, threads, [&](int64_t i) {
+    const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
+    T* row = G;
+    for (int64_t p = 0; p < p0; ++p) row += padded_row<T>(net, p);
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t room = padded_row<T>(net, p);
+      T sum = G0[p];
+      for (int64_t copy = 1; copy < threads; ++copy) {
+        sum += G0[copy * R + p];
+        add_to(room, row + copy * slots, row);
+      }
+      finish_row(net, call, dendrite_at(net, p), sum,
+                 [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
+      row += room;
+    }
+    for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
+      T sum = 0;
+      for (int64_t copy = 0; copy < threads; ++copy) sum += bias[copy * S + s];
+      call.dsoma_bias[s] = sum;
+    }
+  });
+}
+
+}  // namespace
