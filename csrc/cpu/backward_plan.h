@@ -1,7 +1,7 @@
 // Backward with dx: one gather of q over a block of the transposed plan feeds both dx and G.
 #pragma once
 
-#include "gradients.h"
+#include "samples.h"
 
 namespace {
 
@@ -117,8 +117,9 @@ __attribute__((noinline)) void fill_weights(const dk::Topology& net,
   for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
 }
 
-// The same for a block, whose G is in slot order; with copies > 1, G and G0 are sums of that many
-// partial arrays, G's `stride` apart. As many dendrites at a time as a vector has lanes.
+// The parameters' gradients of a block, whose G is in slot order; with copies > 1, G and G0 are
+// sums of that many partial arrays, G's `stride` apart. As many dendrites at a time as a vector has
+// lanes.
 template <class T, class Index>
 __attribute__((noinline)) void finish_block(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
@@ -139,12 +140,7 @@ __attribute__((noinline)) void finish_block(const dk::Topology& net,
     }
     vec<T> sums = load_part(G0 + r, count);
     for (int64_t t = 1; t < copies; ++t) sums += load_part(G0 + t * net.rows + r, count);
-    const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
-      return numbers ? load_part(numbers + r, count) : splat(otherwise);
-    };
-    store_part(call.ddendrite_bias + r, own(call.cable, 1) * sums, count);
-    if (call.dcable)
-      store_part(call.dcable + r, lane_sums<T>(dots) + own(call.dendrite_bias, 0) * sums, count);
+    finish_dendrites(net, call, r, count, dots, sums);
   }
 }
 
@@ -198,30 +194,21 @@ template <class T, int V, class Column>
 void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
                         const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
-  const int64_t N = net.in_features, S = call.cable ? net.somas : 0;
-  const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, net.blocks);
+  const int64_t N = net.in_features, threads = min64(runtime.threads, net.blocks);
   const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
   const PlanBlocks<T> blocks(net, call);
   const int64_t slots = block_outer ? threads * blocks.most_slots() : blocks.slots();
   Carver carver;
-  const int64_t x_at = carver.reserve<T>(tiles * N * kTile),
-                soma_at = carver.reserve<T>(tiles * S * kTile);
+  const Samples<T, V> samples(net, call, threads, carver);
+  const int64_t tiles = samples.tiles();
   const int64_t weight_at = carver.reserve<T>(slots), G_at = carver.reserve<T>(slots),
                 G0_at = carver.reserve<T>(net.rows);
   const int64_t q_at = carver.reserve<T>(threads * blocks.scratch(kTile)),
                 dx_at = carver.reserve<T>(threads * tiles * N * kTile);
   carver.allocate(runtime);
-  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at),
-    *dx = carver.at<T>(dx_at);
+  T *G0 = carver.at<T>(G0_at), *dx = carver.at<T>(dx_at);
 
-  parallel(runtime, runtime.threads, [&](int64_t i) {
-    const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
-    const int64_t s0 = split<T>(S, i, runtime.threads), s1 = split<T>(S, i + 1, runtime.threads);
-    transpose_inputs<T, V>(net, call, n0, n1, x);
-    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
-      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
-                          call.dsoma_bias);
-  });
+  samples.share(runtime);
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t b0 = net.blocks * i / threads, b1 = net.blocks * (i + 1) / threads;
     T *q = carver.at<T>(q_at) + i * blocks.scratch(kTile), *own = dx + i * tiles * N * kTile;
@@ -232,12 +219,12 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
     const auto weigh = [&](int64_t block) { blocks.weigh(block, q, at(weight_at, block)); };
     const auto work = [&](int64_t block, int64_t tile) {
       const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
-      make_q<T, V>(net, call, r0, r1, tile, S ? soma + tile * S * kTile : nullptr, tile == 0, q,
-                   G0);
-      gather<T, V, Column>(net, block, at(weight_at, block), q, x + tile * N * kTile, block == b0,
+      make_q<T, V>(net, call, r0, r1, tile, samples.soma(i, tile), tile == 0, q, G0);
+      gather<T, V, Column>(net, block, at(weight_at, block), q, samples.x(i, tile), block == b0,
                            tile == 0, own + tile * N * kTile, at(G_at, block));
     };
     const auto finish = [&](int64_t block) { blocks.finish(block, 1, at(G_at, block), 0, G0); };
+    samples.take(i, b0 * net.block_rows, b1 * net.block_rows);
     if (block_outer) {
       for (int64_t block = b0; block < b1; ++block) {
         weigh(block);

@@ -2,17 +2,31 @@
 // for small batches.
 #pragma once
 
-#include "gradients.h"
+#include "samples.h"
 
 namespace {
 
 constexpr int64_t kRowBlock = 128;  // dendrites whose q and G stay in L1
+
+// Whether rows fill their vectors.
+template <class T>
+DK_INLINE bool whole_rows(const dk::Topology& net) {
+  return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
+}
 
 // Room for G of the dendrite at a position in gather_rows: it ends in a whole vector.
 template <class T>
 DK_INLINE int64_t padded_row(const dk::Topology& net, int64_t p) {
   const int64_t r = dendrite_at(net, p);
   return ceil_div(net.crow[r + 1] - net.crow[r], kLanes<T>) * kLanes<T>;
+}
+
+// Room for those of positions p0..p1-1, or a little more.
+template <class T>
+DK_INLINE int64_t padded_rows(const dk::Topology& net, int64_t p0, int64_t p1) {
+  const int32_t* crow = net.order ? net.ordered_crow : net.crow;
+  const int64_t pads = whole_rows<T>(net) ? 0 : (kLanes<T> - 1) * (p1 - p0);
+  return crow[p1] - crow[p0] + pads;
 }
 
 // G of positions p0..p1-1 on one tile, one padded row after the other; returns the end of them.
@@ -67,11 +81,6 @@ __attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::Back
   return out;
 }
 
-template <class T>
-DK_INLINE bool whole_rows(const dk::Topology& net) {
-  return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
-}
-
 template <class T, int V, class Column, bool WithInput>
 auto pick_gather_rows(const dk::Topology& net) {
   if constexpr (!WithInput)
@@ -79,64 +88,63 @@ auto pick_gather_rows(const dk::Topology& net) {
   return gather_rows<T, V, Column, WithInput, false>;
 }
 
-// Threads own blocks of dendrites, whose G stays small and private. WithInput,
-// for a batch of one tile: what the plan saves there is less than its weights and sums cost to
-// move.
+// The parameters' gradients of positions p0..p1-1 from G, one padded row after the other, and G0.
+// As many dendrites at a time as a vector has lanes.
+template <class T>
+__attribute__((noinline)) void finish_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
+                                           int64_t p0, int64_t p1, const T* G, const T* G0) {
+  constexpr int L = kLanes<T>;
+  for (int64_t p = p0; p < p1; p += L) {
+    const int count = int(min64(L, p1 - p));
+    vec<T> dots[L] = {};
+    for (int i = 0; i < count; ++i) {
+      dots[i] = weight_gradient<T>(net, call, dendrite_at(net, p + i),
+                                   [&](int64_t k, int) DK_LAMBDA { return load(G + k); });
+      G += padded_row<T>(net, p + i);
+    }
+    finish_dendrites(net, call, p, count, dots, load_part(G0 + p, count));
+  }
+}
+
+// Threads own blocks of dendrites, whose G stays small and private. WithInput, for a batch of one
+// tile: what the plan saves there is less than its weights and sums cost to move.
 template <class T, int V, class Column, bool WithInput>
 void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
-  const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows,
-                threads = runtime.threads;
-  const int64_t tiles = ceil_div(call.batch, kTile);
+  const int64_t N = net.in_features, R = net.rows, threads = runtime.threads;
+  Carver carver;
+  const Samples<T, V> samples(net, call, threads, carver);
+  const int64_t tiles = samples.tiles(), blocks = ceil_div(R, kRowBlock),
+                share = ceil_div(blocks, threads) * kRowBlock;
   // A block's q and G stay in L1 over all tiles while x leaves half of L2 free; else each tile of x
   // stays in L2 over all blocks of the thread.
-  // Where x is small every thread transposes all of it for itself, which takes less than fetching
-  // from other cores' caches what their threads transposed.
-  constexpr int64_t kSmallBytes = 1 << 19;
-  const int64_t x_bytes = call.batch * N * int64_t(sizeof(T));
-  const bool block_outer = tiles == 1 || x_bytes <= runtime.l2_bytes / 2,
-             own_x = x_bytes <= kSmallBytes;
-  const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
-  const int64_t blocks = ceil_div(R, kRowBlock), share = ceil_div(blocks, threads),
-                at_once = block_outer ? 1 : share;
-  const int64_t stretch = max64(1, blocks * kStretch * N / max64(1, net.nnz));  // in blocks
+  const bool block_outer =
+      tiles == 1 || call.batch * N * int64_t(sizeof(T)) <= runtime.l2_bytes / 2;
+  const int64_t at_once = block_outer ? kRowBlock : share;
   // G of all blocks may grow where dw will be.
   const bool in_place = !block_outer && !net.order && whole_rows<T>(net);
-  int64_t widest = 0;  // G of so many blocks
-  for (int64_t first = 0; first < blocks && !in_place; first += at_once) {
-    int64_t size = 0;
-    for (int64_t p = first * kRowBlock; p < min64(R, (first + at_once) * kRowBlock); ++p)
-      size += padded_row<T>(net, p);
-    widest = max64(widest, size);
-  }
-  Carver carver;
-  const int64_t x_at = carver.reserve<T>((own_x ? threads : 1) * tiles * N * kTile),
-                soma_at = carver.reserve<T>(tiles * S * kTile);
+  int64_t widest = 0;  // G of so many dendrites
+  for (int64_t first = 0; first < R && !in_place; first += at_once)
+    widest = max64(widest, padded_rows<T>(net, first, min64(R, first + at_once)));
+  // dx of so many dendrites is added up by itself.
+  const int64_t stretch = max64(1, blocks * kStretch * N / max64(1, net.nnz)) * kRowBlock;
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
   const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
                 dx_at = carver.reserve<T>(WithInput ? threads * N * kTile : 0),
                 stretch_at =
                     carver.reserve<T>(WithInput && stretch < share ? threads * N * kTile : 0);
   carver.allocate(runtime);
-  T *x = carver.at<T>(x_at), *soma = carver.at<T>(soma_at), *G0 = carver.at<T>(G0_at);
+  T* G0 = carver.at<T>(G0_at);
 
+  samples.share(runtime);
+  const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
   parallel(runtime, threads, [&](int64_t i) {
-    const int64_t n0 = split<T>(N, i, threads), n1 = split<T>(N, i + 1, threads);
-    const int64_t s0 = split<T>(S, i, threads), s1 = split<T>(S, i + 1, threads);
-    if (!own_x) transpose_inputs<T, V>(net, call, n0, n1, x);
-    for (int64_t tile = 0; tile < tiles && s0 < s1; ++tile)
-      soma_gradient<T, V>(net, call, tile, s0, s1, tile == 0, soma + (tile * S + s0) * kTile,
-                          call.dsoma_bias);
-  });
-  parallel(runtime, threads, [&](int64_t i) {
-    const int64_t begin = i * share, end = min64(blocks, begin + share);
-    T *G = in_place ? call.dweight + min64(R, begin * kRowBlock) * net.fan_in
-                    : carver.at<T>(G_at) + i * widest,
+    const int64_t begin = min64(R, i * share), end = min64(R, begin + share);
+    T *G = in_place ? call.dweight + begin * net.fan_in : carver.at<T>(G_at) + i * widest,
       *q = carver.at<T>(q_at) + i * kRowBlock * kTile;
-    T *sum = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0), *dx = sum,
-      *xt = x + (own_x ? i * tiles * N * kTile : 0);
-    if (own_x) transpose_inputs<T, V>(net, call, 0, N, xt);
+    T *sum = carver.at<T>(dx_at) + (WithInput ? i * N * kTile : 0), *dx = sum;
+    samples.take(i, begin, end);
     if (WithInput) memset(dx, 0, size_t(N) * kTile * sizeof(T));
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = min64(end, first + at_once);
@@ -147,25 +155,19 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         T* out = G;
-        for (int64_t block = first; block < last; ++block)
-          out = gather(net, call, block * kRowBlock, min64(R, (block + 1) * kRowBlock), tile,
-                       S ? soma + tile * S * kTile : nullptr, xt + tile * N * kTile, tile == 0, q,
-                       G0, out, dx);
+        for (int64_t p = first; p < last; p += kRowBlock)
+          out = gather(net, call, p, min64(last, p + kRowBlock), tile, samples.soma(i, tile),
+                       samples.x(i, tile), tile == 0, q, G0, out, dx);
       }
-      const T* row = G;
-      for (int64_t p = first * kRowBlock; p < min64(R, last * kRowBlock); ++p) {
-        finish_row(net, call, dendrite_at(net, p), G0[p],
-                   [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
-        row += padded_row<T>(net, p);
-      }
+      finish_rows(net, call, first, last, G, G0);
     }
     if (dx != sum) add_to(N * kTile, dx, sum);
   });
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
 }
 
-// For batches much larger than the network: threads own tiles, and everything is
-// private to them; G is added up at the end.
+// For batches much larger than the network: threads own tiles, and everything is private to them; G
+// is added up at the end.
 template <class T, int V, class Column>
 void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                             const dk::Runtime& runtime) {
@@ -173,8 +175,12 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
   const auto gather = pick_gather_rows<T, V, Column, false>(net);
-  int64_t slots = 0;
-  for (int64_t p = 0; p < R; ++p) slots += padded_row<T>(net, p);
+  const auto room = [&](int64_t p0, int64_t p1) {  // for G of these positions
+    int64_t size = 0;
+    for (int64_t p = p0; p < p1; ++p) size += padded_row<T>(net, p);
+    return size;
+  };
+  const int64_t slots = room(0, R);
   Carver carver;
   const int64_t x_at = carver.reserve<T>(threads * N * kTile),
                 soma_at = carver.reserve<T>(threads * S * kTile),
@@ -200,19 +206,16 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
     }
   });
   parallel(runtime, threads, [&](int64_t i) {
-    const int64_t p0 = R * i / threads, p1 = R * (i + 1) / threads;
-    T* row = G;
-    for (int64_t p = 0; p < p0; ++p) row += padded_row<T>(net, p);
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t room = padded_row<T>(net, p);
-      T sum = G0[p];
+    const int64_t begin = R * i / threads, end = R * (i + 1) / threads;
+    T* sum = G + room(0, begin);
+    for (int64_t p0 = begin; p0 < end; p0 += kRowBlock) {
+      const int64_t p1 = min64(end, p0 + kRowBlock), size = room(p0, p1);
       for (int64_t copy = 1; copy < threads; ++copy) {
-        sum += G0[copy * R + p];
-        add_to(room, row + copy * slots, row);
+        add_to(size, sum + copy * slots, sum);
+        for (int64_t p = p0; p < p1; ++p) G0[p] += G0[copy * R + p];
       }
-      finish_row(net, call, dendrite_at(net, p), sum,
-                 [&](int64_t k, int) DK_LAMBDA { return load(row + k); });
-      row += room;
+      finish_rows(net, call, p0, p1, sum, G0);
+      sum += size;
     }
     for (int64_t s = S * i / threads; s < S * (i + 1) / threads; ++s) {
       T sum = 0;

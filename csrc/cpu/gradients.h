@@ -95,8 +95,7 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   };
   const auto dendrite = [&](int64_t p, int64_t r) DK_LAMBDA {
     vec<T> q[V];
-    if constexpr (V > 4) {  // short vectors: the whole tile lies in one word
-      static_assert(32 % kTile == 0);
+    if constexpr (V > 4 && kTile <= 32) {  // short vectors: the whole tile lies in one word
       const uint32_t bits = call.signs[sample / 32 * net.rows + r] >> (sample % 32);
       select_bits<T, V>(bits, active, inactive, q);
     } else {
@@ -148,17 +147,30 @@ DK_INLINE vec<T> weight_gradient(const dk::Topology& net, const dk::BackwardCall
   return dots.sum();
 }
 
-// Parameter gradients of one dendrite from its G and G0.
-template <class T, class Source>
-DK_INLINE void finish_row(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t r, T G0,
-                          const Source& G) {
-  const T dot = lane_sum<T>(weight_gradient<T>(net, call, r, G)),
-          bias = call.dendrite_bias ? call.dendrite_bias[r] : T(0);
-  call.ddendrite_bias[r] = cable_weight(call, r) * G0;
-  if (call.dcable) call.dcable[r] = dot + bias * G0;
+// The other gradients of the dendrites at positions p..p+count-1, at most a vector of them, from
+// what weight_gradient returned and G0.
+template <class T>
+DK_INLINE void finish_dendrites(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p,
+                                int count, const vec<T>* dots, vec<T> G0) {
+  const vec<T> dot = lane_sums<T>(dots);
+  if (net.order) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = net.order[p + i];
+      call.ddendrite_bias[r] = cable_weight(call, r) * G0[i];
+      if (call.dcable)
+        call.dcable[r] = dot[i] + (call.dendrite_bias ? call.dendrite_bias[r] * G0[i] : T(0));
+    }
+    return;
+  }
+  const auto own = [&](const T* numbers, T otherwise) DK_LAMBDA {
+    return numbers ? load_part(numbers + p, count) : splat(otherwise);
+  };
+  store_part(call.ddendrite_bias + p, own(call.cable, 1) * G0, count);
+  if (call.dcable) store_part(call.dcable + p, dot + own(call.dendrite_bias, 0) * G0, count);
 }
 
-// Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]; dsoma_bias += its sums.
+// Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]; dsoma_bias[soma - s0] += its
+// sums.
 template <class T, int V>
 void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t tile,
                    int64_t s0, int64_t s1, bool first, T* out, T* dsoma_bias) {
@@ -171,7 +183,7 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
     const SomaGradient<T, Stored> source{grad, y, S, call.slope};
     transpose_in<T, V>(source, min64(kTile, call.batch - sample), s0, s1, out);
   });
-  SumStream<T> sums(dsoma_bias + s0, first);
+  SumStream<T> sums(dsoma_bias, first);
   for (int64_t s = s0; s < s1; ++s) {
     vec<T> sum{};
     unroll<V>([&](auto t) DK_LAMBDA { sum += load(out + (s - s0) * kTile + t * L); });
@@ -190,25 +202,14 @@ DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
   return min64(n, ceil_div(n, L) * i / parts * L);
 }
 
-// Inputs [n0, n1) of every tile -> x[tile][N][samples].
-template <class T, int V>
-void transpose_inputs(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t n0,
-                      int64_t n1, T* x) {
-  constexpr int kTile = V * kLanes<T>;
-  for (int64_t tile = 0; tile * kTile < call.batch; ++tile) {
-    const int64_t samples = min64(kTile, call.batch - tile * kTile);
-    tile_in<T, V>(call.storage, call.x, tile * kTile, samples, net.in_features, n0, n1,
-                  x + (tile * net.in_features + n0) * kTile);
-  }
-}
-
 // sum += part, both of n numbers: whole vectors.
 template <class T>
 DK_INLINE void add_to(int64_t n, const T* part, T* sum) {
   for (int64_t e = 0; e < n; e += kLanes<T>) store(sum + e, load(sum + e) + load(part + e));
 }
 
-// The sum of the threads' dx [threads][tiles][N][tile], in the first of them, then to its rows.
+// The sum of the threads' dx [threads][tiles][N][tile] -> the rows of dx. Every thread adds up its
+// columns in its own copy, which is still in its cache, and reads all copies at a time.
 template <class T, int V>
 void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
                int64_t threads, T* dx) {
@@ -218,9 +219,14 @@ void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const d
     const int64_t n0 = split<T>(N, i, runtime.threads), n1 = split<T>(N, i + 1, runtime.threads);
     if (n0 >= n1) return;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      T* sum = dx + (tile * N + n0) * kTile;
-      for (int64_t other = 1; other < threads; ++other)
-        add_to((n1 - n0) * kTile, sum + other * tiles * N * kTile, sum);
+      const T* first = dx + (tile * N + n0) * kTile;
+      T* sum = dx + (min64(i, threads - 1) * tiles * N + tile * N + n0) * kTile;
+      for (int64_t e = 0; threads > 1 && e < (n1 - n0) * kTile; e += kLanes<T>) {
+        vec<T> total = load(first + e);
+        for (int64_t other = 1; other < threads; ++other)
+          total += load(first + other * tiles * N * kTile + e);
+        store(sum + e, total);
+      }
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
       tile_out<T, V>(call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
     }

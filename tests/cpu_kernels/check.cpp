@@ -205,10 +205,13 @@ std::vector<Subject> subjects() {
   for (int i = 0; i < 33; ++i) sizes.insert(sizes.end(), {0, 13, 26});
   for (int i = 0; i < 43; ++i) many_sizes.insert(many_sizes.end(), {19, 0, 10});
   many_sizes.back() += 1300 - std::accumulate(many_sizes.begin(), many_sizes.end(), 0);
-  const std::vector<int64_t> few{1, 2, 33, 129};
+  const std::vector<int64_t> few{1, 2, 33, 100, 129};
   all.push_back(large(make_network("many dendrites", 150, constant(1300, 16), sizes), few, {129}));
   all.push_back(
-      large(make_network("many uneven dendrites", 150, uneven(1300, 40), many_sizes), few, {33}));
+      large(make_network("many uneven dendrites", 150, uneven(1300, 40), many_sizes), few, {100}));
+  // Here all threads transpose x together, and yet a tile may be wide.
+  all.push_back(
+      large(make_network("two wide tiles", 900, constant(390, 16), constant(30, 13)), {200}, {}));
   // Enough for several threads even if there is one sample only.
   all.push_back(
       large(make_network("many synapses", 150, constant(1500, 48), constant(60, 25)), {1}, {1}));
