@@ -14,16 +14,21 @@ void backward_without_dx(const dk::Topology& net, const dk::BackwardCall<T>& cal
   const int64_t inputs = call.batch * net.in_features;
   const bool own_tiles = inputs * int64_t(sizeof(T)) > kHotBytes && inputs > 4 * net.nnz &&
                          call.batch >= runtime.threads * 4 * kTile;
-  if (own_tiles) return backward_rows_by_tiles<T, V, Column>(net, call, runtime);
+  const auto run = [&](auto vectors) {
+    if (own_tiles)
+      backward_rows_by_tiles<T, vectors, Column>(net, call, runtime);
+    else
+      backward_by_rows<T, vectors, Column, false>(net, call, runtime);
+  };
   // There are registers for twice as many samples, over which the sums of products and the choice
   // of q are spread: 3 to 15 % faster, most where rows vary, share inputs, or vectors are short.
   if constexpr (V == kTileVectors && kTileVectors == 4) {
     const int64_t wide_bytes = net.in_features * 2 * kTile * int64_t(sizeof(T));
     const bool no_more_pads = (call.batch - 1) % (2 * kTile) >= kTile;
     if (no_more_pads && wide_bytes <= runtime.l2_bytes / 2)
-      return backward_by_rows<T, 2 * V, Column, false>(net, call, runtime);
+      return run(std::integral_constant<int, 2 * V>{});
   }
-  backward_by_rows<T, V, Column, false>(net, call, runtime);
+  run(std::integral_constant<int, V>{});
 }
 
 template <class T, int V, class Column>

@@ -225,8 +225,8 @@ std::vector<Subject> subjects() {
   all.push_back(
       large(make_network("few inputs", 3, constant(2600, 3), constant(200, 13)), {1, 2, 33}, {}));
   // A batch much larger than the network is divided between threads even without dx.
-  all.push_back(
-      large(make_network("many samples", 510, uneven(400, 16), constant(40, 10)), {785}, {785}));
+  all.push_back(large(make_network("many samples", 510, uneven(400, 16), constant(40, 10)),
+                      {785, 890}, {785}));
   return all;
 }
 
