@@ -330,19 +330,18 @@ void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::
   if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
     const bool local = net.order, little = fits_l2<T>(net, runtime, 12 * 32);
+    const int64_t more_pads = (call.batch - 1) % 64 < 32 ? 32 : 0;  // in tiles of 64
     // bfloat16 halves what is gathered: 1.1 to 1.2 times as fast where a tile of x takes much of
     // L2, else up to 20 % slower. No gain where neighbours share inputs in L1, and a loss without
     // the registers of AVX-512.
-    const bool paired =
-        (call.round_x || call.storage == dk::Storage::bf16) && !local && !little && call.batch > 16;
+    const bool paired = (call.round_x || call.storage == dk::Storage::bf16) && !local && !little &&
+                        8 * more_pads <= call.batch;
     if (paired) return forward_tiled<T, 64, Pair>(net, call, runtime);
-    // Tiles of 64 samples pay where gathered inputs lie in L1, as those of ordered fields do; where
-    // rows vary: their ends are mispredicted half as often; and, by 1 to 5 %, where several threads
-    // read all weights for each of their tiles, unless these take much of L2 (measured).
+    // Tiles of 64 samples pay where gathered inputs lie in L1, as those of ordered fields do
+    // (12 %); where rows vary: their ends are mispredicted half as often; and where such a tile
+    // takes little of L2: half as many weights are read (5 %; all measured). But for pads.
     const bool varying = !net.fan_in && fits_l2<T>(net, runtime, 64);
-    const bool shared =
-        little && runtime.threads > 1 && ceil_div(call.batch, 64) >= runtime.threads;
-    if ((local || varying || shared) && call.batch > 32) {
+    if ((local || varying || little) && (local ? 8 : 20) * more_pads <= call.batch) {
       const int64_t outputs = call.cable ? net.somas : net.rows;
       const int64_t parts =
           ceil_div(call.batch, 64) * ceil_div(outputs, local ? net.group_size : 1);
