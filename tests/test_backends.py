@@ -510,7 +510,7 @@ with dk.use_backend("reference"):  # asked for, it may
     assert all(message in line for line in lines), lines
 
 
-# Instruction sets: test_extension.py computes with each of them
+# Instruction sets: test_memory_bounds.py computes with each of them
 
 EXACT = f"""{EXACT_CASES}
 from dendrite_kernels.backends import select
