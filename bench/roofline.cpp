@@ -2,10 +2,13 @@
 // else. Every thread owns a tile x[N][tile] of floats; for each synapse one random row of it is
 // multiplied by a weight that is broadcast, and added to its dendrite's accumulators. Either one
 // dendrite after the other, whose FMAs wait for each other in a narrow tile, or neighbours
-// interleaved so that eight accumulators hide that latency.
+// interleaved so that eight accumulators hide that latency. L1 holds some of a small tile. What the
+// second-level cache alone gives is one load per FMA, in order, of a quarter of it.
 //
 //   roofline INPUTS SYNAPSES THREADS MILLISECONDS
-//   -> for each tile width a line "WIDTH GFLOP/s one by one GFLOP/s interleaved"
+//   -> for each tile width a line "WIDTH GFLOP/s one by one GFLOP/s interleaved", then "L2 GFLOP/s"
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -13,9 +16,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <memory>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -62,48 +66,95 @@ __attribute__((noinline)) void pass(const float* tile, const uint16_t* column, c
   }
 }
 
-// Median time of a pass, in every thread; the threads run together. GFLOP/s of all of them.
-template <int V, int kRows>
-double measure(int64_t inputs, int64_t synapses, int threads, double seconds) {
+__attribute__((noinline)) void pass_in_order(const float* data, int64_t size, float weight,
+                                             float* out) {
+  const Vector w = weight - Vector{};
+  Vector sum[kMostRows] = {};
+  for (int64_t k = 0; k + kMostRows * kLanes <= size; k += kMostRows * kLanes)
+#pragma GCC unroll 8
+    for (int v = 0; v < kMostRows; ++v) {
+      Vector x;
+      std::memcpy(&x, data + k + v * kLanes, sizeof x);
+      sum[v] += w * x;
+    }
+  Vector total = {};
+  for (const Vector& s : sum) total += s;
+  std::memcpy(out, &total, sizeof total);
+}
+
+struct Free {
+  void operator()(void* data) const { std::free(data); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+static Floats filled(int64_t count) {
+  const size_t bytes = (count * sizeof(float) + kPage - 1) / kPage * kPage;
+  Floats data(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
+  if (!data) std::abort();
+  std::fill_n(data.get(), count, 1e-3f);
+  return data;
+}
+
+// GFLOP/s of threads that run together, at each one's median time of a pass of `flops`; prepare(t)
+// is the pass of thread t, which writes a vector.
+template <class Prepare>
+double measure(int threads, double seconds, double flops, const Prepare& prepare) {
   std::atomic<int> waiting{threads};
   std::vector<double> rate(threads);
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t)
     pool.emplace_back([&, t] {
-      const size_t bytes = (inputs * V * kLanes * sizeof(float) + kPage - 1) / kPage * kPage;
-      float* tile = static_cast<float*>(std::aligned_alloc(kPage, bytes));
-      if (!tile) std::abort();
-      std::fill_n(tile, inputs * V * kLanes, 1e-3f);
-      std::mt19937 random(t);
-      std::vector<uint16_t> column(synapses);
-      for (auto& c : column) c = uint16_t(random() % uint32_t(inputs));
-      const std::vector<float> weight(synapses, 0.5f);
+      const auto run = prepare(t);
       alignas(64) float out[kLanes];
       std::vector<double> times;
-      pass<V, kRows>(tile, column.data(), weight.data(), synapses, out);
+      run(out);
       --waiting;
       while (waiting.load() > 0) std::this_thread::yield();
       const double end = now() + seconds;
       for (double start = now(), stop; start < end; start = stop) {
-        pass<V, kRows>(tile, column.data(), weight.data(), synapses, out);
+        run(out);
         stop = now();
         times.push_back(stop - start);
       }
       std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-      constexpr int64_t kGroup = kRows * kSynapses;
-      const double flops = 2.0 * double(synapses / kGroup * kGroup) * V * kLanes;
       rate[t] = out[0] >= 0 ? flops / times[times.size() / 2] : 0;
-      std::free(tile);
     });
   double sum = 0;
   for (int t = 0; t < threads; ++t) pool[t].join(), sum += rate[t];
   return 1e-9 * sum;
 }
 
+template <int V, int kRows>
+double measure_rows(int64_t inputs, int64_t synapses, int threads, double seconds) {
+  constexpr int64_t kGroup = kRows * kSynapses;
+  const double flops = 2.0 * double(synapses / kGroup * kGroup) * V * kLanes;
+  return measure(threads, seconds, flops, [&](int t) {
+    std::mt19937 random(t);
+    std::vector<uint16_t> column(synapses);
+    for (auto& c : column) c = uint16_t(random() % uint32_t(inputs));
+    return [tile = filled(inputs * V * kLanes), column = std::move(column),
+            weight = std::vector<float>(synapses, 0.5f)](float* out) {
+      pass<V, kRows>(tile.get(), column.data(), weight.data(), int64_t(column.size()), out);
+    };
+  });
+}
+
+static double measure_l2(int threads, double seconds) {
+  int64_t bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  constexpr int64_t kCommon = 1 << 20, kGroup = kMostRows * kLanes;
+  const int64_t size = (bytes > 0 ? bytes : kCommon) / 4 / int64_t(sizeof(float)) / kGroup * kGroup;
+  return measure(threads, seconds, 2.0 * double(size), [size](int) {
+    return [size, data = filled(size)](float* out) { pass_in_order(data.get(), size, 0.5f, out); };
+  });
+}
+
 template <int V>
 void report(int64_t inputs, int64_t synapses, int threads, double seconds) {
-  std::printf("%d %.3f %.3f\n", V * kLanes, measure<V, 1>(inputs, synapses, threads, seconds),
-              measure<V, kMostRows / V>(inputs, synapses, threads, seconds));
+  std::printf("%d %.3f %.3f\n", V * kLanes, measure_rows<V, 1>(inputs, synapses, threads, seconds),
+              measure_rows<V, kMostRows / V>(inputs, synapses, threads, seconds));
 }
 
 int main(int count, char** argument) {
@@ -117,4 +168,5 @@ int main(int count, char** argument) {
   report<1>(inputs, synapses, threads, seconds);
   report<2>(inputs, synapses, threads, seconds);
   report<4>(inputs, synapses, threads, seconds);
+  std::printf("L2 %.3f\n", measure_l2(threads, seconds));
 }

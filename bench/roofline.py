@@ -1,7 +1,8 @@
 """The gather-FMA roofline of a layer's working set, measured by roofline.cpp.
 
 The most that random rows of a batch-inner tile of the input allow, whatever is computed with them:
-forward does 2 flops per synapse and sample, backward 4 (the gradients of weights and input).
+forward does 2 flops per synapse and sample, backward 4 (the gradients of weights and input). Beside
+it, what loads from the second-level cache alone allow: L1 serves some of the rows of a small tile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("roofline.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
 PORTABLE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast")
-MILLISECONDS = 40  # for each of six ways
+MILLISECONDS = 40  # for each of seven ways
 MAX_INPUTS = 1 << 16
 
 
@@ -46,16 +47,21 @@ def _program() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
 
 @dataclass(frozen=True)
 class Roof:
-    """GFLOP/s by tile width: dendrites one by one, and interleaved to hide the FMA's latency."""
+    """GFLOP/s by tile width: dendrites one by one, and interleaved to hide the FMA's latency; and
+    of one load per FMA, in order, from the second-level cache."""
 
     one_by_one: dict[int, float]
     interleaved: dict[int, float]
+    l2: float
 
     @classmethod
     def of(cls, roofs: Sequence[Roof]) -> Roof:
         """The highest rates of several measurements."""
-        parts = [(r.one_by_one, r.interleaved) for r in roofs]
-        return cls(*(_highest(rates) for rates in zip(*parts, strict=True)))
+        return cls(
+            _highest([r.one_by_one for r in roofs]),
+            _highest([r.interleaved for r in roofs]),
+            max(r.l2 for r in roofs),
+        )
 
     @property
     def gflops(self) -> float:
@@ -78,5 +84,6 @@ def measure(inputs: int, synapses: int, threads: int) -> Roof:
     run = subprocess.run([str(_program()[0]), *sizes], capture_output=True, text=True)
     if run.returncode:
         raise Unavailable(f"{SOURCE.name} ended with status {run.returncode}")
-    rows = [line.split() for line in run.stdout.splitlines()]
-    return Roof({int(r[0]): float(r[1]) for r in rows}, {int(r[0]): float(r[2]) for r in rows})
+    *rows, (_, l2) = (line.split() for line in run.stdout.splitlines())
+    one_by_one, interleaved = ({int(row[0]): float(row[i]) for row in rows} for i in (1, 2))
+    return Roof(one_by_one, interleaved, float(l2))

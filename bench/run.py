@@ -219,7 +219,7 @@ def _fractions(
     kernels: Mapping[str, Mapping[str, Mapping[str, float]]],
     gflop: float,
 ) -> dict[str, Any]:
-    """GFLOP/s of the kernels, forward `gflop` of them and backward twice that, and of the roof."""
+    """GFLOP/s of the kernels, forward `gflop` of them and backward twice that, and of the roofs."""
     highest = Roof.of(roof)
     reached = {}
     for name, modes in kernels.items():
@@ -234,6 +234,8 @@ def _fractions(
             "backward_gflops": backward,
             "forward_fraction": forward / highest.gflops,
             "backward_fraction": backward / highest.gflops,
+            "forward_fraction_of_l2": forward / highest.l2,
+            "backward_fraction_of_l2": backward / highest.l2,
         }
     return {"gflops": highest.gflops, **asdict(highest), "reached": reached}
 

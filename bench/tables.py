@@ -88,13 +88,18 @@ def _print_roofline(found: Mapping[str, Any]) -> None:
         print(f"gather-FMA roofline: {found['unavailable']}")
         return
     reached = "; ".join(
-        f"{name}: forward {r['forward_gflops']:.0f} ({r['forward_fraction']:.0%}), "
-        f"backward {r['backward_gflops']:.0f} ({r['backward_fraction']:.0%})"
+        f"{name}: "
+        + ", ".join(
+            f"{what} {r[f'{what}_gflops']:.0f} "
+            f"({r[f'{what}_fraction']:.0%}, {r[f'{what}_fraction_of_l2']:.0%} of L2's)"
+            for what in ("forward", "backward")
+        )
         for name, r in found["reached"].items()
     )
     print(
         f"gather-FMA roofline {found['gflops']:.0f} GFLOP/s "
-        f"(dendrites one by one {max(found['one_by_one'].values()):.0f})"
+        f"(dendrites one by one {max(found['one_by_one'].values()):.0f}), "
+        f"one load per FMA from L2, in order {found['l2']:.0f}"
         f"{'; ' * bool(reached)}{reached}"
     )
 

@@ -212,5 +212,8 @@ def test_roofline_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     except roofline.Unavailable as error:
         pytest.skip(str(error))
     assert roof.gflops == max(*roof.one_by_one.values(), *roof.interleaved.values()) > 0
+    assert roof.l2 > 0
+    faster = roofline.Roof(roof.one_by_one, dict.fromkeys(roof.interleaved, 1e6), roof.l2 + 1)
+    assert roofline.Roof.of([roof, faster, roof]) == faster
     with pytest.raises(roofline.Unavailable, match="65536"):
         roofline.measure(inputs=70000, synapses=1, threads=1)
