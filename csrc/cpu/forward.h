@@ -13,11 +13,13 @@ constexpr int kStrip = Tile / kLanes<T> < kTileVectors ? Tile / kLanes<T> : kTil
 
 // acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded a
 // 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
-// ports from the gathered rows.
+// ports from the gathered rows (1.1 times as long where rows vary). But permutations of AVX-512
+// take a port from the FMAs: where FanIn leaves nothing to predict, broadcasts are 2 to 9 % faster.
 template <class T, int Tile, int FanIn, int ND, class Column, class E>
 DK_INLINE void gather_synapses(const T* const* weight, const Column* const* column, int64_t count,
                                const E* x, vec<T>* acc) {
   constexpr int V = kStrip<T, Tile>, BL = kBlockLanes<T>, kRow = Tile / kSamples<E>;
+  constexpr bool kBroadcasts = FanIn > 0 && kVectorBytes == 64;
   const auto synapse = [&](auto d, int64_t k, vec<T> w) DK_LAMBDA {
     for_each_vector<V>(x + int64_t(column[d][k]) * kRow, [&](auto t, vec<T> value) DK_LAMBDA {
       acc[d * V + t] = w * value + acc[d * V + t];
@@ -26,9 +28,15 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
   int64_t k = 0;
   for (; k + BL <= count; k += BL) {
     vec<T> block[ND];
-    unroll<ND>([&](auto d) DK_LAMBDA { block[d] = load_block(weight[d] + k); });
+    if constexpr (!kBroadcasts)
+      unroll<ND>([&](auto d) DK_LAMBDA { block[d] = load_block(weight[d] + k); });
     unroll<BL>([&](auto j) DK_LAMBDA {
-      unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k + j, splat_lane<T, j>(block[d])); });
+      unroll<ND>([&](auto d) DK_LAMBDA {
+        if constexpr (kBroadcasts)
+          synapse(d, k + j, splat(weight[d][k + j]));
+        else
+          synapse(d, k + j, splat_lane<T, j>(block[d]));
+      });
     });
   }
   if constexpr (FanIn == 0 || FanIn % BL != 0)
@@ -155,15 +163,17 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, const vec<T>* u) {
 }
 
 // visit(dendrite, u) for dendrites r0..r1-1 of one strip. Two at a time their accumulators hide
-// each other's latency; but of many dendrites that vary in length branch prediction learns no
+// each other's latency. But four of AVX-512 hide it alone, and the fewer rows of x are on their way
+// from L2, the better (5 %); and of many dendrites that vary in length branch prediction learns no
 // pattern, and one at a time mispredicts less often.
 template <class T, int Tile, int FanIn, bool Ordered, class Column, class E, class Visit>
 DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                  const E* x, int64_t r0, int64_t r1, const Visit& visit) {
   constexpr int V = kStrip<T, Tile>;
   constexpr int64_t kUnpredictable = 16384;
+  constexpr bool kAlone = V == 4 && kVectorBytes == 64;
   int64_t r = r0;
-  if (FanIn > 0 || net.rows < kUnpredictable)
+  if (!kAlone && (FanIn > 0 || net.rows < kUnpredictable))
     for (; r + 2 <= r1; r += 2) {
       vec<T> u[2 * V];
       dendrites<T, Tile, FanIn, Ordered, 2, Column>(net, call, x, r, u);
@@ -329,19 +339,21 @@ template <class T>
 void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::Runtime& runtime) {
   if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
-    const bool local = net.order, little = fits_l2<T>(net, runtime, 12 * 32);
-    const int64_t more_pads = (call.batch - 1) % 64 < 32 ? 32 : 0;  // in tiles of 64
-    // bfloat16 halves what is gathered: 1.1 to 1.2 times as fast where a tile of x takes much of
+    const bool local = net.order, rounded = call.round_x || call.storage == dk::Storage::bf16;
+    const auto more_pads_in = [&](int64_t tile) {  // than in tiles of half as many samples
+      return (call.batch - 1) % tile < tile / 2 ? tile / 2 : 0;
+    };
+    // bfloat16 halves what is gathered: 1.0 to 1.4 times as fast where a tile of x takes much of
     // L2, else up to 20 % slower. No gain where neighbours share inputs in L1, and a loss without
     // the registers of AVX-512.
-    const bool paired = (call.round_x || call.storage == dk::Storage::bf16) && !local && !little &&
-                        8 * more_pads <= call.batch;
-    if (paired) return forward_tiled<T, 64, Pair>(net, call, runtime);
-    // Tiles of 64 samples pay where gathered inputs lie in L1, as those of ordered fields do
-    // (12 %); where rows vary: their ends are mispredicted half as often; and where such a tile
-    // takes little of L2: half as many weights are read (5 %; all measured). But for pads.
-    const bool varying = !net.fan_in && fits_l2<T>(net, runtime, 64);
-    if ((local || varying || little) && (local ? 8 : 20) * more_pads <= call.batch) {
+    const bool large = !fits_l2<T>(net, runtime, 12 * 32);
+    if (rounded && large && !local && 8 * more_pads_in(32) <= call.batch)
+      return forward_tiled<T, 32, Pair>(net, call, runtime);
+    // Tiles of 64 samples pay where they take no more than half of L2: half as many weights are
+    // read (5 %); more where gathered inputs lie in L1, as those of ordered fields do (12 %), and
+    // where rows vary: their ends are mispredicted half as often. But for pads.
+    const bool roomy = local || fits_l2<T>(net, runtime, net.fan_in ? 96 : 64);
+    if (roomy && (local ? 8 : 20) * more_pads_in(64) <= call.batch) {
       const int64_t outputs = call.cable ? net.somas : net.rows;
       const int64_t parts =
           ceil_div(call.batch, 64) * ceil_div(outputs, local ? net.group_size : 1);
