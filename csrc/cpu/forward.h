@@ -13,13 +13,13 @@ constexpr int kStrip = Tile / kLanes<T> < kTileVectors ? Tile / kLanes<T> : kTil
 
 // acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded a
 // 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
-// ports from the gathered rows (1.1 times as long where rows vary). But permutations of AVX-512
-// take a port from the FMAs: where FanIn leaves nothing to predict, broadcasts are 2 to 9 % faster.
+// ports from the gathered rows. AVX-512's permutations take a port from the FMAs and its rows come
+// from L2 at less than a vector a cycle: there broadcasts are 2 to 9 % faster.
 template <class T, int Tile, int FanIn, int ND, class Column, class E>
 DK_INLINE void gather_synapses(const T* const* weight, const Column* const* column, int64_t count,
                                const E* x, vec<T>* acc) {
   constexpr int V = kStrip<T, Tile>, BL = kBlockLanes<T>, kRow = Tile / kSamples<E>;
-  constexpr bool kBroadcasts = FanIn > 0 && kVectorBytes == 64;
+  constexpr bool kBroadcasts = kVectorBytes == 64;
   const auto synapse = [&](auto d, int64_t k, vec<T> w) DK_LAMBDA {
     for_each_vector<V>(x + int64_t(column[d][k]) * kRow, [&](auto t, vec<T> value) DK_LAMBDA {
       acc[d * V + t] = w * value + acc[d * V + t];

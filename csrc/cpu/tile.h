@@ -175,8 +175,8 @@ __attribute__((noinline)) void transpose_in(const Source& source, int64_t sample
     T* out = tile + (c - c0) * kTile + t * L;
     unroll<L>([&](auto i) DK_LAMBDA { store(out + i * kTile, r[i]); });
   };
-  // A wide tile's rows, kLanes at a time: all of them at once lie on so many pages that it takes 8
-  // % longer where x comes from memory.
+  // Of a wide tile's rows kLanes at a time: all of them at once are spread over so many pages that
+  // backward takes 8 % longer where x comes from memory.
   if constexpr (V > kTileVectors)
     for (int t = 0; t < V; ++t)
       for (c = c0; c + L <= c1; c += L) block(t);
