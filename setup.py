@@ -34,7 +34,7 @@ FLAGS = [
     "-ffp-contract=fast",
 ]
 # Kernels need no floating-point traps; NaN and infinity keep their meaning. They say themselves
-# what is a vector: GCC would compute pairs of addresses in one (up to 12 % slower where rows vary).
+# what is a vector: GCC would compute pairs of addresses in one, which takes longer.
 KERNEL_FLAGS = ["-fno-trapping-math", "-fno-math-errno", "-fno-tree-slp-vectorize"]
 ISA_FLAGS = {
     "kernels_base.cpp": [],
