@@ -404,9 +404,9 @@ if HAS_CPP:
     layer = dk.DendriticLayer(dk.connectivity.random(9, 3, 2, 4, seed=0))
     layer(torch.randn(5, 9)).sum().backward()
     assert not heavy & set(sys.modules)
-assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before[0]
 """,
-        OMP_NUM_THREADS="3",
+        OMP_NUM_THREADS="3",  # torch may grant fewer, on a machine with fewer cores
     )
 
 

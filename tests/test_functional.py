@@ -286,6 +286,11 @@ def views(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield "offset", offset[1:].reshape(x.shape)
 
 
+def equal_within(backend: str) -> float:
+    """Kernels give the same bits at any address; torch's own float64 products need not."""
+    return 1e-14 if backend == "reference" else 0.0
+
+
 @pytest.mark.parametrize("somas", [True, False], ids=["dendritic", "sparse"])
 def test_strided_inputs_and_gradients(backend: str, somas: bool) -> None:
     c = dk.connectivity.random(30, 10, 4, 6, seed=0)
@@ -302,7 +307,7 @@ def test_strided_inputs_and_gradients(backend: str, somas: bool) -> None:
     expected = run(tensors[0], grad)
     for (name, x), (_, g) in zip(views(tensors[0]), views(grad), strict=True):
         assert not x.is_contiguous() or name == "offset"
-        assert max(oracle.errors(run(x, g), expected)) == 0, name
+        assert max(oracle.errors(run(x, g), expected)) <= equal_within(backend), name
 
 
 @pytest.mark.parametrize("somas", [True, False], ids=["dendritic", "sparse"])
@@ -313,7 +318,7 @@ def test_expanded_inputs_and_gradients(backend: str, somas: bool) -> None:
     row = tensors[0].requires_grad_()
     y = function(row.expand(5, 30), *tensors[1:], c)
     y.sum().backward()  # the gradient of a sum is an expanded scalar
-    assert torch.equal(y[0], y[4])
+    assert oracle.relative_error(y[0], y[4]) <= equal_within(backend)
     one = tensors[0].detach().clone().requires_grad_()
     (5 * function(one, *tensors[1:], c).sum()).backward()
     assert row.grad is not None
