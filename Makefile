@@ -25,7 +25,7 @@ help:
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
 demo: .venv/.installed-demo
-	$(VENV_PYTHON) -m bench.demo --data '$(DATA)' --data-root '$(DATA_ROOT)' $(ARGS)
+	$(VENV_PYTHON) -m bench.paper.demo --data '$(DATA)' --data-root '$(DATA_ROOT)' $(ARGS)
 
 test: .venv/.installed-test
 	$(VENV_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
@@ -66,11 +66,11 @@ lint: .venv/.installed-lint
 	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 bench: .venv/.installed-demo
-	$(VENV_PYTHON) -m bench.run $(ARGS)
+	$(VENV_PYTHON) -m bench.speed.run $(ARGS)
 
 # Uses the Python that has a CUDA build of torch, not .venv, whose torch is pinned for CPUs.
 gpu:
-	$(PYTHON) -m bench.gpu $(ARGS)
+	$(PYTHON) -m bench.speed.gpu $(ARGS)
 
 clean:
 	rm -rf .venv .venv-numba build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -12,7 +12,7 @@ from . import _derivatives as _derivatives  # registers those of the operators
 from . import backends, connectivity, functional, interop, models, reference
 from .backends import BackendUnavailable, backend_info, use_backend
 from .nn import DendriticLayer, SparseLinear
-from .topology import Connectivity
+from .structure import Connectivity
 
 __version__ = "0.1.0"
 

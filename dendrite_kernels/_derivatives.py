@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _autograd, ops
-from ._direct import FORWARD, FORWARD_ROWS, topology_of
+from . import autograd, operators
+from .fast_path import FORWARD, FORWARD_ROWS, topology_of
 
 Maybe = torch.Tensor | None
 
@@ -30,11 +30,11 @@ def _differentiate_dendritic(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Mayb
     parameters, indices = (synapse_weight, dendrite_bias, cable_weight), (crow, col, soma_ptr)
     options = ctx.slope, ctx.needs_input_grad[0]
     if torch.is_grad_enabled():
-        connectivity = ops.connectivity_of(*indices, x)
-        gradients = _autograd.composed_backward(grad, x, y, *parameters, connectivity, *options)
+        connectivity = operators.connectivity_of(*indices, x)
+        gradients = autograd.composed_backward(grad, x, y, *parameters, connectivity, *options)
     else:
-        gradients = ops.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
-    return _autograd.wanted(ctx, gradients)
+        gradients = operators.dendritic_backward(grad, x, y, signs, *parameters, *indices, *options)
+    return autograd.wanted(ctx, gradients)
 
 
 def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -47,10 +47,10 @@ def _differentiate_sparse(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
     indices = crow, col, soma_ptr
     need_x = ctx.needs_input_grad[0]
     if torch.is_grad_enabled():
-        connectivity = ops.connectivity_of(*indices, x)
-        dx, dw, db = _autograd.SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
+        connectivity = operators.connectivity_of(*indices, x)
+        dx, dw, db = autograd.SparseLinearBackward.apply(grad, x, weight, connectivity, need_x)
     else:
-        dx, dw, db = ops.sparse_backward(grad, x, weight, *indices, need_x)
+        dx, dw, db = operators.sparse_backward(grad, x, weight, *indices, need_x)
     return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None
 
 
@@ -67,7 +67,7 @@ def _dendritic_forward_at_once(
     save_signs: bool,
     round_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    connectivity = ops.known_connectivity(crow, col, soma_ptr)
+    connectivity = operators.known_connectivity(crow, col, soma_ptr)
     topology = None if round_x else topology_of(connectivity, FORWARD)
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     if topology is None or topology.accepts(x, *parameters) is None:
@@ -87,7 +87,7 @@ def _sparse_forward_at_once(
     soma_ptr: torch.Tensor,
     round_x: bool = False,
 ) -> Maybe:
-    connectivity = ops.known_connectivity(crow, col, soma_ptr)
+    connectivity = operators.known_connectivity(crow, col, soma_ptr)
     topology = None if round_x else topology_of(connectivity, FORWARD_ROWS)
     if topology is None or topology.accepts(x, weight, bias, None, None) is None:
         return None
@@ -126,15 +126,21 @@ def _register(
             return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
 
     def autograd_kernel(keys: Any, *args: Any) -> Any:
-        if _autograd.needs_grad(*args[:differentiable]):
+        if autograd.needs_grad(*args[:differentiable]):
             return Recorded.apply(*args, keys)
         output = at_once(*args)
         return below_autograd(keys, args) if output is None else output
 
-    ops.library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
+    operators.library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
 
 
 _register(
-    ops.dendritic_forward, _dendritic_forward_at_once, 5, _setup_dendritic, _differentiate_dendritic
+    operators.dendritic_forward,
+    _dendritic_forward_at_once,
+    5,
+    _setup_dendritic,
+    _differentiate_dendritic,
 )
-_register(ops.sparse_forward, _sparse_forward_at_once, 3, _setup_sparse, _differentiate_sparse)
+_register(
+    operators.sparse_forward, _sparse_forward_at_once, 3, _setup_sparse, _differentiate_sparse
+)

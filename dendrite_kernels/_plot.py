@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .topology import Connectivity
+    from .structure import Connectivity
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

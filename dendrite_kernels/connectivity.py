@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ._validate import SIZE_LIMIT, Array, check_size
-from .topology import Connectivity
+from .structure import Connectivity
 
 Seed = int | np.random.Generator | None
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from . import _autograd, _direct, ops
+from . import autograd, fast_path, operators
 from .reference import activation_function
-from .topology import Connectivity
+from .structure import Connectivity
 
 Maybe = torch.Tensor | None
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
-_LOW = ops.LOW
+_LOW = operators.LOW
 _INF = math.inf
 _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 # Piecewise linear through the origin: backward needs only the sign of what went in.
@@ -136,7 +136,7 @@ def _unflatten(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _takes_low(x: torch.Tensor) -> bool:
     """Whether the operators take x in its low precision; transforms differentiate in float32."""
-    return x.dtype in _LOW and not _autograd.transforms_active()
+    return x.dtype in _LOW and not autograd.transforms_active()
 
 
 def sparse_linear(
@@ -169,7 +169,7 @@ def sparse_linear(
         and type(connectivity) is Connectivity
         and not connectivity.is_dense
     ):
-        u = _direct.sparse_linear(x, weight, bias, connectivity)
+        u = fast_path.sparse_linear(x, weight, bias, connectivity)
         if u is not None:
             return u
     _require_connectivity(connectivity)
@@ -177,14 +177,14 @@ def sparse_linear(
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     round_x = precision is not None and _rounds(x, precision)
     if connectivity.is_dense:  # dense synapses are a matrix product
-        x = _autograd.round_to_bfloat16(x) if round_x else x
+        x = autograd.round_to_bfloat16(x) if round_x else x
         return F.linear(
             x, weight.reshape(connectivity.num_dendrites, connectivity.in_features), bias
         )
     if low is not None and not _takes_low(x):
         wide = partial(sparse_linear, connectivity=connectivity, precision=precision)
         return _in_float32(wide, low, x, weight, bias)
-    u = _autograd.sparse_linear(_flatten(x), weight, bias, connectivity, round_x)
+    u = autograd.sparse_linear(_flatten(x), weight, bias, connectivity, round_x)
     return _unflatten(u if low is None else u.to(low), x)
 
 
@@ -249,7 +249,7 @@ def dendritic_layer(
         and type(c) is Connectivity
         and not c.is_dense
     ):
-        y = _direct.dendritic_layer(
+        y = fast_path.dendritic_layer(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope
         )
         if y is not None:
@@ -274,7 +274,7 @@ def dendritic_layer(
         phi = activation_function(activation, negative_slope)
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
         a = phi(u)
-        y = phi(_autograd.cable(a, cable_weight, soma_bias, connectivity))
+        y = phi(autograd.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
-    y = _autograd.dendritic_layer(_flatten(x), *tensors, c, slope, round_x)
+    y = autograd.dendritic_layer(_flatten(x), *tensors, c, slope, round_x)
     return _unflatten(y if low is None else y.to(low), x)

@@ -13,7 +13,7 @@ from torch import nn
 from ._keras import read_dense
 from .nn import DendriticLayer, SparseLinear
 from .reference import activation_function, cable_matrix, dense_weight
-from .topology import Connectivity
+from .structure import Connectivity
 
 Maybe = torch.Tensor | None
 

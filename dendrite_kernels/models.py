@@ -22,7 +22,7 @@ from torch import nn
 from . import connectivity
 from ._validate import check_size
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
-from .topology import Connectivity
+from .structure import Connectivity
 
 # kind -> (rule of the synapses, rule of the dendrite -> soma stage)
 _KINDS = {

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from . import functional, ops
-from .topology import Connectivity
+from . import functional, operators
+from .structure import Connectivity
 
 Init = Literal["fan_in", "paper"]
 _STRUCTURE = ("crow_indices", "col_indices", "soma_ptr")
@@ -56,11 +56,11 @@ class _Sparse(nn.Module):
         _check_init(init)
         self.connectivity = connectivity
         self.init = init
-        ops.index_tensors(connectivity)  # compiled code cannot mark them
+        operators.index_tensors(connectivity)  # compiled code cannot mark them
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        ops.index_tensors(self.connectivity)
+        operators.index_tensors(self.connectivity)
 
     def _precision_repr(self) -> str:
         return "" if self.precision is None else f", precision={self.precision}"

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from . import functional
 from .nn import DendriticLayer
-from .topology import Connectivity
+from .structure import Connectivity
 
 
 class ShardSomas(ParallelStyle):

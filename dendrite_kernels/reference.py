@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .topology import Connectivity
+from .structure import Connectivity
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

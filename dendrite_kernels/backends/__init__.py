@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 
 _NAMES = ("cpp", "cuda", "numba", "reference")
 _BY_DEVICE = {"cpu": ("cpp", "numba"), "cuda": ("cuda",)}  # best first

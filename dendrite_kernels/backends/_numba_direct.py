@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 from . import _numba_native as native
 from . import _pool
 from ._numba_entry import compiled

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 from . import _numba_direct, _pool
 from ._numba_kernels import Job
 from ._numba_plan import Call, Plan, backward_plan, forward_plan

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 from . import _numba_entry
 from ._numba_backward import STRIP
 from ._numba_kernels import CHUNK, Job

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .._validate import Array
-from ..topology import Connectivity
+from ..structure import Connectivity
 
-# Dendrites change places within groups of so many. Measured (cases A to D of bench.cases): fewer
+# Dendrites change places within groups of so many. Measured (cases A to D of bench.speed): fewer
 # gain less, and the weights and signs of more are slow to find for backward (6 % on B).
 MIXED_DENDRITES, MOST_SOMAS = 1024, 64
 MIXED_ROWS = 512  # where there are no somas

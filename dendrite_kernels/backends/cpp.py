@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 from . import _order, _pool
 
 STORES_LOW = True

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..topology import Connectivity
+from ..structure import Connectivity
 from . import _pool
 
 Array = TypeVar("Array", torch.Tensor, "np.ndarray[Any, Any]")
@@ -87,7 +87,7 @@ def _launcher() -> ModuleType:
     return _numba_launch
 
 
-# Keys of what serves calls at once (`_numba_direct.py`): forward for whoever asks it, `_direct.py`.
+# Keys of what serves calls at once (`_numba_direct.py`): forward for `fast_path.py`.
 FORWARD, FORWARD_ROWS = "numba forward", "numba forward rows"
 BACKWARD, BACKWARD_ROWS = "numba backward", "numba backward rows"
 

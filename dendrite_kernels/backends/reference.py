@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..topology import Connectivity
+from ..structure import Connectivity
 
 STORES_LOW = False
 ROUNDS_X = False

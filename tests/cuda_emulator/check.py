@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import dendrite_kernels as dk
-from dendrite_kernels.backends import _cuda_plan, cuda
+from dendrite_kernels.backends import cuda
+from dendrite_kernels.backends.cuda import plan
 from tests import oracle
 
 TOLERANCE = {
@@ -56,7 +57,7 @@ NETWORKS: dict[str, Draw] = {
 }
 # What adds up thousands of products there.
 LONG_SUMS = {"long rows": ("y", "u"), "few inputs": ("dx", "sparse-dx")}
-KINDS = dict(_cuda_plan.KINDS)
+KINDS = dict(plan.KINDS)
 L2 = -1  # the last kind of every dtype gathers from L2
 
 
@@ -109,7 +110,7 @@ def load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.configure(torch.Tensor.__dlpack_c_exchange_api__)
-    limits = _cuda_plan.Limits(3, 99 << 10, 100 << 10)
+    limits = plan.Limits(3, 99 << 10, 100 << 10)
     replaced: dict[str, Any] = {
         "_load": lambda: (module, None),
         "_stream": lambda device: 0,
@@ -145,9 +146,9 @@ def allow_kind(kind: int | None) -> None:
     """Let the planner choose only this kind of tile; None: any."""
     for size, kinds in KINDS.items():
         only = kinds if kind is None else kinds[kind:][:1] or kinds[-1:]
-        _cuda_plan.KINDS[size] = only
-    _cuda_plan.plan_tiles.cache_clear()
-    _cuda_plan.plan_weight.cache_clear()
+        plan.KINDS[size] = only
+    plan.plan_tiles.cache_clear()
+    plan.plan_weight.cache_clear()
 
 
 def inputs(

@@ -15,7 +15,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_interop import (
+
+import dendrite_kernels as dk
+from tests.autograd.test_torch_transforms import (
+    case,
+    kind,
+    test_compiled_transforms_are_exact,
+    test_ensemble_of_modules,
+    test_forward_mode,
+    test_gradgradcheck,
+    test_gradgradcheck_without_gradient_of_x,
+    test_gradient_penalty_trains,
+    test_recorded_gradients_equal_plain_ones,
+    test_third_order,
+    test_transforms_are_exact,
+    test_transforms_of_other_activations,
+)
+from tests.nn.test_interop import (
     test_any_ownership_gives_the_same_function,
     test_gradients_are_those_of_the_masked_layers,
     test_nothing_is_shared,
@@ -23,7 +39,7 @@ from test_interop import (
     test_round_trip_of_masked_layers_is_exact,
     test_two_layers_of_a_model_there_and_back,
 )
-from test_nn import (
+from tests.nn.test_nn import (
     assert_same,
     test_deepcopy_shares_the_connectivity_only,
     test_double_and_float,
@@ -35,7 +51,33 @@ from test_nn import (
     test_state_round_trip,
     test_state_round_trip_through_a_file,
 )
-from test_torch_compile import (
+from tests.nn.test_torch_optim import (
+    layer,
+    test_an_overwritten_saved_tensor_is_an_error,
+    test_deterministic_algorithms_change_nothing,
+    test_gradient_accumulation,
+    test_gradient_checkpointing,
+    test_lbfgs,
+    test_optimizers_match_the_masked_dense_twin,
+    test_parametrizations,
+    test_requires_grad_freezes,
+    test_saved_tensors_may_leave_the_device,
+    test_swa_and_exponential_averages,
+)
+from tests.nn.test_torch_precision import (
+    low,
+    test_a_network_trains_under_autocast_and_a_scaler,
+    test_a_scaler_skips_steps_with_infinite_gradients,
+    test_autocast,
+    test_autocast_leaves_float64_alone,
+    test_autocast_of_every_path,
+    test_compiled_autocast,
+    test_half_parameters,
+    test_mixed_dtypes_and_devices_are_errors,
+    test_module_conversions,
+    test_per_sample_gradients_under_autocast,
+)
+from tests.operators.test_torch_compile import (
     _fresh_compiler,
     test_a_profile_shows_the_operators,
     test_changing_batches_compile_twice,
@@ -50,55 +92,13 @@ from test_torch_compile import (
     test_opcheck,
     test_other_activations_compile,
 )
-from test_torch_export import (
+from tests.operators.test_torch_export import (
     test_a_program_exported_without_gradients_says_so,
     test_an_exported_program_trains,
     test_aot_inductor,
     test_export,
     test_other_activations_export,
 )
-from test_torch_optim import (
-    layer,
-    test_an_overwritten_saved_tensor_is_an_error,
-    test_deterministic_algorithms_change_nothing,
-    test_gradient_accumulation,
-    test_gradient_checkpointing,
-    test_lbfgs,
-    test_optimizers_match_the_masked_dense_twin,
-    test_parametrizations,
-    test_requires_grad_freezes,
-    test_saved_tensors_may_leave_the_device,
-    test_swa_and_exponential_averages,
-)
-from test_torch_precision import (
-    low,
-    test_a_network_trains_under_autocast_and_a_scaler,
-    test_a_scaler_skips_steps_with_infinite_gradients,
-    test_autocast,
-    test_autocast_leaves_float64_alone,
-    test_autocast_of_every_path,
-    test_compiled_autocast,
-    test_half_parameters,
-    test_mixed_dtypes_and_devices_are_errors,
-    test_module_conversions,
-    test_per_sample_gradients_under_autocast,
-)
-from test_torch_transforms import (
-    case,
-    kind,
-    test_compiled_transforms_are_exact,
-    test_ensemble_of_modules,
-    test_forward_mode,
-    test_gradgradcheck,
-    test_gradgradcheck_without_gradient_of_x,
-    test_gradient_penalty_trains,
-    test_recorded_gradients_equal_plain_ones,
-    test_third_order,
-    test_transforms_are_exact,
-    test_transforms_of_other_activations,
-)
-
-import dendrite_kernels as dk
 
 
 @pytest.fixture(autouse=True)

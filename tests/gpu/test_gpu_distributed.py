@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import test_distributed
 import torch
 import torch.distributed as dist
+
+from tests.nn import test_distributed
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_nccl_available()), reason="torch without NCCL"

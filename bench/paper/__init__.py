@@ -1,0 +1,1 @@
+"""The article reproduced: data, training, MNIST, the demo."""

@@ -1,0 +1,138 @@
+"""Trains a dANN and its masked-dense twin (same masks, weights and batches) and reports both.
+
+    python -m bench.paper.demo [--data digits|mnist|...] [--data-root FOLDER]
+
+Prints a table and writes demo.json and demo.png. Ends with status 1 if the two do not agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bench.environment import describe, write_json
+from bench.memory import in_fresh_process
+from bench.paper import datasets
+from bench.paper.report import draw, print_table, ratios
+from bench.paper.training import Network, Outcome, Schedule, train_network
+
+EPOCHS = {"digits": 60, "cifar10": 3}  # enough to see the curves bend
+OTHER_EPOCHS = 5
+FIRST_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far apart the losses of two trainings are, relative.
+
+    Float32 rounding differs between the two ways and Adam amplifies it step by step.
+    """
+
+    first_steps: float  # largest difference of one of the first 50 steps
+    epochs: float  # largest difference of an epoch's mean training loss
+
+    FIRST_STEPS_TOLERANCE = 1e-3
+    EPOCHS_TOLERANCE = 5e-2
+
+    @classmethod
+    def of(cls, sparse: Outcome, twin: Outcome) -> Agreement:
+        return cls(
+            _largest_difference(sparse.step_loss[:FIRST_STEPS], twin.step_loss[:FIRST_STEPS]),
+            _largest_difference(sparse.history["train_loss"], twin.history["train_loss"]),
+        )
+
+    @property
+    def holds(self) -> bool:
+        return (
+            self.first_steps <= self.FIRST_STEPS_TOLERANCE and self.epochs <= self.EPOCHS_TOLERANCE
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"The two trainings {'agree' if self.holds else 'DO NOT AGREE'}. "
+            "Largest relative difference of their losses:\n"
+            f"  {self.first_steps:.1e} over the first {FIRST_STEPS} steps "
+            f"(at most {self.FIRST_STEPS_TOLERANCE:.0e})\n"
+            f"  {self.epochs:.1e} over the epochs' means (at most {self.EPOCHS_TOLERANCE:.0e})"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    data = datasets.load_or_exit(options.data, options.data_root)
+    network = Network(
+        options.kind, options.somas, options.dendrites, options.synapses, options.seed
+    )
+    epochs = options.epochs or EPOCHS.get(data.name, OTHER_EPOCHS)
+    schedule = Schedule(epochs, options.batch, options.lr)
+    print(_introduction(data, network, schedule), flush=True)
+    sparse, twin = (
+        in_fresh_process(train_network, data, variant, schedule, options.threads)
+        for variant in (network, replace(network, twin=True))
+    )
+    agreement = Agreement.of(sparse, twin)
+    environment = describe(options.threads)
+    print_table(network.kind, sparse, twin)
+    print(agreement)
+    print("{cpu}, {threads} threads, torch {versions[torch]}".format_map(environment))
+    report = {
+        "data": {"name": data.name, "source": data.source, "in_shape": data.in_shape},
+        "network": asdict(network),
+        "schedule": asdict(schedule),
+        "sparse": sparse.summary(),
+        "masked_dense": twin.summary(),
+        "ratios": ratios(sparse, twin),
+        "agreement": asdict(agreement) | {"holds": agreement.holds},
+        "environment": environment,
+    }
+    write_json(options.output / "demo.json", report)
+    draw(options.output / "demo.png", data, network, sparse, twin)
+    print(f"Wrote {options.output / 'demo.json'} and {options.output / 'demo.png'}")
+    return 0 if agreement.holds else 1
+
+
+def _introduction(data: datasets.ImageData, network: Network, schedule: Schedule) -> str:
+    return (
+        f"Data: {data.name}: {data.source}\n"
+        f"      {len(data.y_train)} training images (10 % of them for validation), "
+        f"{len(data.y_test)} test images, {data.classes} classes\n"
+        f"Network: {network.kind}, {network.somas} somas x {network.dendrites} dendrites "
+        f"x {network.synapses} synapses\n"
+        f"Training: {schedule.epochs} epochs, batches of {schedule.batch}, Adam {schedule.lr:g}, "
+        f"seed {network.seed}"
+    )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper.demo", description="Train a dANN and its masked-dense twin."
+    )
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="digits, mnist, fmnist, kmnist, emnist, cifar10 or the stem of an npz",
+    )
+    parser.add_argument("--data-root", help="folder with the data set's files (digits needs none)")
+    parser.add_argument("--kind", default="dANN-LRF", choices=["dANN-R", "dANN-LRF", "dANN-GRF"])
+    parser.add_argument("--somas", type=int, default=256)
+    parser.add_argument("--dendrites", type=int, default=16, help="per soma")
+    parser.add_argument("--synapses", type=int, default=16, help="per dendrite")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}, else {OTHER_EPOCHS}")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--output", type=Path, default=Path("reports"))
+    options = parser.parse_args(arguments)
+    options.data_root = options.data_root or None  # make passes an empty one
+    return options
+
+
+def _largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

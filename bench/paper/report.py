@@ -1,0 +1,126 @@
+"""Turns training outcomes into a table, a JSON file and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dendrite_kernels as dk
+from bench.paper.datasets import ImageData
+from bench.paper.training import Network, Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0b5fa5", "#f0b67f")  # sparse, masked dense
+DRAWN_SOMAS = 4
+
+
+def ratios(sparse: Outcome, twin: Outcome) -> dict[str, float | None]:
+    """Masked dense over sparse: how many times more of it the masked-dense way needs."""
+    quantities = {
+        "stored_parameters": (sparse.dense_parameters, twin.dense_parameters),
+        "step_ms": (sparse.step_percentiles().get("p50"), twin.step_percentiles().get("p50")),
+        "peak_memory": (sparse.peak_memory_mib, twin.peak_memory_mib),
+        "seconds": (sparse.seconds, twin.seconds),
+    }
+    return {name: b / a if a and b else None for name, (a, b) in quantities.items()}
+
+
+def print_table(kind: str, sparse: Outcome, twin: Outcome) -> None:
+    ratio = ratios(sparse, twin)
+
+    def row(label: str, cell: Callable[[Outcome], str], ratio_name: str = "") -> tuple[str, ...]:
+        value = ratio.get(ratio_name)
+        return label, cell(sparse), cell(twin), f"{value:.1f}x" if value else ""
+
+    rows = [
+        ("", kind, "masked dense", "ratio"),
+        row("test accuracy", lambda o: f"{o.history['test_accuracy'][-1]:.2%}"),
+        row("test loss", lambda o: f"{o.history['test_loss'][-1]:.4f}"),
+        row("trainable parameters", lambda o: f"{o.trainable_parameters:,}"),
+        row("stored parameters", lambda o: f"{o.dense_parameters:,}", "stored_parameters"),
+        row("ms per training step (median)", lambda o: _step(o, "p50"), "step_ms"),
+        row("  20th to 80th percentile", lambda o: f"{_step(o, 'p20')} to {_step(o, 'p80')}"),
+        row("peak memory of training", lambda o: _mib(o.peak_memory_mib), "peak_memory"),
+        row("whole training with evaluation", lambda o: f"{o.seconds:.1f} s", "seconds"),
+    ]
+    widths = [max(len(cells[i]) for cells in rows) for i in range(4)]
+    lines = [
+        "  ".join(
+            [
+                cells[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
+            ]
+        )
+        for cells in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    print("\n" + "\n".join(lines) + "\n")
+
+
+def _step(outcome: Outcome, percentile: str) -> str:
+    value = outcome.step_percentiles().get(percentile)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _mib(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.1f} MiB"
+
+
+def draw(path: Path, data: ImageData, network: Network, sparse: Outcome, twin: Outcome) -> None:
+    """Learning curves, time, memory, and receptive fields of a few somas over the mean image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.2), layout="constrained", dpi=130)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False).ravel()
+    loss, accuracy, time, memory = top.subplots(1, 4, width_ratios=(2, 2, 1, 1))
+    outcomes = {network.kind: sparse, "masked dense": twin}
+    _curves(loss, outcomes, "train_loss", 1, "training loss")
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    _curves(accuracy, outcomes, "test_accuracy", 100, "test accuracy (%)")
+    step_ms = [outcome.step_percentiles().get("p50") for outcome in (sparse, twin)]
+    _bars(time, list(outcomes), step_ms, "ms per step")
+    peaks = [outcome.peak_memory_mib for outcome in (sparse, twin)]
+    _bars(memory, list(outcomes), peaks, "peak MiB")
+    top.suptitle(
+        f"{data.name}: {network.kind} with {network.somas} somas x {network.dendrites} dendrites "
+        f"x {network.synapses} synapses, and its masked-dense twin"
+    )
+    layer = next(m for m in network.build(data).modules() if isinstance(m, dk.DendriticLayer))
+    c, shape = layer.connectivity, (*data.in_shape, data.channels)
+    fields = dk.Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, c.in_features, shape)
+    mean_image = data.x_train.mean(0).reshape(shape)
+    fields.plot(range(min(DRAWN_SOMAS, c.num_somas)), image=mean_image, figure=bottom)
+    bottom.suptitle("Inputs of a few somas, a colour for each dendrite, over the mean image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _curves(axes: Axes, outcomes: dict[str, Outcome], key: str, scale: float, title: str) -> None:
+    """The twin's curve wide, so that the other one shows on top where the two agree."""
+    from matplotlib.ticker import MaxNLocator
+
+    widths = (1.4, 5.0)
+    for (label, outcome), color, width in zip(outcomes.items(), COLORS, widths, strict=True):
+        values = [scale * value for value in outcome.history[key]]
+        epochs, marker = range(1, len(values) + 1), "o" if len(values) < 6 else None
+        axes.plot(epochs, values, c=color, lw=width, marker=marker, label=label, zorder=-width)
+    axes.set(xlabel="epoch", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axes: Axes, names: list[str], values: list[float | None], title: str) -> None:
+    bars = axes.bar(
+        [name.replace(" ", "\n") for name in names], [v or 0.0 for v in values], color=COLORS
+    )
+    labels = ["not known" if value is None else f"{value:.3g}" for value in values]
+    if values[0] and values[1]:
+        labels[1] += f"\n({values[1] / values[0]:.1f}x)"
+    axes.bar_label(bars, labels, padding=2)
+    axes.margins(y=0.25)
+    axes.set(title=title, yticks=[])
+    axes.spines[["top", "right", "left"]].set_visible(False)

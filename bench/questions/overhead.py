@@ -1,0 +1,153 @@
+"""What one call costs beside its arithmetic: tiny layers against torch's own, eager and compiled.
+
+    python -m bench.questions.overhead [numba]
+
+Times are CPU time of the calling thread, so that other work on the machine counts little, and
+minima over rounds that visit every case in turn. The second table takes an eager call apart.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dendrite_kernels as dk
+from dendrite_kernels import fast_path, operators
+
+BATCH, REPEATS, CALLS = 4, 100, 100
+Run = Callable[[], object]
+Model = tuple[Callable[[torch.Tensor], torch.Tensor], list[nn.Parameter]]
+
+CONNECTIVITY = dk.connectivity.random(16, 4, 2, 4, constant_fan_in=True, seed=0)
+
+
+def models() -> dict[str, Model]:
+    c = CONNECTIVITY
+    linear, sparse, dendritic = nn.Linear(16, 4), dk.SparseLinear(c), dk.DendriticLayer(c)
+    a, b, p = ([*module.parameters()] for module in (linear, sparse, dendritic))
+    return {
+        "F.linear": (lambda x: F.linear(x, a[0], a[1]), a),
+        "sparse_linear": (lambda x: dk.functional.sparse_linear(x, b[0], b[1], c), b),
+        "dendritic_layer": (
+            lambda x: dk.functional.dendritic_layer(x, p[0], p[1], p[2], p[3], c),
+            p,
+        ),
+        "nn.Linear": (linear, a),
+        "SparseLinear": (sparse, b),
+        "DendriticLayer": (dendritic, p),
+    }
+
+
+def without_gradients(model: Model, x: torch.Tensor) -> Run:
+    run, _ = model
+
+    def call() -> None:
+        with torch.no_grad():
+            run(x)
+
+    return call
+
+
+def forward(model: Model, x: torch.Tensor) -> Run:
+    run, _ = model
+    return lambda: run(x)
+
+
+def forward_backward(model: Model, x: torch.Tensor) -> Run:
+    run, parameters = model
+    x = x.clone().requires_grad_()
+    grad = torch.ones_like(run(x))
+
+    def call() -> None:
+        run(x).backward(grad)
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+
+    return call
+
+
+WAYS = {"no grad": without_gradients, "forward": forward, "forward+backward": forward_backward}
+
+
+def nothing() -> None:
+    with torch.no_grad():
+        pass
+
+
+def parts() -> dict[str, Run]:
+    """What `dendritic_layer` does inside, each part alone."""
+    c, x = CONNECTIVITY, torch.randn(BATCH, 16)
+    w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
+    operands = x, w, dendrite_bias, cable, soma_bias
+    topology: Any = fast_path.topology_of(c, fast_path.FORWARD)
+    y, signs = topology.forward(*operands, 0.1, True)
+    grad = torch.ones_like(y)
+    backward = x, y, signs, w, dendrite_bias, cable
+    record = fast_path._record_dendritic_layer
+    return {
+        "does anybody watch": lambda: fast_path.topology_of(c, fast_path.FORWARD),
+        "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
+        "forward": lambda: topology.forward(*operands, 0.1, False),
+        "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
+        "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
+        "backward": lambda: operators.run_dendritic_backward(grad, *backward, c, 0.1, True),
+    }
+
+
+def measure(cases: dict[str, Run]) -> dict[str, float]:
+    """Microseconds per call: the minimum of rounds that visit every case in turn."""
+    for run in cases.values():
+        for _ in range(20):
+            run()
+    best = dict.fromkeys(cases, float("inf"))
+    for _ in range(REPEATS):
+        for name, run in cases.items():
+            run()
+            start = time.thread_time()
+            for _ in range(CALLS):
+                run()
+            best[name] = min(best[name], (time.thread_time() - start) / CALLS * 1e6)
+    return best
+
+
+def main() -> None:
+    backend = sys.argv[1] if len(sys.argv) > 1 else "cpp"
+    dk.use_backend(backend)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, 16)
+    cases: dict[str, Run] = {"nothing": nothing}
+    for mode in ("", "compiled "):
+        for name, (run, parameters) in models().items():
+            called = torch.compile(run, fullgraph=True) if mode else run
+            for way, build in WAYS.items():
+                cases[f"{name}|{mode}{way}"] = build((called, parameters), x)
+    found = measure(cases)
+    for name in cases:
+        if name.endswith("|no grad"):
+            found[name] -= found["nothing"]
+    columns = [f"{mode}{way}" for mode in ("", "compiled ") for way in WAYS]
+    print(
+        f"us per call; {backend}, batch {BATCH}, torch {torch.__version__}, {platform.processor()}"
+    )
+    print("".join(f"{title:>26}" for title in ["", *columns]))
+    for name in models():
+        row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]
+        print(f"{name:>26}" + "".join(row))
+    limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
+    print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
+    print("\nus of the parts of dendritic_layer")
+    for name, time_of_part in measure(parts()).items():
+        print(f"{time_of_part:8.1f}  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Training under tight GPU memory: the largest layer in a budget, and the layer of 33.5 M synapses.
+
+    python -m bench.speed.gpu_memory --output memory.json [--budget-gb 1]
+
+The budget is all that a training step allocates beyond its input: parameters, optimizer state,
+gradients, activations, workspaces. Ours steps the optimizer in backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dendrite_kernels as dk
+from bench.environment import describe
+from bench.masked_dense import MaskedDendriticLayer
+from bench.speed.gpu_problem import CASES, Case, adam, training_step
+from bench.speed.gpu_timing import milliseconds
+from dendrite_kernels.optim import StepInBackward
+
+DENDRITES, SYNAPSES, BATCH = 16, 32, 128
+LIMIT = 1 << 17  # inputs: wider is not tried
+
+
+def ours(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+    layer = case.layer()
+    StepInBackward(layer.parameters(), lambda p: torch.optim.Adam(p, lr=1e-4, fused=True))
+    return lambda: layer(x).backward(grad)
+
+
+def masked_dense(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+    """Two matrices and their masks, made in place: no copy of a sparse twin is alive."""
+    rows = case.somas * case.dendrites
+    mask = torch.zeros(rows, case.inputs, device="cuda")
+    mask[:, : case.synapses] = 1  # which entries does not matter to time and memory
+    soma_mask = torch.zeros(case.somas, rows, device="cuda")
+    soma_mask.view(case.somas, case.somas, case.dendrites).diagonal().fill_(1)
+    with torch.device("cuda"):
+        linears = nn.Linear(case.inputs, rows), nn.Linear(rows, case.somas)
+    module = MaskedDendriticLayer(linears[0], mask, linears[1], soma_mask)
+    return training_step(module, adam(module), x, grad)
+
+
+Make = Callable[[Case, torch.Tensor, torch.Tensor], Callable[[], object]]
+
+
+def bytes_of_training(make: Make, case: Case) -> int:
+    """Peak allocation of three steps beyond x and grad."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    x = torch.randn(case.batch, case.inputs, device="cuda")
+    grad = torch.randn(case.batch, case.somas, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step = make(case, x, grad)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def largest(make: Make, budget: int) -> dict[str, int]:
+    """The widest square layer (N = S) whose training fits, to one part in sixteen."""
+    found: dict[int, int] = {0: 0}
+
+    def fits(width: int) -> bool:
+        case = Case(BATCH, width, width, DENDRITES, SYNAPSES)
+        try:
+            needed = bytes_of_training(make, case)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        if needed <= budget:
+            found[width] = needed
+        return needed <= budget
+
+    high = 256
+    while high < LIMIT and fits(high):
+        high *= 2
+    low = max(found)
+    while high - low > max(64, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return {"width": low, "synapses": low * DENDRITES * SYNAPSES, "bytes": found[low]}
+
+
+def wide_layer() -> dict[str, Any]:
+    """Case G with B = 512: dense it would hold 275 GB."""
+    case = CASES["G"]
+    used = bytes_of_training(ours, case)
+    x = torch.randn(case.batch, case.inputs, device="cuda")
+    grad = torch.randn(case.batch, case.somas, device="cuda")
+    step = ours(case, x, grad)
+    return {"sizes": vars(case), "bytes": used, "step_ms": milliseconds(step)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget-gb", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    wide = wide_layer()
+    print(
+        f"G: {wide['bytes'] / 1e9:.2f} GB beyond the input (limit 2),"
+        f" {wide['step_ms']['p50']:.1f} ms a step (limit 30)"
+    )
+    budget = int(options.budget_gb * 1e9)
+    found = {"ours": largest(ours, budget), "masked dense": largest(masked_dense, budget)}
+    for name, entry in found.items():
+        print(f"{name}: N = S = {entry['width']}, {entry['synapses']:,} synapses")
+    results = {
+        "device": torch.cuda.get_device_name(0),
+        "environment": describe(),
+        "backend": dk.backend_info()["cuda"],
+        "budget_bytes": budget,
+        "largest": found,
+        "wide layer": wide,
+    }
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return int(wide["bytes"] > 2e9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

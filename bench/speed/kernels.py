@@ -1,0 +1,43 @@
+"""A backend's forward and backward alone: no autograd, no dispatch. What a roofline is held to."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from bench.speed.problem import PARAMETERS, Problem
+
+KERNELS = ("forward", "backward without dx", "backward")
+
+
+class Kernels:
+    """The operations of backend `name` on what training hands to them; round_x: bfloat16 x."""
+
+    def __init__(self, name: str, problem: Problem, round_x: bool = False) -> None:
+        p, backend = problem, importlib.import_module(f"dendrite_kernels.backends.{name}")
+        self._forward = backend.dendritic_forward, (
+            p.x, *p.parameters.values(), p.connectivity, p.negative_slope, True,
+            *((True,) if round_x else ()),
+        )  # fmt: skip
+        y, signs = self.run("forward")
+        self._backward = backend.dendritic_backward, (
+            p.grad, p.x, y, signs, p.synapse_weight, p.dendrite_bias, p.cable_weight,
+            p.connectivity, p.negative_slope,
+        )  # fmt: skip
+
+    def run(self, kernel: str) -> Any:
+        if kernel == "forward":
+            forward, arguments = self._forward
+            return forward(*arguments)
+        backward, arguments = self._backward
+        return backward(*arguments, kernel == "backward")
+
+    def results(self, kernel: str) -> dict[str, Tensor]:
+        """By the names of the oracle's."""
+        if kernel == "forward":
+            return {"y": self.run(kernel)[0]}
+        dx, dw, dbd, dc, dbs = self.run(kernel)
+        gradients = dict(zip(PARAMETERS, (dw, dbd, dc, dbs), strict=True))
+        return {**gradients, "x": dx} if kernel == "backward" else gradients

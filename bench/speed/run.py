@@ -1,0 +1,281 @@
+"""Times the package against everything else a user could pick, on the workloads of cases.py.
+
+    python -m bench.speed.run --cases A B --threads 1 2 4 [--kinds variable local] [--memory]
+
+A candidate is timed only after its results agree with the float64 oracle; one that does not agree
+is refused and the command ends with status 1. Candidates take turns. Written to
+bench/results/NAME.json after every configuration.
+
+Modes: forward (no gradients kept), training (forward + backward without the input's gradient, and
+the masks of gradients where there are any) and training with dx. Kernels are the same work without
+autograd; a step is zero_grad, forward, cross-entropy, backward and fused Adam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dendrite_kernels as dk
+from bench.environment import describe, write_json
+from bench.memory import in_fresh_process
+from bench.speed import roofline, whole_step
+from bench.speed.cases import CASES, KINDS, Case, find
+from bench.speed.kernels import KERNELS, Kernels
+from bench.speed.peers import OFFICIAL, OURS, PEERS, MaskedDense, Peer, reason_to_skip
+from bench.speed.problem import TOLERANCE, Problem, largest_error, oracle
+from bench.speed.roofline import Roof
+from bench.speed.tables import print_configuration, ratios
+from bench.speed.timing import Task, interleave
+
+RESULTS = Path(__file__).parents[1] / "results"
+BF16 = "cpp kernels, precision bf16"
+MODEST_BYTES = 1 << 32  # of a dense layer that the optimizer's state may double
+
+
+@dataclass
+class Configuration:
+    """One case, kind of connectivity and number of threads: what was timed, and what was not."""
+
+    case: Case
+    kind: str
+    threads: int
+    skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not run
+    refused: dict[str, str] = field(default_factory=dict)  # candidate -> why its results are wrong
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # candidate -> mode -> L2
+    tasks: dict[tuple[str, str, str], Task] = field(default_factory=dict)
+
+    def admit(
+        self,
+        group: str,
+        name: str,
+        modes: tuple[str, ...],
+        make: Callable[[], Any],
+        expected: Mapping[str, Tensor],
+    ) -> Any:
+        """Make a candidate, check its results in every mode, and only then plan to time it.
+
+        A candidate has `run(mode)` and `results(mode)`. Returns it, or None if it was refused.
+        """
+        try:
+            candidate = make()
+            surroundings = getattr(candidate, "surroundings", nullcontext)
+            errors = {}
+            for mode in modes:
+                with surroundings():
+                    errors[mode] = largest_error(candidate.results(mode), expected)
+        except Exception as error:  # whatever a candidate raises is the reason not to time it
+            self.refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        wrong = [f"{mode}: {error:.1e}" for mode, error in errors.items() if not error <= TOLERANCE]
+        if wrong:
+            self.refused[name] = f"relative error more than {TOLERANCE:.0e}: {', '.join(wrong)}"
+            return None
+        self.errors[name] = errors
+        for mode in modes:
+            self.tasks[group, name, mode] = Task(partial(candidate.run, mode), surroundings)
+        return candidate
+
+    def times(self, group: str) -> dict[str, dict[str, dict[str, float]]]:
+        """Candidate -> mode -> percentiles in ms."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for (part, name, mode), task in self.tasks.items():
+            if part == group:
+                found.setdefault(name, {})[mode] = task.summary()
+        return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    path = options.output or RESULTS / f"{options.name}.json"
+    before = torch.get_num_threads()
+    report: dict[str, Any] = {
+        "environment": describe(max(options.threads)),
+        "backends": dk.backend_info(),
+        "tolerance": TOLERANCE,
+        "configurations": [],
+    }
+    refused = False
+    try:
+        for result in _configurations(options):
+            report["configurations"].append(result)
+            refused |= bool(result["refused"])
+            print_configuration(result)
+            write_json(path, report)
+    finally:
+        torch.set_num_threads(before)
+    print(f"Wrote {path}")
+    return int(refused)
+
+
+def _configurations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for case in options.cases:
+        for kind in options.kinds:
+            torch.set_num_threads(max(options.threads))
+            problem = Problem.draw(case.connectivity(kind), case.batch)
+            expected = oracle(problem, gradients=True)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                torch.compiler.reset()  # the compiler's code knows the number of threads
+                configuration = Configuration(case, kind, threads)
+                yield measure(configuration, problem, expected, options)
+
+
+def measure(
+    configuration: Configuration,
+    problem: Problem,
+    expected: Mapping[str, Tensor],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Verify and time everything; a record for the JSON file."""
+    case, kind, threads = configuration.case, configuration.kind, configuration.threads
+    peers = admit_peers(configuration, options.peers, problem, expected)
+    for backend in ("cpp", "numba"):
+        if f"dendrite_kernels {backend}" in peers:
+            make = partial(Kernels, backend, problem)
+            configuration.admit("kernels", f"{backend} kernels", KERNELS, make, expected)
+    if OURS in peers:  # the problem's inputs are fractions of 256: rounding them changes nothing
+        make = partial(Kernels, "cpp", problem, round_x=True)
+        configuration.admit("kernels", BF16, KERNELS[:1], make, expected)
+    for name, module in _step_modules(peers, problem).items():
+        step = whole_step.step_of(module, problem)
+        step()
+        configuration.tasks["steps", name, "step"] = Task(step)
+    roof: list[Roof] = []
+    unavailable = _measure_roof(configuration, problem, roof)
+    interleave(list(configuration.tasks.values()), options.seconds)
+    _measure_roof(configuration, problem, roof)
+    candidates, kernels = configuration.times("peers"), configuration.times("kernels")
+    c = problem.connectivity
+    return {
+        "case": asdict(case), "kind": kind, "threads": threads,
+        "inputs": c.in_features, "synapses": c.nnz, "density": c.density,
+        "ms": candidates,
+        "kernels_ms": kernels,
+        "step_ms": {name: modes["step"] for name, modes in configuration.times("steps").items()},
+        "ratios": ratios(candidates),
+        "roofline": {"unavailable": unavailable} if unavailable else _fractions(
+            roof, kernels, 2e-9 * c.nnz * case.batch
+        ),
+        "memory_mib": _memory(case, kind, threads, problem) if options.memory else {},
+        "relative_errors": configuration.errors,
+        "skipped": configuration.skipped,
+        "refused": configuration.refused,
+    }  # fmt: skip
+
+
+def admit_peers(
+    configuration: Configuration,
+    names: list[str],
+    problem: Problem,
+    expected: Mapping[str, Tensor],
+) -> dict[str, Peer]:
+    peers = {}
+    for name in names:
+        reason = reason_to_skip(name, problem)
+        if reason is not None:
+            configuration.skipped[name] = reason
+            continue
+        make = partial(PEERS[name], problem)
+        peer = configuration.admit("peers", name, PEERS[name].modes, make, expected)
+        if peer is not None:
+            peers[name] = peer
+    return peers
+
+
+def _step_modules(peers: Mapping[str, Peer], problem: Problem) -> dict[str, torch.nn.Module]:
+    """What to time whole steps of: the layer, and the official way where Adam's state fits."""
+    modules: dict[str, torch.nn.Module] = {}
+    if OURS in peers:
+        modules[OURS] = problem.layer()
+    official = peers.get(OFFICIAL)
+    if isinstance(official, MaskedDense) and official.bytes_needed(problem) < MODEST_BYTES:
+        modules[OFFICIAL] = official.module
+    return modules
+
+
+def _measure_roof(configuration: Configuration, problem: Problem, roof: list[Roof]) -> str | None:
+    """Add a measurement to `roof`; why there is none."""
+    c = problem.connectivity
+    try:
+        roof.append(roofline.measure(c.in_features, c.nnz, configuration.threads))
+    except roofline.Unavailable as error:
+        return str(error)
+    return None
+
+
+def _fractions(
+    roof: list[Roof],
+    kernels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    gflop: float,
+) -> dict[str, Any]:
+    """GFLOP/s of the kernels, forward `gflop` of them and backward twice that, and of the roofs."""
+    highest = Roof.of(roof)
+    reached = {}
+    for name, modes in kernels.items():
+        if name == BF16:
+            continue  # the roof is one of float32
+        forward, backward = (
+            work / (1e-3 * modes[mode]["p50"])
+            for mode, work in (("forward", gflop), ("backward", 2 * gflop))
+        )
+        reached[name] = {
+            "forward_gflops": forward,
+            "backward_gflops": backward,
+            "forward_fraction": forward / highest.gflops,
+            "backward_fraction": backward / highest.gflops,
+            "forward_fraction_of_l2": forward / highest.l2,
+            "backward_fraction_of_l2": backward / highest.l2,
+        }
+    return {"gflops": highest.gflops, **asdict(highest), "reached": reached}
+
+
+def _memory(case: Case, kind: str, threads: int, problem: Problem) -> dict[str, float | None]:
+    """MiB that a step with Adam adds, each in a fresh process; the official way where it fits."""
+    ways = {OURS: False, OFFICIAL: True}
+    if PEERS[OFFICIAL].bytes_needed(problem) >= MODEST_BYTES:
+        del ways[OFFICIAL]
+    return {
+        name: in_fresh_process(whole_step.memory_growth, case.name, kind, official, threads)
+        for name, official in ways.items()
+    }
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.speed.run", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["A", "B", "C", "E", "F"],
+        help=f"of {' '.join(CASES)}, E for both of its batches; default: all but D (12 GiB)",
+    )
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["constant"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="of timing per configuration, or a bit more"
+    )
+    parser.add_argument("--memory", action="store_true", help="also measure a step's memory")
+    parser.add_argument("--name", default="cpu", help="of the file in bench/results")
+    parser.add_argument("--output", type=Path, help="the file, instead of --name")
+    options = parser.parse_args(arguments)
+    try:
+        options.cases = find(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

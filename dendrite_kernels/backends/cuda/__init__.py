@@ -1,0 +1,354 @@
+"""The CUDA backend: extension module _cuda on the current stream; every buffer is a torch tensor.
+
+Activations are float32, bfloat16, float16 (or float64, for tests); parameters of half precision are
+widened first, since sums run in float32. The first call on a device copies the synapses there;
+later ones neither synchronise nor copy, so that CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...structure import Connectivity
+from . import pack
+from . import plan as planner
+from .plan import Kind, Limits, TilePlan, Work
+
+Maybe = torch.Tensor | None
+_ALIGNMENT = 16  # bytes, of vector loads
+
+STORES_LOW = True
+ROUNDS_X = False
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """The extension and None, or None and the reason. A broken extension raises its own error."""
+    try:
+        from dendrite_kernels import _cuda  # type: ignore[attr-defined]
+    except ImportError:
+        if _is_built():
+            raise
+        return None, (
+            "the extension dendrite_kernels._cuda was not built; install CUDA's compiler"
+            " nvcc and reinstall with DENDRITE_KERNELS_REQUIRE=cuda, which builds it or shows why"
+            " it cannot; or move the layer and its input to the CPU"
+        )
+    _cuda.configure(torch.Tensor.__dlpack_c_exchange_api__)
+    return _cuda, None
+
+
+def _is_built() -> bool:
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    return any(name.startswith("_cuda.") for name in os.listdir(folder))
+
+
+def unavailable() -> str | None:
+    reason = _load()[1]
+    if reason is None and not torch.cuda.is_available():
+        return (
+            "the extension dendrite_kernels._cuda is built, but torch sees no CUDA device"
+            f" (torch {torch.__version__}, CUDA {torch.version.cuda})"
+        )
+    return reason
+
+
+def info() -> dict[str, Any]:
+    extension = _load()[0]
+    return {
+        "archs": extension.archs,
+        "cuda_runtime": extension.runtime_version(),
+        "cuda_driver": extension.driver_version(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+@functools.cache
+def _limits(index: int) -> Limits:
+    return Limits(*_load()[0].limits(index))
+
+
+def _stream(device: torch.device) -> int:
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)  # 10x faster than the public way
+    return stream
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound(plan: TilePlan) -> Any:
+    """The plan as the extension takes it."""
+    kind = plan.kind
+    return _load()[0].Plan(
+        kind.vec, kind.groups, kind.shared, plan.blocks, plan.threads, plan.parts,
+        max(plan.tile_groups, 1),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Packed synapses on a device."""
+
+    packed: Any
+    slots: int
+    has_pads: bool
+    is_csr: bool  # slots are positions in CSR order: weights need no packing
+
+
+def _to(device: torch.device, array: Any) -> Maybe:
+    return None if array is None else torch.from_numpy(array).to(device)
+
+
+def _upload(packing: pack.Packing, rows: int, device: torch.device) -> _Layout:
+    tensors = [_to(device, a) for a in (packing.table, packing.index, packing.source, packing.row)]
+    table, index, source, row = tensors
+    packed = _load()[0].Packed(index, table, packing.each, rows, packing.step, source, row)
+    return _Layout(packed, packing.slots, packing.has_pads, packing.source is None)
+
+
+def _rows(connectivity: Connectivity, device: torch.device, kind: Kind) -> _Layout:
+    def make() -> _Layout:
+        packing = pack.pack_rows(connectivity, kind)
+        return _upload(packing, connectivity.num_dendrites, device)
+
+    return connectivity.cached(("cuda rows", device, kind.groups), make)
+
+
+def _columns(connectivity: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
+    def make() -> _Layout:
+        packing = pack.pack_columns(connectivity, kind, somas)
+        return _upload(packing, connectivity.in_features, device)
+
+    return connectivity.cached(("cuda columns", device, kind.groups, somas), make)
+
+
+def _somas(connectivity: Connectivity, device: torch.device) -> Any:
+    def make() -> Any:
+        each = connectivity.dendrites_per_soma
+        table = None if each is not None else connectivity.soma_ptr.to(device)
+        return _load()[0].Somas(table, each or 0, connectivity.num_somas)
+
+    return connectivity.cached(("cuda somas", device), make)
+
+
+def _wide(like: torch.Tensor, tensor: Maybe) -> Maybe:
+    """A parameter in the type of sums."""
+    if tensor is None:
+        return None
+    return tensor.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _pack(
+    layout: _Layout, weight: torch.Tensor, cable: Maybe, stream: int
+) -> torch.Tensor:  # [nnz] -> [slots]
+    if layout.is_csr or layout.slots == 0:
+        return weight if weight.data_ptr() % _ALIGNMENT == 0 else weight.clone()
+    packed = weight.new_empty(layout.slots)
+    rows = 0 if cable is None else cable.shape[0]
+    _load()[0].pack_weight(layout.packed, weight, cable, weight.shape[0], rows, packed, stream)
+    return packed
+
+
+def _tiles(
+    plan: TilePlan, samples: torch.Tensor, y: Maybe, slope: float, has_pads: bool, gradient: bool,
+    stream: int,
+) -> torch.Tensor:  # fmt: skip
+    """[B, columns] -> [tiles, columns (+ 1 for pads), samples]."""
+    dtype = samples.dtype
+    if gradient and dtype != torch.float64:
+        dtype = torch.float32
+    shape = plan.tiles, samples.shape[1] + has_pads, plan.kind.samples
+    out = torch.empty(shape, dtype=dtype, device=samples.device)
+    _load()[0].make_tiles(samples, y, slope, shape[1], out, _bound(plan), gradient, stream)
+    return out
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable: Maybe,
+    soma_bias: Maybe,
+    connectivity: Connectivity,
+    slope: float,
+    y: torch.Tensor,
+    signs: Maybe,
+) -> None:
+    batch, inputs = x.shape
+    stream = _stream(x.device)
+    limits = _limits(x.device.index)
+    weight, dendrite_bias, cable, soma_bias = (  # type: ignore[assignment]
+        _wide(x, t) for t in (weight, dendrite_bias, cable, soma_bias)
+    )
+    somas = None if cable is None else _somas(connectivity, x.device)
+    plan, tiles, few_blocks = None, None, 0
+    if batch <= planner.FEW_SAMPLES:
+        layout = _rows(connectivity, x.device, Kind(1, 1, False))
+        warps = y.shape[1] if cable is not None else -(-y.shape[1] // 32)
+        few_blocks = min(-(-warps // 4), 16 * limits.multiprocessors)
+    else:
+        rows = connectivity.num_dendrites
+        work = Work(batch, inputs, y.shape[1], rows, connectivity.nnz, x.itemsize)
+        plan = planner.plan_tiles(work, limits)
+        layout = _rows(connectivity, x.device, plan.kind)
+        if not plan.kind.shared:
+            tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
+    _load()[0].forward(
+        layout.packed, somas, x, tiles, inputs + layout.has_pads,
+        _pack(layout, weight, None, stream), dendrite_bias, cable, soma_bias, slope, y, signs,
+        None if plan is None else _bound(plan), few_blocks, stream,
+    )  # fmt: skip
+
+
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
+    weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable: Maybe,
+    connectivity: Connectivity,
+    slope: float,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Maybe, Maybe]:
+    """dx, dw, dbd, dc, dbs; dc and dbs None without cable."""
+    batch, inputs = x.shape
+    rows, outputs = connectivity.num_dendrites, grad.shape[1]
+    extension, device, stream = _load()[0], x.device, _stream(x.device)
+    limits = _limits(device.index)
+    narrow = weight.dtype  # of the parameters and their gradients
+    weight, dendrite_bias, cable = (  # type: ignore[assignment]
+        _wide(x, t) for t in (weight, dendrite_bias, cable)
+    )
+    somas = None if cable is None else _somas(connectivity, device)
+
+    plan = planner.plan_weight(
+        Work(batch, inputs, outputs, rows, connectivity.nnz, x.itemsize), limits
+    )
+    layout = _rows(connectivity, device, plan.kind)
+    grad_v = _tiles(plan, grad, y, slope, False, True, stream)
+    tiles = None
+    if not plan.kind.shared:
+        tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
+    groups = plan.tile_groups
+    dw, dbd = weight.new_empty(weight.shape), weight.new_empty(rows)
+    dc = dbs = partial_soma = None
+    if somas is not None:
+        dc, dbs = weight.new_empty(rows), weight.new_empty(outputs)
+        partial_soma = weight.new_empty((groups, outputs))
+    # One group in CSR order needs no memory of its own: sums are scaled where they are.
+    in_place = groups == 1 and layout.is_csr
+    partial = dw.unsqueeze(0) if in_place else weight.new_empty((groups, layout.slots))
+    partial_row = weight.new_empty((groups, rows))
+    extension.backward_weight(
+        layout.packed, somas, x, tiles, inputs + layout.has_pads, grad_v, signs, slope,
+        partial, partial_row, partial_soma, _bound(plan), stream,
+    )  # fmt: skip
+    del tiles
+    extension.finish_weight(
+        layout.packed, somas, x, partial, partial_row, partial_soma,
+        _pack(layout, weight, None, stream), dendrite_bias, cable, weight.shape[0],
+        dw, dbd, dc, dbs, groups, stream,
+    )  # fmt: skip
+    del partial, grad_v
+    dx = x.new_empty((batch if need_x else 0, inputs))
+    if need_x:
+        _backward_input(dx, grad, y, signs, weight, cable, connectivity, slope)
+    gradients = [None if t is None else t.to(narrow) for t in (dw, dbd, dc, dbs)]
+    return dx, gradients[0], gradients[1], gradients[2], gradients[3]  # type: ignore[return-value]
+
+
+def _backward_input(
+    dx: torch.Tensor,
+    grad: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
+    weight: torch.Tensor,
+    cable: Maybe,
+    connectivity: Connectivity,
+    slope: float,
+) -> None:
+    batch, inputs = dx.shape
+    device, stream = dx.device, _stream(dx.device)
+    work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize)
+    plan = planner.plan_tiles(work, _limits(device.index))
+    layout = _columns(connectivity, device, plan.kind, cable is not None)
+    grad_v = _tiles(plan, grad, y, slope, layout.has_pads, True, stream)
+    _load()[0].backward_input(
+        layout.packed, connectivity.num_dendrites, grad_v.shape[1], grad_v, signs,
+        _pack(layout, weight, cable, stream), slope, dx, _bound(plan), stream,
+    )  # fmt: skip
+
+
+def dendritic_forward(
+    x: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    soma_bias: Maybe,
+    connectivity: Connectivity,
+    negative_slope: float,
+    save_signs: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = x.shape[0]
+    words = (batch + 31) // 32 if save_signs else 0
+    y = x.new_empty((batch, connectivity.num_somas))
+    signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
+    if batch:
+        _forward(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity,
+            negative_slope, y, signs if save_signs else None,
+        )  # fmt: skip
+    return y, signs
+
+
+def dendritic_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    signs: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    connectivity: Connectivity,
+    negative_slope: float,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if x.shape[0] == 0:  # no sample, no kernel: gradients are zero
+        zeros = synapse_weight.new_zeros
+        shapes = synapse_weight.shape, cable_weight.shape, cable_weight.shape
+        dw, dbd, dc = (zeros(shape) for shape in shapes)
+        return x.new_empty((0, x.shape[1])), dw, dbd, dc, zeros(connectivity.num_somas)
+    dx, dw, dbd, dc_, dbs_ = _backward(
+        grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
+        negative_slope, need_x,
+    )  # fmt: skip
+    assert dc_ is not None
+    assert dbs_ is not None
+    return dx, dw, dbd, dc_, dbs_
+
+
+def sparse_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    u = x.new_empty((x.shape[0], connectivity.num_dendrites))
+    if x.shape[0]:
+        _forward(x, weight, bias, None, None, connectivity, 1.0, u, None)
+    return u
+
+
+def sparse_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    connectivity: Connectivity,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if x.shape[0] == 0:
+        zeros = weight.new_zeros
+        return x.new_empty((0, x.shape[1])), zeros(weight.shape), zeros(connectivity.num_dendrites)
+    return _backward(grad, x, None, None, weight, None, None, connectivity, 1.0, need_x)[:3]

@@ -1,0 +1,220 @@
+"""The benchmark runner: what it times agrees with the oracle, what does not is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dendrite_kernels as dk
+from bench.questions import crossover
+from bench.speed import cases, peers, roofline, run
+from bench.speed.cases import Case
+from bench.speed.kernels import KERNELS, Kernels
+from bench.speed.peers import OFFICIAL, OURS, PEERS
+from bench.speed.problem import PARAMETERS, TOLERANCE, Problem, largest_error, oracle
+from bench.speed.timing import Task, interleave
+
+TINY = Case("T", 9, 6, 5, 2, 7, 3, 4)
+COMPILED = ("embedding_bag, compiled", "gather, compiled")
+KINDS = list(cases.KINDS)
+
+
+@pytest.fixture(params=KINDS)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return Problem.draw(TINY.connectivity(request.param), TINY.batch)
+
+
+@pytest.fixture
+def tiny_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
+
+
+def _skip_unless_possible(name: str, problem: Problem) -> None:
+    reason = peers.reason_to_skip(name, problem)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+
+
+def _check(name: str, problem: Problem) -> None:
+    expected = oracle(problem, gradients=True)
+    peer = PEERS[name](problem)
+    for mode in peer.modes:
+        with peer.surroundings():
+            results = peer.results(mode)
+        wanted = {"y"} if mode == "forward" else {"y", *PARAMETERS}
+        assert set(results) == wanted | ({"x"} if mode == "training with dx" else set())
+        found = {key: value for key, value in results.items() if value is not None}
+        assert len(found) == len(results)
+        assert largest_error(found, expected) <= TOLERANCE, (name, mode)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in COMPILED])
+def test_peers_agree_with_the_oracle(name: str, problem: Problem) -> None:
+    _skip_unless_possible(name, problem)
+    _check(name, problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_peers_agree_with_the_oracle(name: str, problem: Problem) -> None:
+    _skip_unless_possible(name, problem)
+    torch.compiler.reset()
+    _check(name, problem)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "numba"])
+def test_kernels_agree_with_the_oracle(backend: str, problem: Problem) -> None:
+    _skip_unless_possible(f"dendrite_kernels {backend}", problem)
+    expected, kernels = oracle(problem, gradients=True), Kernels(backend, problem)
+    for kernel in KERNELS:
+        assert largest_error(kernels.results(kernel), expected) <= TOLERANCE
+
+
+def test_oracle_in_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = oracle(problem, gradients=True)
+    monkeypatch.setattr("bench.speed.problem._CHUNK_BYTES", 1)
+    parts = oracle(problem, gradients=True)
+    assert set(whole) == {"x", "y", *PARAMETERS}
+    assert largest_error(parts, whole) < 1e-14
+
+
+def test_dendrites_of_a_problem_are_exact_and_never_at_the_kink(problem: Problem) -> None:
+    p = problem
+    u = dk.reference.sparse_linear(p.x, p.synapse_weight, p.dendrite_bias, p.connectivity)
+    exact = dk.reference.sparse_linear(
+        p.x.double(), p.synapse_weight.double(), p.dendrite_bias.double(), p.connectivity
+    )
+    assert torch.equal(u.double(), exact)
+    assert exact.abs().min() > 0
+
+
+class _Wrong(peers.Cpp):
+    """Right forward, one wrong gradient."""
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        found = super().gradients()
+        cable = found["cable_weight"]
+        assert cable is not None
+        return {**found, "cable_weight": cable * 1.001}
+
+
+class _Failing(peers.Cpp):
+    def layer(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no such instruction\nat all")
+
+
+def _run(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    fixed = ["--cases", "T", "--threads", "1", "--seconds", "0.02", "--output", str(path)]
+    status = run.main([*fixed, *options])
+    return status, json.loads(path.read_text())
+
+
+@pytest.mark.usefixtures("tiny_case")
+def test_run_writes_what_a_figure_must_be_published_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _skip_unless_possible(OURS, Problem.draw(TINY.connectivity("constant"), 1))
+    names = [OURS, OFFICIAL, "torch CSR by hand", "scipy CSR"]
+    status, report = _run(tmp_path / "run.json", "--kinds", *KINDS, "--peers", *names)
+    assert status == 0
+    assert {"cpu", "versions", "commit", "date"} <= set(report["environment"])
+    assert report["backends"]["cpp"]["available"]
+    assert [c["kind"] for c in report["configurations"]] == KINDS
+    for configuration in report["configurations"]:
+        assert configuration["refused"] == {}
+        assert set(configuration["ms"]) == set(names)
+        for mode in peers.MODES:
+            times = configuration["ms"][OURS][mode]
+            assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+            ratio = configuration["ratios"][mode]
+            assert ratio["official"] >= ratio["best_peer"] > 0
+            assert configuration["relative_errors"][OURS][mode] <= TOLERANCE
+        assert set(configuration["ms"]["scipy CSR"]) == {"forward"}
+        assert set(configuration["kernels_ms"]["cpp kernels"]) == set(KERNELS)
+        assert set(configuration["step_ms"]) == {OURS, OFFICIAL}
+    printed = capsys.readouterr().out
+    assert "masked dense, official / cpp" in printed
+    assert "roofline" in printed
+
+
+@pytest.mark.usefixtures("tiny_case")
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [(_Wrong, "relative error"), (_Failing, "RuntimeError: no such")]
+)
+def test_run_refuses_a_wrong_peer(
+    wrong: type[peers.Peer],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _skip_unless_possible(OURS, Problem.draw(TINY.connectivity("constant"), 1))
+    monkeypatch.setitem(PEERS, "torch CSR by hand", wrong)
+    names = ["torch CSR by hand", "embedding_bag"]
+    status, report = _run(tmp_path / "run.json", "--peers", *names)
+    assert status == 1
+    (configuration,) = report["configurations"]
+    assert reason in configuration["refused"]["torch CSR by hand"]
+    assert set(configuration["ms"]) == {"embedding_bag"}
+    assert "refused: torch CSR by hand" in capsys.readouterr().out
+
+
+def test_run_says_which_cases_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--cases", "Z"])
+    assert "got 'Z'" in capsys.readouterr().err
+    assert [case.name for case in cases.find(["E", "A", "E1"])] == ["E1", "E16", "A"]
+
+
+def test_a_peer_too_large_for_the_machine_is_skipped(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "available_bytes", lambda: 1000)
+    assert "GiB" in str(peers.reason_to_skip(OFFICIAL, problem))
+
+
+def test_every_task_gets_samples() -> None:
+    calls: list[str] = []
+    tasks = [Task(lambda name=name: calls.append(name)) for name in "ab"]  # type: ignore[misc]
+    interleave(tasks, seconds=0.0)
+    assert all(len(task.samples) >= 3 for task in tasks)
+    assert calls.count("a") >= len(tasks[0].samples)
+
+
+def test_crossover_is_interpolated() -> None:
+    assert crossover.crossover([0.01, 0.1, 0.2], [8.0, 4.0, 0.25]) == pytest.approx(
+        0.1 * 2**0.5, rel=1e-9
+    )
+    assert crossover.crossover([0.01, 0.1], [8.0, 4.0]) is None
+    assert crossover.crossover([0.01, 0.1], [0.9, 0.5]) == 0.0
+
+
+def test_crossover_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _skip_unless_possible(OURS, Problem.draw(TINY.connectivity("constant"), 1))
+    path = tmp_path / "crossover.json"
+    sizes = ["--inputs", "40", "--somas", "3", "--batch", "5", "--densities", "0.1", "0.5"]
+    rest = ["--threads", "1", "--seconds", "0.02", "--output", str(path)]
+    assert crossover.main([*sizes, *rest]) == 0
+    (sweep,) = json.loads(path.read_text())["sweeps"]
+    assert [point["synapses"] for point in sweep["points"]] == [4, 20]
+    assert set(sweep["crossovers"][OFFICIAL]) == set(peers.MODES)
+    assert "density" in capsys.readouterr().out
+
+
+def test_roofline_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "MILLISECONDS", 1)
+    try:
+        roof = roofline.measure(inputs=100, synapses=2000, threads=2)
+    except roofline.Unavailable as error:
+        pytest.skip(str(error))
+    assert roof.gflops == max(*roof.one_by_one.values(), *roof.interleaved.values()) > 0
+    assert roof.l2 > 0
+    faster = roofline.Roof(roof.one_by_one, dict.fromkeys(roof.interleaved, 1e6), roof.l2 + 1)
+    assert roofline.Roof.of([roof, faster, roof]) == faster
+    with pytest.raises(roofline.Unavailable, match="65536"):
+        roofline.measure(inputs=70000, synapses=1, threads=1)

@@ -1,0 +1,135 @@
+"""What the CUDA kernels need of a GPU, as nvcc reports it without one.
+
+    python -m tests.cuda_emulator.resources --update   writes budget.json
+
+The budget holds the registers of every kernel for every arch; no kernel may spill or use the stack.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUDGET = Path(__file__).with_name("budget.json")
+ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+DTYPES = ("f32", "bf16", "f16", "f64")
+
+
+@dataclass(frozen=True)
+class Use:
+    """Of one kernel on one arch; bytes except for the registers."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+def missing() -> str | None:
+    return None if shutil.which("nvcc") else "no nvcc on PATH"
+
+
+def nvcc_version() -> str:
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+def measure(
+    archs: tuple[str, ...] = ARCHS, dtypes: tuple[str, ...] = DTYPES, jobs: int = 2
+) -> dict[str, dict[str, Use]]:
+    """{"f32 kernel<...>": {"90": use}} of a fresh compilation."""
+    with ThreadPoolExecutor(jobs) as pool:
+        reports = pool.map(lambda dtype: _compile(dtype, archs), dtypes)
+        found: dict[str, dict[str, Use]] = {}
+        for dtype, report in zip(dtypes, reports, strict=True):
+            for name, arch, use in _parse(report):
+                found.setdefault(f"{dtype} {name}", {})[arch] = use
+    return found
+
+
+def _compile(dtype: str, archs: tuple[str, ...]) -> str:
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    source = str(ROOT / "csrc" / "cuda" / f"kernels_{dtype}.cu")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-c", source, "-o", f"{folder}/a.o", "-O3", "-std=c++17", "-Xptxas=-v"]
+        done = subprocess.run([*command, *targets], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.stderr
+
+
+def _parse(report: str) -> list[tuple[str, str, Use]]:
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = pattern.findall(report)
+    names = _demangle([mangled for mangled, *_ in found])
+    return [
+        (name, arch, Use(int(registers), int(stack), int(stores) + int(loads)))
+        for name, (_, arch, stack, stores, loads, registers) in zip(names, found, strict=True)
+    ]
+
+
+def _demangle(names: list[str]) -> list[str]:
+    """_ZN2dk12forward_tileI...: forward_tile<Kind<float, 2, 1, shared, 16-bit>>."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    short = []
+    for line in text.stdout.splitlines():
+        line = re.sub(r"^void |dk::", "", line)
+        line = re.sub(r"\(\w+(<.*)?\)$", "", line)  # parameters
+        line = re.sub(r"true, unsigned short", "shared", line)
+        line = re.sub(r"false, unsigned short", "l2", line)
+        line = re.sub(r"false, int", "l2 32-bit", line)
+        short.append(line.replace("unsigned short", "16-bit").replace(" >", ">"))
+    return short
+
+
+def nvdisasm() -> str | None:
+    """On PATH, or as pip's triton brings it."""
+    found = shutil.which("nvdisasm")
+    places = [Path(folder, "triton/backends/nvidia/bin/nvdisasm") for folder in sys.path]
+    return found or next((str(place) for place in places if place.exists()), None)
+
+
+def census(dtype: str, arch: str) -> dict[str, Counter[str]]:
+    """How often each kernel's machine code holds each instruction."""
+    tool = nvdisasm()
+    assert tool is not None
+    source = str(ROOT / "csrc" / "cuda" / f"kernels_{dtype}.cu")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/a.cubin"
+        command = ["nvcc", "-cubin", source, "-o", cubin, "-O3", "-std=c++17", f"-arch=sm_{arch}"]
+        subprocess.run(command, check=True, capture_output=True)
+        text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True)
+    counts = {}
+    for part in re.split(r"\n\.text\.", text.stdout)[1:]:
+        instructions = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", part, re.M)
+        counts[_demangle([part.split(":")[0]])[0]] = Counter(instructions)
+    return counts
+
+
+def main() -> None:
+    if sys.argv[1:] != ["--update"]:
+        raise SystemExit(__doc__)
+    kernels = {
+        name: [uses[arch].registers for arch in ARCHS] for name, uses in sorted(measure().items())
+    }
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(r)}" for name, r in kernels.items())
+    head = f'  "nvcc": "{nvcc_version()}",\n  "archs": {json.dumps(ARCHS)},\n'
+    BUDGET.write_text(f'{{\n{head}  "registers": {{\n{lines}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()

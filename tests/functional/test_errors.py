@@ -1,0 +1,513 @@
+"""Bad input says what was expected and what came; no input at all crashes the process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dendrite_kernels as dk
+from dendrite_kernels import Connectivity, connectivity
+from tests.processes import output, run_python
+
+N, S, R = 30, 10, 40
+Change = Callable[[Tensor], Any]
+
+
+def network() -> Connectivity:
+    return connectivity.random(N, S, 4, 6, seed=0)
+
+
+def arguments(somas: bool) -> dict[str, Any]:
+    """Good arguments of the function, on 5 samples."""
+    c = network()
+    x, weight = torch.randn(5, N), torch.randn(c.nnz)
+    if not somas:
+        return {"x": x, "weight": weight, "bias": torch.randn(R), "connectivity": c}
+    return {
+        "x": x,
+        "synapse_weight": weight,
+        "dendrite_bias": torch.randn(R),
+        "cable_weight": torch.randn(R),
+        "soma_bias": torch.randn(S),
+        "connectivity": c,
+    }
+
+
+def function(somas: bool) -> Callable[..., Tensor]:
+    return dk.functional.dendritic_layer if somas else dk.functional.sparse_linear
+
+
+BOTH = pytest.mark.parametrize("somas", [True, False], ids=["dendritic", "sparse"])
+PARAMETERS = [
+    (somas, name)
+    for somas in (True, False)
+    for name in arguments(somas)
+    if name not in ("x", "connectivity")
+]
+
+# Functions and modules
+
+
+BAD_X: list[tuple[Change, type[Exception], str]] = [
+    (lambda x: x[:, 1:], ValueError, r"x of shape \[\.\.\., 30\], got \[5, 29\]"),
+    (lambda x: x.T, ValueError, r"x of shape \[\.\.\., 30\], got \[30, 5\]"),
+    (lambda x: x[:0].T, ValueError, r"x of shape \[\.\.\., 30\], got \[30, 0\]"),
+    (lambda x: x.reshape(5, N, 1), ValueError, r"x of shape \[\.\.\., 30\], got \[5, 30, 1\]"),
+    (lambda x: x[0, 0], ValueError, r"x of shape \[\.\.\., 30\], got \[\]"),
+    (lambda x: x[0, :0], ValueError, r"x of shape \[\.\.\., 30\], got \[0\]"),
+    (lambda x: x.half(), TypeError, r"weight of dtype torch\.float16 like x, got torch\.float32"),
+    (lambda x: x.int(), TypeError, r"x of dtype float32, .*, got torch\.int32"),
+    (lambda x: x > 0, TypeError, r"x of dtype float32, .*, got torch\.bool"),
+    (lambda x: x + 0j, TypeError, r"x of dtype float32, .*, got torch\.complex64"),
+    (lambda x: x.numpy(), TypeError, "x to be a torch.Tensor, got ndarray"),
+    (lambda x: x.tolist(), TypeError, "x to be a torch.Tensor, got list"),
+    (lambda x: None, TypeError, "x to be a torch.Tensor, got NoneType"),
+    (lambda x: x.double(), TypeError, r"weight of dtype torch\.float64 like x, got torch\.float32"),
+    (lambda x: x.to("meta"), ValueError, "weight on meta like x, got cpu"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("change", "error", "message"), BAD_X)
+def test_bad_x(
+    backend: str, somas: bool, change: Change, error: type[Exception], message: str
+) -> None:
+    good = arguments(somas)
+    with pytest.raises(error, match=f"Expected .*{message}"):
+        function(somas)(**{**good, "x": change(good["x"])})
+    layer = dk.DendriticLayer(network()) if somas else dk.SparseLinear(network())
+    with pytest.raises(error, match=f"Expected .*{message}"):
+        layer(change(good["x"]))
+
+
+BAD_PARAMETER: list[tuple[Change, type[Exception], str]] = [
+    (lambda p: p[1:], ValueError, r"of shape \[{n}\], got \[{less}\]"),
+    (lambda p: torch.cat([p, p[:1]]), ValueError, r"of shape \[{n}\], got \[{more}\]"),
+    (lambda p: p[:1], ValueError, r"of shape \[{n}\], got \[1\]"),  # would broadcast
+    (lambda p: p[:0], ValueError, r"of shape \[{n}\], got \[0\]"),
+    (lambda p: p[0], ValueError, r"of shape \[{n}\], got \[\]"),
+    (lambda p: p[None], ValueError, r"of shape \[{n}\], got \[1, {n}\]"),
+    (lambda p: p[:, None], ValueError, r"of shape \[{n}\], got \[{n}, 1\]"),
+    (lambda p: p.double(), TypeError, r"of dtype torch\.float32 like x, got torch\.float64"),
+    (lambda p: p.half(), TypeError, r"of dtype torch\.float32 like x, got torch\.float16"),
+    (lambda p: p.long(), TypeError, r"of dtype torch\.float32 like x, got torch\.int64"),
+    (lambda p: p.to("meta"), ValueError, "on cpu like x, got meta"),
+    (lambda p: p.numpy(), TypeError, "to be a torch.Tensor, got ndarray"),
+    (lambda p: 0.5, TypeError, "to be a torch.Tensor, got float"),
+]
+
+
+@pytest.mark.parametrize(("somas", "name"), PARAMETERS)
+@pytest.mark.parametrize(("change", "error", "message"), BAD_PARAMETER)
+def test_bad_parameter(
+    backend: str, somas: bool, name: str, change: Change, error: type[Exception], message: str
+) -> None:
+    good = arguments(somas)
+    n = good[name].numel()
+    text = message.replace("{n}", str(n)).replace("{less}", str(n - 1))
+    with pytest.raises(error, match=f"Expected {name} {text.replace('{more}', str(n + 1))}"):
+        function(somas)(**{**good, name: change(good[name])})
+
+
+@BOTH
+def test_only_biases_are_optional(backend: str, somas: bool) -> None:
+    good = arguments(somas)
+    for name in good:
+        if name.endswith("bias"):
+            assert function(somas)(**{**good, name: None}).isfinite().all()
+        else:
+            with pytest.raises(TypeError, match=r"Expected .* got NoneType"):
+                function(somas)(**{**good, name: None})
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "other",
+    [None, 3, "random", np.ones((3, 3), bool), torch.ones(3)],
+    ids=["None", "int", "str", "ndarray", "Tensor"],
+)
+def test_connectivity_of_another_kind(somas: bool, other: Any) -> None:
+    kind = type(other).__name__
+    with pytest.raises(TypeError, match=f"Expected a Connectivity, got {kind}"):
+        function(somas)(**{**arguments(somas), "connectivity": other})
+    module: Any = dk.DendriticLayer if somas else dk.SparseLinear
+    with pytest.raises(TypeError, match=f"Expected a Connectivity, got {kind}"):
+        module(other)
+
+
+@pytest.mark.parametrize("slope", [-0.1, -1e-30, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("activation", ["leaky_relu", "tanh"])
+def test_bad_slope(backend: str, slope: float, activation: str) -> None:
+    message = f"Expected a finite negative_slope >= 0, got {slope}"
+    options: Any = {"negative_slope": slope, "activation": activation}
+    with pytest.raises(ValueError, match=message):
+        dk.functional.dendritic_layer(**arguments(True), **options)
+    with pytest.raises(ValueError, match=message):
+        dk.DendriticLayer(network(), **options)
+
+
+@pytest.mark.parametrize("slope", [-0.1, math.nan, math.inf])
+def test_bad_slope_of_a_sparse_linear(slope: float) -> None:
+    """It decides how weights start: NaN weights or an error, now or in training."""
+    with pytest.raises(ValueError, match=f"Expected a finite negative_slope >= 0, got {slope}"):
+        dk.SparseLinear(network(), negative_slope=slope)
+
+
+@pytest.mark.parametrize("activation", ["swish", "", "ReLU", None, 3])
+def test_unknown_activation(backend: str, activation: Any) -> None:
+    message = r"Expected an activation of \['elu', .*'tanh'\], got "
+    with pytest.raises(ValueError, match=message + repr(activation)):
+        dk.functional.dendritic_layer(**arguments(True), activation=activation)
+    with pytest.raises(ValueError, match=message + repr(activation)):
+        dk.DendriticLayer(network(), activation=activation)
+
+
+@pytest.mark.parametrize("module", [dk.DendriticLayer, dk.SparseLinear])
+def test_bad_options_of_modules(module: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected init of \['fan_in', 'paper'\], got 'zeros'"):
+        module(network(), init="zeros")
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match=f"Expected parameters of dtype float32.*, got {dtype}"):
+            module(network(), dtype=dtype)
+
+
+# Connectivities: one line for each kind of bad size; every message is in their own tests
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Connectivity.from_csr([0, 2, 4], [0, 1, 2, 1], 3),  # unsorted
+        lambda: Connectivity.from_csr([0, 2], [1, 1], 3),  # twice
+        lambda: Connectivity.from_csr([0, 2], [0, 3], 3),  # out of range
+        lambda: Connectivity.from_csr([0, 2], [-1, 0], 3),
+        lambda: Connectivity.from_csr([0, 3], [0, 1], 3),  # pointers past the end
+        lambda: Connectivity.from_csr([0, 2, 1, 2], [0, 1], 3),
+        lambda: Connectivity.from_csr([0], [], 3),  # no dendrite
+        lambda: Connectivity.from_csr([0, 1], [0], 0),  # no input
+        lambda: Connectivity.from_csr([0, 1], [0], 2**31),
+        lambda: Connectivity.from_csr([0, 1], [0], 1, soma_ptr=[0]),  # no soma
+        lambda: Connectivity.from_csr([0, 1], [0], 1, soma_ptr=[0, 2]),
+        lambda: connectivity.random(0, 1, 1, 1),
+        lambda: connectivity.random(10, -1, 1, 1),
+        lambda: connectivity.random(10, 1, 0, 1),
+        lambda: connectivity.random(10, 1, 1, 11),  # more synapses than inputs
+        lambda: connectivity.random(10, 1, 1, -1, constant_fan_in=True),
+        lambda: connectivity.local_receptive_fields((4, 4), 2, 2, 17),  # than pixels
+        lambda: connectivity.local_receptive_fields((4, -4), 2, 2, 3),
+        lambda: connectivity.local_receptive_fields((-4, -4), 2, 2, 3),
+        lambda: connectivity.global_receptive_fields((4, 4), 2, 2, 17),
+        lambda: connectivity.global_receptive_fields((4, 4), 2, 2, 3, channels=-3),
+        lambda: connectivity.all_to_all(4, 0, 2),
+        lambda: connectivity.all_to_all(2**20, 2**10, 2),
+        lambda: connectivity.pseudo_image(-4),
+    ],
+)
+def test_bad_connectivities(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"Expected .*got"):
+        call()
+
+
+# Operators: callable by anyone through torch.ops, so they must not trust their arguments
+
+
+def operator_arguments() -> dict[str, dict[str, Any]]:
+    """Good arguments of the four operators, on 5 samples."""
+    good = arguments(True)
+    c = good.pop("connectivity")
+    indices = {name: getattr(c, name) for name in ("crow_indices", "col_indices", "soma_ptr")}
+    x, weight, soma_bias = good["x"], good["synapse_weight"], good.pop("soma_bias")
+    forward = {**good, "soma_bias": soma_bias, **indices, "negative_slope": 0.1, "save_signs": True}
+    y, signs = torch.ops.dendrite_kernels.dendritic_forward(**forward)
+    sparse = {"x": x, "weight": weight}
+    return {
+        "dendritic_forward": forward,
+        "dendritic_backward": {
+            **good, "grad": torch.ones(5, S), "y": y, "signs": signs, **indices,
+            "negative_slope": 0.1, "need_x": True,
+        },
+        "sparse_forward": {**sparse, "bias": good["dendrite_bias"], **indices},
+        "sparse_backward": {**sparse, "grad": torch.ones(5, R), **indices, "need_x": True},
+    }  # fmt: skip
+
+
+OPERATORS = {
+    "dendritic_forward": ["x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"],
+    "dendritic_backward": [
+        "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias", "cable_weight",
+    ],
+    "sparse_forward": ["x", "weight", "bias"],
+    "sparse_backward": ["grad", "x", "weight"],
+}  # fmt: skip
+BAD_TENSORS: dict[str, Change] = {
+    "shorter": lambda t: t[..., 1:],
+    "longer": lambda t: torch.cat([t, t[..., :1]], -1),
+    "one": lambda t: t[..., :1],
+    "none": lambda t: t[..., :0],
+    "fewer rows": lambda t: t[1:],
+    "no rows": lambda t: t[:0],
+    "0-d": lambda t: t.flatten()[0],
+    "one dimension more": lambda t: t[None],
+    "half": lambda t: t.half(),
+    "float64": lambda t: t.double(),
+    "int64": lambda t: t.long(),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+}
+BAD_INDICES: dict[str, dict[str, Any]] = {
+    "crow of another network": {
+        "crow_indices": connectivity.random(N, S, 4, 7, seed=1).crow_indices
+    },
+    "all of another": {
+        name: getattr(connectivity.random(N, 8, 4, 7, seed=1), name)
+        for name in ("crow_indices", "col_indices", "soma_ptr")
+    },
+    "columns out of range": {"col_indices": torch.full((240,), 10**6, dtype=torch.int32)},
+    "columns of -1": {"col_indices": torch.full((240,), -1, dtype=torch.int32)},
+    "columns in float": {"col_indices": torch.zeros(240)},
+    "too few columns": {"col_indices": torch.zeros(3, dtype=torch.int32)},
+    "no columns": {"col_indices": torch.zeros(0, dtype=torch.int32)},
+    "crow of two dimensions": {"crow_indices": torch.zeros(4, 4, dtype=torch.int32)},
+    "empty crow": {"crow_indices": torch.zeros(0, dtype=torch.int32)},
+    "soma_ptr too far": {"soma_ptr": torch.tensor([0, 41], dtype=torch.int32)},
+    "empty soma_ptr": {"soma_ptr": torch.zeros(0, dtype=torch.int32)},
+}
+
+
+# More inputs than any column names; the same sign words in another shape.
+HARMLESS = {("x", "longer"), ("signs", "one dimension more")}
+
+
+def bad_operator_calls() -> list[tuple[str, Callable[[], object]]]:
+    calls: list[tuple[str, Callable[[], object]]] = []
+    for operator, names in OPERATORS.items():
+        good = operator_arguments()[operator]
+        call = partial(getattr(torch.ops.dendrite_kernels, operator), **good)
+        call()
+        for name in names:
+            for label, change in BAD_TENSORS.items():
+                if name == "x" and "forward" in operator and label in ("fewer rows", "no rows"):
+                    continue  # just another batch
+                if name == "x" and "forward" in operator and label == "half":
+                    continue  # parameters may be float32 beside samples of low precision
+                if (name, label) in HARMLESS or label == "meta":
+                    continue  # a meta operand makes a meta result
+                bad = {name: change(good[name])}
+                calls.append((f"{operator}: {name} {label}", partial(call, **bad)))
+        for label, indices in BAD_INDICES.items():
+            calls.append((f"{operator}: {label}", partial(call, **indices)))
+    return calls
+
+
+def operator_calls_gone_wrong(strict: bool) -> list[str]:
+    """Bad calls that raise something odd, or (strict) nothing."""
+    wrong = []
+    for label, call in bad_operator_calls():
+        print("now", label, flush=True)  # the last line is where it crashed
+        try:
+            call()
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        except Exception as error:
+            wrong.append(f"{label}: {type(error).__name__}")
+        else:
+            wrong += [label] * strict
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["cpp", "numba", "reference"])
+def test_bad_operator_calls_raise(name: str) -> None:
+    """In a process of its own. The oracle may broadcast or ignore what it does not need."""
+    if not dk.backend_info()[name]["available"]:
+        pytest.skip(f"backend {name} is unavailable")
+    done = run_python(
+        f"""
+import dendrite_kernels as dk
+from tests.functional import test_errors
+dk.use_backend({name!r})
+wrong = test_errors.operator_calls_gone_wrong(strict={name != "reference"})
+print("wrong:", *wrong, sep="\\n")
+"""
+    )
+    before, _, wrong = done.stdout.partition("wrong:\n")
+    assert done.returncode == 0, (done.returncode, before.splitlines()[-1:], done.stderr[-3000:])
+    assert wrong.splitlines() == []
+
+
+def test_index_tensors_need_not_be_those_of_a_connectivity(backend: str) -> None:
+    """Nor may what an operator remembers of them serve other pointers or other inputs."""
+    op = torch.ops.dendrite_kernels.sparse_forward
+    col = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    soma_ptr = torch.tensor([0, 1, 2], dtype=torch.int32)
+    x, weight = torch.randn(3, 5), torch.randn(4)
+    for crow in ([0, 2, 4], [0, 1, 4], [0, 4, 4]):
+        expected = dk.reference.sparse_linear(x, weight, None, Connectivity.from_csr(crow, col, 5))
+        for _ in range(2):
+            found = op(x, weight, None, torch.tensor(crow, dtype=torch.int32), col, soma_ptr)
+            torch.testing.assert_close(found, expected)
+    wider = torch.randn(3, 7)
+    expected = dk.reference.sparse_linear(wider, weight, None, Connectivity.from_csr(crow, col, 7))
+    found = op(wider, weight, None, torch.tensor(crow, dtype=torch.int32), col, soma_ptr)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises((ValueError, RuntimeError)):  # fewer inputs than columns name
+        op(x[:, :3], weight, None, torch.tensor(crow, dtype=torch.int32), col, soma_ptr)
+
+
+@pytest.mark.parametrize("lazy", ["x", "weight", "grad"])
+def test_pending_sign_is_not_lost(backend: str, lazy: str) -> None:
+    """The imaginary part of a conjugate is a view with its sign pending: no pointer shows that."""
+    c = Connectivity.from_csr([0, 1, 1], [0], 1, soma_ptr=[0, 2])
+    three = dict(zip(("x", "weight", "grad"), torch.rand(3, 1, 1) + 0.5, strict=True))
+    x, weight, grad = three.values()
+    expected = [x * weight, grad * weight, grad[0] * x[0]]
+    three[lazy] = torch.complex(three[lazy], -three[lazy]).conj().imag
+    assert three[lazy].is_neg()
+    x, weight, grad = three["x"], three["weight"][0], three["grad"]
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    for somas in (True, False):
+        if somas:
+            cable = torch.ones(2)
+            y = dk.functional.dendritic_layer(x, weight, None, cable, None, c)
+        else:
+            y = dk.functional.sparse_linear(x, weight, None, c)[:, :1]
+        found = [y, *torch.autograd.grad(y, leaves, grad)]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+# Fuzz: random shapes, layouts and mistakes
+
+
+def whole(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Small whole numbers: with a slope of a power of two every sum is exact in any order."""
+    return torch.from_numpy(rng.integers(-3, 4, shape)).to(dtype)
+
+
+def any_network(rng: np.random.Generator) -> Connectivity:
+    """Rows of 0 to all inputs, somas of 0 to all dendrites."""
+    inputs, rows = int(rng.integers(1, 70)), int(rng.choice([1, 2, 7, 16, 33, 90]))
+    density = rng.choice([0.0, 0.02, 0.2, 1.0], p=[0.05, 0.25, 0.6, 0.1])
+    mask = rng.random((rows, inputs)) < density
+    if rng.random() < 0.3:  # constant fan-in, some of it of the sizes with kernels of their own
+        k = int(rng.choice([k for k in (1, 3, 8, 16, 32, 48) if k <= inputs]))
+        return connectivity.random(inputs, rows, 1, k, constant_fan_in=True, seed=rng)
+    cuts = np.sort(rng.integers(0, rows + 1, rng.integers(0, 9)))
+    return Connectivity.from_mask(mask, soma_ptr=[0, *cuts, rows])
+
+
+def laid_out(rng: np.random.Generator, t: Tensor) -> Tensor:
+    """The same values under other strides."""
+    kind = rng.integers(5)
+    if kind == 1 and t.dim() > 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == 2:  # every other number of a row
+        return torch.stack([t, t + torch.nan], -1)[..., 0]
+    if kind == 3:  # at an odd address
+        padded = torch.full((t.numel() + 3,), torch.nan, dtype=t.dtype)
+        padded[3:] = t.flatten()
+        return padded[3:].reshape(t.shape)
+    if kind == 4 and t.dim() > 1:  # backwards, with a gap
+        return t.flip(0).repeat(2, *[1] * (t.dim() - 1))[: t.shape[0]].flip(0)
+    return t
+
+
+MISTAKES: list[Change] = [
+    *list(BAD_TENSORS.values())[:12],
+    lambda t: t.numpy(),
+    lambda t: t[..., None],
+    lambda t: t.bool(),
+]
+
+
+def any_case(rng: np.random.Generator) -> tuple[bool, dict[str, Any], Tensor]:
+    """Good arguments of a function (of the dendritic layer?) and an incoming gradient."""
+    somas = bool(rng.random() < 0.7)
+    c = any_network(rng)
+    dtype = [torch.float32, torch.float64][rng.integers(2)]
+    batch = int(rng.choice([0, 1, 2, 5, 15, 16, 31, 32, 33, 64, 65, 100]))
+    lead = [(batch,), (2, batch), (batch, 1), ()][rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])]
+    sizes = {"weight": c.nnz, "bias": c.num_dendrites}
+    if somas:
+        sizes = {
+            "synapse_weight": c.nnz, "dendrite_bias": c.num_dendrites,
+            "cable_weight": c.num_dendrites, "soma_bias": c.num_somas,
+        }  # fmt: skip
+    call: dict[str, Any] = {"x": whole(rng, *lead, c.in_features, dtype=dtype)}
+    call |= {name: whole(rng, size, dtype=dtype) for name, size in sizes.items()}
+    call = {name: laid_out(rng, t).requires_grad_(rng.random() < 0.8) for name, t in call.items()}
+    for name in sizes:
+        if name.endswith("bias") and rng.random() < 0.2:
+            call[name] = None
+    if somas:
+        call["negative_slope"] = float(rng.choice([0, 0.25, 0.5, 1, 2]))
+        call["activation"] = str(rng.choice(["leaky_relu", "relu", "identity"], p=[0.8, 0.1, 0.1]))
+    outputs = c.num_somas if somas else c.num_dendrites
+    grad = laid_out(rng, whole(rng, *lead, outputs, dtype=dtype))
+    return somas, {**call, "connectivity": c}, grad
+
+
+def leaves(call: dict[str, Any]) -> list[Tensor]:
+    return [t for t in call.values() if isinstance(t, Tensor) and t.requires_grad]
+
+
+def results(run: Callable[..., Tensor], call: dict[str, Any], grad: Tensor) -> list[Tensor]:
+    y = run(**call)
+    found = torch.autograd.grad(y, leaves(call), grad, allow_unused=True) if leaves(call) else ()
+    return [y.detach(), *(torch.zeros(()) if g is None else g for g in found)]
+
+
+def fuzz(seed: int, cases: int) -> None:
+    """Good calls equal the oracle exactly; the same calls with one mistake raise."""
+    rng = np.random.default_rng(seed)
+    for i in range(cases):
+        somas, call, grad = any_case(rng)
+        oracle = dk.reference.dendritic_layer if somas else dk.reference.sparse_linear
+        ours, expected = (results(run, call, grad) for run in (function(somas), oracle))
+        for k, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            assert a.dtype == b.dtype, (seed, i, k)
+            assert torch.equal(a, b), (seed, i, k, call)
+        tensors = [(name, t.detach()) for name, t in call.items() if isinstance(t, Tensor)]
+        name, good = tensors[rng.integers(len(tensors))]
+        bad = MISTAKES[rng.integers(len(MISTAKES))](good) if good.numel() else good[..., None]
+        if is_a_mistake(name, good, bad):
+            with pytest.raises((ValueError, TypeError), match=r"Expected .* got"):
+                function(somas)(**{**call, name: bad})
+
+
+def is_a_mistake(name: str, good: Tensor, bad: Any) -> bool:
+    """Not float64 made float64, nor another batch."""
+    if not isinstance(bad, Tensor) or bad.dtype != good.dtype or bad.device != good.device:
+        return True
+    return bad.shape[-1:] != good.shape[-1:] if name == "x" else bad.shape != good.shape
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzz(backend: str, seed: int) -> None:
+    fuzz(seed, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpp", "numba"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_fuzz_does_not_crash(name: str, threads: int) -> None:
+    """In a process of its own, with freed memory overwritten by the allocator."""
+    if not dk.backend_info()[name]["available"]:
+        pytest.skip(f"backend {name} is unavailable")
+    output(
+        f"""
+import torch, dendrite_kernels as dk
+from tests.functional import test_errors
+torch.set_num_threads({threads})
+dk.use_backend({name!r})
+for seed in range(100, 120):
+    test_errors.fuzz(seed, 150)
+""",
+        MALLOC_PERTURB_="165",
+    )

@@ -1,0 +1,226 @@
+"""Pruned modules, scipy matrices, Keras files, and models for runtimes without this package."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+import dendrite_kernels as dk
+from dendrite_kernels import interop
+from tests import oracle
+from tests.functional.test_functional import NETWORKS
+
+
+def test_pruned_linear(backend: str) -> None:
+    linear: Any = nn.Linear(20, 12)
+    prune.l1_unstructured(linear, "weight", amount=0.8)
+    layer = interop.from_pruned(linear)
+    x = torch.randn(5, 20)
+    assert layer.connectivity.nnz == 48
+    assert oracle.relative_error(layer(x), linear(x)) < 1e-6
+    with torch.no_grad():
+        linear.weight_orig.mul_(2)  # linear.weight lags behind until its next forward
+    assert oracle.relative_error(interop.from_pruned(linear)(x), linear(x)) < 1e-6
+    prune.random_unstructured(linear, "bias", amount=0.5)
+    assert oracle.relative_error(interop.from_pruned(linear)(x), linear(x)) < 1e-6
+    assert interop.from_pruned(nn.Linear(20, 12, bias=False)).connectivity.is_dense
+    with pytest.raises(TypeError, match=r"Expected an nn\.Linear"):
+        interop.from_pruned(nn.Conv2d(1, 1, 3))  # type: ignore[arg-type]
+
+
+def test_pruned_pair(backend: str) -> None:
+    twin = dk.DendriticLayer(dk.connectivity.random(20, 4, 3, 5, seed=0))
+    dendrite, mask, soma, soma_mask = interop.to_masked_dense(twin)
+    prune.custom_from_mask(dendrite, "weight", mask)
+    prune.custom_from_mask(soma, "weight", soma_mask)
+    layer = interop.from_pruned_pair(dendrite, soma)
+    x = torch.randn(5, 20)
+    assert layer.connectivity == twin.connectivity
+    expected = F.leaky_relu(soma(F.leaky_relu(dendrite(x), 0.1)), 0.1)
+    assert oracle.relative_error(layer(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("form", ["csr", "csc", "coo"])
+def test_scipy(backend: str, form: str, dtype: Any) -> None:
+    matrix = scipy.sparse.random(12, 20, 0.2, form, dtype=dtype, random_state=0)
+    bias = np.random.default_rng(0).random(12).astype(dtype)
+    layer = interop.from_scipy(matrix, bias)
+    x = np.random.default_rng(1).random((5, 20)).astype(dtype)
+    expected = torch.from_numpy((matrix @ x.T).T + bias)
+    assert oracle.relative_error(layer(torch.from_numpy(x)), expected) < 1e-6
+    assert abs(interop.to_scipy(layer) - matrix).max() == 0
+
+
+def test_unsorted_scipy_indices_keep_their_weights() -> None:
+    matrix = scipy.sparse.csr_array(([1.0, 2.0, 3.0], [3, 0, 1], [0, 2, 3]), shape=(2, 4))
+    layer = interop.from_scipy(matrix)
+    assert layer.weight.tolist() == [2, 1, 3]
+    assert layer(torch.ones(4, dtype=torch.float64)).tolist() == [3, 3]
+
+
+Kernels = dict[str, list[np.ndarray[Any, Any]]]
+NAMES = ["dend_1", "soma_1", "dend_2", "soma_2", "output"]
+
+
+def keras_network(cabled: bool) -> tuple[Any, Kernels]:
+    kind = "dANN-R" if cabled else "sANN"
+    torch.manual_seed(0)
+    model: Any = dk.models.build(kind, (5, 6), 9, 3, 4, 3, layers=2, seed=0)
+    nn.init.normal_(model[-1].weight)
+    matrices: list[nn.Linear] = []
+    for module in model:
+        if isinstance(module, dk.DendriticLayer):
+            dendrite, _, soma, _ = interop.to_masked_dense(module)
+            matrices += [dendrite, soma]
+        elif isinstance(module, dk.SparseLinear):
+            plain = nn.Linear(module.connectivity.in_features, module.connectivity.num_dendrites)
+            with torch.no_grad():
+                plain.weight.copy_(dk.reference.dense_weight(module.weight, module.connectivity))
+                plain.bias.copy_(module.bias)  # type: ignore[arg-type]
+            matrices.append(plain)
+        elif isinstance(module, nn.Linear):
+            matrices.append(module)
+    with torch.no_grad():
+        for plain in matrices:
+            nn.init.normal_(plain.bias)
+    kernels = {
+        name: [m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()]
+        for name, m in zip(NAMES, matrices, strict=True)
+    }
+    return model, kernels
+
+
+def write(path: Path, form: str, kernels: Kernels) -> None:
+    """A file as Keras 2 (model or weights) or Keras 3 (weights or .keras) lays it out."""
+    h5py = pytest.importorskip("h5py")
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        if form.startswith("keras 2"):
+            root = file.create_group("model_weights") if form == "keras 2 model" else file
+            names = ["input_1", *kernels]
+            root.attrs["layer_names"] = [name.encode() for name in names]
+            for name in names:
+                group = root.create_group(name)
+                weights = kernels.get(name, [])
+                labels = [f"{name}/kernel:0", f"{name}/bias:0"][: len(weights)]
+                group.attrs["weight_names"] = [label.encode() for label in labels]
+                for label, value in zip(labels, weights, strict=True):
+                    group[label] = value
+        else:
+            for i, (name, weights) in enumerate(kernels.items()):
+                label = name if form == "keras 3 named" else "dense" + f"_{i}" * (i > 0)
+                for j, value in enumerate(weights):
+                    file[f"layers/{label}/vars/{j}"] = value
+            file.create_group("layers/input_layer/vars")
+    if form in ("keras 3 named", "keras 3 numbered"):
+        layers = [{"class_name": "Dense", "config": {"name": name}} for name in kernels]
+        config = {"config": {"layers": [{"class_name": "ReLU", "config": {}}, *layers]}}
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", json.dumps(config))
+            archive.writestr("model.weights.h5", buffer.getvalue())
+        return
+    path.write_bytes(buffer.getvalue())
+
+
+def exact(kernels: Kernels, x: torch.Tensor) -> torch.Tensor:
+    h = x.double()
+    for name, (kernel, bias) in kernels.items():
+        h = h @ torch.from_numpy(kernel).double() + torch.from_numpy(bias).double()
+        h = h if name == "output" else F.leaky_relu(h, 0.1)
+    return h
+
+
+FORMS = ["keras 2 model", "keras 2 weights", "keras 3 weights", "keras 3 named", "keras 3 numbered"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cabled", [True, False], ids=["dANN", "sANN"])
+def test_keras_files(form: str, cabled: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model, kernels = keras_network(cabled)
+    write(path, form, kernels)
+    loaded = interop.from_keras(path)
+    x = torch.randn(7, 30)
+    assert oracle.relative_error(loaded(x), exact(kernels, x)) < 1e-5
+    kinds = [type(m) for m in loaded]
+    assert kinds == [type(m) for m in model]
+
+
+def test_keras_masks_keep_synapses_of_weight_zero(tmp_path: Path) -> None:
+    _, kernels = keras_network(True)
+    masks = [weights[0] != 0 for weights in kernels.values()]
+    kernels["dend_1"][0][masks[0]] = 0
+    write(tmp_path / "model", "keras 2 model", kernels)
+    loaded: Any = interop.from_keras(tmp_path / "model", [*masks[:4], None])
+    assert loaded[0].connectivity.nnz == masks[0].sum()
+    assert isinstance(loaded[1], dk.DendriticLayer)
+    with pytest.raises(ValueError, match=r"Expected a mask \[30, 27\] for dend_1"):
+        interop.from_keras(tmp_path / "model", [masks[1]])
+    with pytest.raises(ValueError, match="Expected at most 5 masks, got 6"):
+        interop.from_keras(tmp_path / "model", [*masks, None])
+
+
+def test_files_that_are_not_of_keras(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("no")
+    with pytest.raises(ValueError, match=r"Expected a \.keras or HDF5 file"):
+        interop.from_keras(path)
+    write(path, "keras 3 weights", {})
+    with pytest.raises(ValueError, match="Expected dense layers"):
+        interop.from_keras(path)
+    _, kernels = keras_network(True)
+    kernels.pop("output")
+    write(path, "keras 3 weights", kernels)
+    with pytest.raises(ValueError, match="Expected pairs of dense layers and an output"):
+        interop.from_keras(path)
+
+
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_portable_models_compute_the_same(network: str) -> None:
+    c = NETWORKS[network]()
+    x = torch.randn(5, c.in_features)
+    for module in (
+        dk.DendriticLayer(c),
+        dk.DendriticLayer(c, bias=False, activation="tanh"),
+        dk.SparseLinear(c),
+    ):
+        plain = interop.portable(nn.Sequential(module, nn.Dropout())).eval()
+        assert not any(isinstance(m, type(module)) for m in plain.modules())
+        assert oracle.relative_error(plain(x), module(x)) < 1e-6
+
+
+def test_portable_rows_ignore_what_they_do_not_see() -> None:
+    layer = dk.SparseLinear(NETWORKS["ragged"]())
+    x = torch.randn(5, 61)
+    x[0] = torch.inf
+    seen = layer.connectivity.to_mask().any(1)
+    assert interop.portable(layer)(x)[0, ~seen].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["dANN-R", "dANN-LRF", "sANN"])
+def test_onnx(kind: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = dk.models.build(kind, (6, 7), 9, 3, 4, 3, seed=0, init="fan_in").eval()
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        interop.portable(model), (torch.randn(4, 42),), tmp_path / "model.onnx",
+        dynamo=True, dynamic_shapes=({0: batch},), verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for samples in (1, 2, 33):
+        x = torch.randn(samples, 42)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert oracle.relative_error(torch.from_numpy(y), model(x)) < 1e-5
