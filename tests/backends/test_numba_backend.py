@@ -232,7 +232,8 @@ def native_threads():
     return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 torch.set_num_threads(3)
 before, alone = settings(), native_threads()
-from tests.backends import test_numba_backend as t, numba
+import numba
+from tests.backends import test_numba_backend as t
 c = t.NETWORKS["several blocks"]()
 found = t.run(c, t.draw(c, batch=330))
 assert settings() == before

@@ -1,0 +1,67 @@
+"""What a backend is: one pair of functions, forward and backward, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..structure import Connectivity
+
+Maybe = torch.Tensor | None
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Operands(NamedTuple):
+    """A layer as the kernels see it. N inputs, R dendrites, S somas; contiguous tensors.
+
+    Without a cable it is a sparse linear layer: its outputs are the R dendrites themselves, the
+    slope is 1, and somas play no part.
+    """
+
+    synapse_weight: torch.Tensor  # [nnz]
+    dendrite_bias: Maybe  # [R]
+    cable_weight: Maybe  # [R]
+    soma_bias: Maybe  # [S]
+    connectivity: Connectivity
+    negative_slope: float  # >= 0: the sign of y must stand for that of the soma's sum
+
+
+class Backend(Protocol):
+    """The functions of a backend. B samples; contiguous tensors; y is [B, S], or [B, R] without a
+    cable.
+    """
+
+    # Takes x, y and their gradients as bfloat16 and float16, then with float32 parameters; of the
+    # others, all tensors of a call are float32 or all float64.
+    STORES_LOW: bool
+    # Rounds x to bfloat16 on its way into the synapses where asked; others are never asked.
+    ROUNDS_X: bool
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot serve here, or None if it can."""
+
+    def info(self) -> dict[str, Any]:
+        """What it runs on: ISA, threads, versions."""
+
+    def forward(
+        self, x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, N] -> y and sign words int32 [ceil(B / 32), R], or [0, R] unless save_signs.
+
+        Bit i of signs[t, r] says that u[32 t + i, r] > 0; bits past B are unspecified. Signs are
+        only saved with a cable.
+        """
+
+    def backward(
+        self,
+        grad: torch.Tensor,  # like y
+        x: torch.Tensor,  # [B, N]
+        y: Maybe,  # None without a cable
+        signs: Maybe,
+        operands: Operands,
+        need_x: bool,
+    ) -> Gradients:
+        """dx [B, N] ([0, N] unless need_x), and of the parameters: dw [nnz], dbd [R], dc [R],
+        dbs [S]; dc and dbs are [0] without a cable.
+        """
