@@ -8,7 +8,6 @@
 Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 """
 
-from . import _derivatives as _derivatives  # registers those of the operators
 from . import backends, connectivity, functional, interop, models, reference
 from .backends import BackendUnavailable, backend_info, use_backend
 from .nn import DendriticLayer, SparseLinear

@@ -1,28 +1,26 @@
-"""How the operations differentiate.
+"""How a layer differentiates: the derivative is written once, in `_differentiate`.
 
-Eager code takes the fused Functions: little per call, and no [B, R] activation kept. What they
-cannot serve -- torch.func transforms, forward mode, the gradient of a gradient -- is composed of
-the sparse product and plain torch operations. The sparse product is bilinear, so its derivatives
-are the same two operators again, to any order and in both modes.
+Three ways lead to it: the fast path, which records a call of the C++ kernels at once; the operator
+`forward`, eager or compiled; and, below torch.func transforms and forward mode, the sparse product.
+What the fused kernels cannot serve -- transforms, forward mode, the gradient of a gradient -- is
+composed of the sparse product and plain torch operations. The sparse product is bilinear, so its
+derivatives are the same two operators again, to any order and in both modes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import operators
-from .operators import dendritic_forward, sparse_forward
+from . import fast_path, operators
+from .backends.protocol import Maybe
 from .structure import Connectivity
-
-Maybe = torch.Tensor | None
 
 
 def transforms_active() -> bool:
@@ -30,40 +28,199 @@ def transforms_active() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _add(a: Maybe, b: Maybe) -> Maybe:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _needs_grad(*tensors: Maybe) -> bool:
+    if is_grad_enabled():
+        for tensor in tensors:  # any() would be a generator's start and end slower
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-class SparseLinear(torch.autograd.Function):
-    """Keeps x and the weights."""
+# ---- the derivative ----
+
+
+def _save(
+    ctx: Any,
+    x: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: Maybe,
+    indices: tuple[Any, ...],
+    slope: float,
+) -> None:
+    """What backward reads: with a cable x, y, parameters and one sign bit per dendrite and sample;
+    without one x and the weights.
+    """
+    if cable_weight is None:
+        y = signs = None
+    ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
+    ctx.indices, ctx.slope = indices, slope
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
+    """The gradients of forward's arguments: x, the four parameters, None for what follows."""
+    x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    if cable_weight is not None and signs is None:
+        raise RuntimeError(
+            "Expected a program traced with gradients enabled, got one that saves no signs"
+        )
+    gradients: tuple[Maybe, ...]
+    if is_grad_enabled() or transforms_active():  # create_graph=True: this pass is recorded in turn
+        crow, col, soma_ptr = ctx.indices
+        connectivity = operators.connectivity_of(crow, col, soma_ptr, x)
+        if cable_weight is None:
+            gradients = LinearBackward.apply(grad, x, synapse_weight, connectivity, needed[0])
+        else:
+            gradients = _composed_backward(
+                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, ctx.slope,
+                needed[0],
+            )  # fmt: skip
+    else:
+        gradients = operators.backward(
+            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, *ctx.indices, ctx.slope,
+            needed[0],
+        )  # fmt: skip
+    wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
+    return *wanted, *(None,) * (len(needed) - len(wanted))
+
+
+def _composed_backward(
+    grad: torch.Tensor,  # [B, S]
+    x: torch.Tensor,
+    y: torch.Tensor,
+    synapse_weight: torch.Tensor,
+    dendrite_bias: Maybe,
+    cable_weight: torch.Tensor,
+    connectivity: Connectivity,
+    slope: float,
+    need_x: bool,
+) -> tuple[torch.Tensor, ...]:
+    """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
+
+    The masks have no derivative: the activation is piecewise linear.
+    """
+    if x.dtype in operators.LOW:  # in float32, rounded once
+        dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
+        dx, *gradients = _composed_backward(
+            grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
+            cable_weight.float(), connectivity, slope, need_x,
+        )  # fmt: skip
+        return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
+    u = _linear(x, synapse_weight, dendrite_bias, connectivity)
+    grad_v = torch.where(y > 0, grad, slope * grad)
+    spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
+    q = torch.where(u > 0, spread, slope * spread)
+    dc = (q * u).sum(0)
+    dx, dw, dbd = LinearBackward.apply(q * cable_weight, x, synapse_weight, connectivity, need_x)
+    return dx, dw, dbd, dc, grad_v.sum(0)
+
+
+# ---- the operator, eager and compiled ----
+
+
+class _Operator(torch.autograd.Function):
+    """Arguments and results of the operator `forward`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> operators.Two:
+        y, signs = operators.forward(*args)
+        x, synapse_weight, dendrite_bias, cable_weight = args[:4]
+        slope, save_signs = args[8:10]
+        saved = signs if save_signs else None
+        _save(ctx, x, y, saved, synapse_weight, dendrite_bias, cable_weight, args[5:8], slope)
+        return y, signs
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Maybe, ...]:
+        return _differentiate(ctx, grad)
+
+
+def _operator(*args: Any) -> operators.Two:
+    if _needs_grad(*args[:5]):
+        recorded: operators.Two = _Operator.apply(*args)
+        return recorded
+    fast = fast_path.operator(*args)  # so do compiled programs, whose calls record nothing
+    return operators.forward(*args) if fast is None else fast
+
+
+operators.library.impl("forward", _operator, "Autograd")
+
+
+# ---- the fast path ----
+
+
+class _Fast(torch.autograd.Function):
+    """Recorded at once by C++, which has accepted the operands."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Maybe,
-        connectivity: Connectivity,
-        run: Callable[..., torch.Tensor],  # operators.run_sparse_forward, or what it ends in
+        x: torch.Tensor,  # [B, N]
+        synapse_weight: torch.Tensor,
+        dendrite_bias: Maybe,
+        cable_weight: Maybe,
+        soma_bias: Maybe,
+        rest: tuple[Connectivity, float, Any],  # one argument costs less than three
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.connectivity = connectivity
-        return run(x, weight, bias, connectivity)
+        connectivity, slope, topology = rest
+        parameters = synapse_weight, dendrite_bias, cable_weight
+        y: torch.Tensor
+        if cable_weight is None:
+            signs, y = None, topology.forward(x, *parameters, None, slope, False)
+        else:
+            y, signs = topology.forward(x, *parameters, soma_bias, slope, True)
+        c = connectivity
+        indices = c.crow_indices, c.col_indices, c.soma_ptr
+        _save(ctx, x, y, signs, *parameters, indices, slope)
+        return y
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        recorded = torch.is_grad_enabled()  # create_graph=True
-        run = SparseLinearBackward.apply if recorded else operators.run_sparse_backward
-        dx, dw, db = run(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None, None, None
+    backward = staticmethod(_differentiate)
 
 
-class TransformableSparseLinear(torch.autograd.Function):
-    """SparseLinear under torch.func and forward mode; slower to call."""
+# What torch.autograd.Function.apply ends in where no functorch transform is active: 4 us sooner.
+_record = super(torch.autograd.Function, _Fast).apply
+
+
+def fast_layer(
+    x: Any,
+    synapse_weight: Any,
+    dendrite_bias: Any,
+    cable_weight: Any,
+    soma_bias: Any,
+    connectivity: Any,
+    slope: float,
+) -> Maybe:
+    """x [B, N] -> y [B, S], or [B, R] without a cable; None where the fast path does not serve.
+
+    Objects of any type are welcome, but for the slope, which must be >= 0.
+    """
+    topology = fast_path.topology_of(connectivity, cable_weight is not None)
+    if topology is None:
+        return None
+    requires_grad = topology.accepts(x, synapse_weight, dendrite_bias, cable_weight, soma_bias)
+    if requires_grad is None:
+        return None
+    y: torch.Tensor
+    if requires_grad and is_grad_enabled():
+        y = _record(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
+            (connectivity, slope, topology),
+        )  # fmt: skip
+    else:
+        y = topology.forward(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, slope, False
+        )
+    return y
+
+
+# ---- the sparse product under transforms, in forward mode, and differentiated twice ----
+
+
+class Linear(torch.autograd.Function):
+    """(x, weight, bias) -> u = x W^T + bias."""
 
     generate_vmap_rule = True
 
@@ -71,27 +228,27 @@ class TransformableSparseLinear(torch.autograd.Function):
     def forward(
         x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
     ) -> torch.Tensor:
-        return operators.run_sparse_forward(x, weight, bias, connectivity)
+        indices = operators.index_tensors(connectivity)
+        u: torch.Tensor
+        u, _ = operators.forward(x, weight, bias, None, None, *indices, 1.0, False)
+        return u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, weight, _, ctx.connectivity = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        x, weight, bias, ctx.connectivity = inputs
+        indices = operators.index_tensors(ctx.connectivity)
+        _save(ctx, x, None, None, weight, bias, None, indices, 1.0)
+        ctx.save_for_forward(x, None, None, weight, bias, None)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        dx, dw, db = SparseLinearBackward.apply(grad, x, weight, ctx.connectivity, need_x)
-        return dx if need_x else None, dw, db if ctx.needs_input_grad[2] else None, None
+    backward = staticmethod(_differentiate)
 
     @staticmethod
     def jvp(ctx: Any, x_t: Maybe, weight_t: Maybe, bias_t: Maybe, _: None) -> torch.Tensor:
-        x, weight = ctx.saved_tensors
-        apply, connectivity = TransformableSparseLinear.apply, ctx.connectivity
-        u_t = None if x_t is None else apply(x_t, weight, None, connectivity)
-        u_t = u_t if weight_t is None else _add(u_t, apply(x, weight_t, None, connectivity))
+        x, _y, _signs, weight, *_others = ctx.saved_tensors
+        connectivity = ctx.connectivity
+        u_t: Maybe = None if x_t is None else Linear.apply(x_t, weight, None, connectivity)
+        if weight_t is not None:
+            u_t = _add(u_t, Linear.apply(x, weight_t, None, connectivity))
         if bias_t is not None:
             u_t = _add(u_t, bias_t.expand(*x.shape[:-1], -1))
         if u_t is None:
@@ -99,7 +256,7 @@ class TransformableSparseLinear(torch.autograd.Function):
         return u_t
 
 
-class SparseLinearBackward(torch.autograd.Function):
+class LinearBackward(torch.autograd.Function):
     """(grad, x, weight) -> (dx, dw, db): linear in grad, and in x or the weights."""
 
     generate_vmap_rule = True
@@ -111,8 +268,10 @@ class SparseLinearBackward(torch.autograd.Function):
         weight: torch.Tensor,
         connectivity: Connectivity,
         need_x: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return operators.run_sparse_backward(grad, x, weight, connectivity, need_x)
+    ) -> operators.Three:
+        indices = operators.index_tensors(connectivity)
+        none = None, None
+        return operators.backward(grad, x, *none, weight, *none, *indices, 1.0, need_x)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -126,7 +285,7 @@ class SparseLinearBackward(torch.autograd.Function):
     ) -> tuple[Maybe, ...]:
         # <of_dx, dx> + <of_dw, dw> + <of_db, db>, differentiated
         grad, x, weight = ctx.saved_tensors
-        linear, backward = TransformableSparseLinear.apply, SparseLinearBackward.apply
+        linear, backward = Linear.apply, LinearBackward.apply
         by_grad = linear(x, of_dw, of_db, ctx.connectivity)
         by_x, _, _ = backward(grad, x, of_dw, ctx.connectivity, True)
         by_weight = None
@@ -149,7 +308,7 @@ class SparseLinearBackward(torch.autograd.Function):
         for g, a, w, which in parts:
             if g is None or a is None or w is None:
                 continue
-            outputs = SparseLinearBackward.apply(g, a, w, ctx.connectivity, ctx.need_x)
+            outputs = LinearBackward.apply(g, a, w, ctx.connectivity, ctx.need_x)
             for i in which:
                 tangents[i] = _add(tangents[i], outputs[i])
         shapes = ((x if ctx.need_x else x[:0]).shape, weight.shape, grad.shape[-1:])
@@ -157,6 +316,39 @@ class SparseLinearBackward(torch.autograd.Function):
             x.new_zeros(shape) if t is None else t
             for t, shape in zip(tangents, shapes, strict=True)
         )
+
+
+def _add(a: Maybe, b: Maybe) -> Maybe:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _gathered_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    """x [..., N] -> u [..., R] of plain torch operations, by way of [..., nnz] products.
+
+    For torch.func inside torch.compile: the compiler follows no autograd.Function through
+    transforms (torch 2.13 drops parts of its gradients without a word).
+    """
+    device = x.device
+    product = x.index_select(-1, connectivity.col_indices.to(device)) * weight
+    row = _owners(connectivity.crow_indices, connectivity.nnz, device)
+    u = _sums(product, row, connectivity.num_dendrites)
+    return u if bias is None else u + bias
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
+) -> torch.Tensor:
+    """The sparse product that differentiates to any order, in both modes."""
+    run = _gathered_linear if is_compiling() else Linear.apply
+    u: torch.Tensor = run(x, weight, bias, connectivity)
+    return u
+
+
+# ---- the cable, of plain torch operations ----
 
 
 def _owners(pointer: torch.Tensor, items: int, device: torch.device) -> torch.Tensor:
@@ -188,113 +380,7 @@ def cable(
     return v if soma_bias is None else v + soma_bias
 
 
-def gathered_sparse_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """x [..., N] -> u [..., R] of plain torch operations, by way of [..., nnz] products.
-
-    For torch.func inside torch.compile: the compiler follows no autograd.Function through
-    transforms (torch 2.13 drops parts of its gradients without a word).
-    """
-    device = x.device
-    product = x.index_select(-1, connectivity.col_indices.to(device)) * weight
-    row = _owners(connectivity.crow_indices, connectivity.nnz, device)
-    u = _sums(product, row, connectivity.num_dendrites)
-    return u if bias is None else u + bias
-
-
-class DendriticLayer(torch.autograd.Function):
-    """Keeps x, y, the parameters and one sign bit per dendrite and sample."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,  # [B, N]
-        synapse_weight: torch.Tensor,
-        dendrite_bias: Maybe,
-        cable_weight: torch.Tensor,
-        soma_bias: Maybe,
-        rest: tuple[Connectivity, float, Callable[..., tuple[torch.Tensor, torch.Tensor]]],
-    ) -> torch.Tensor:
-        connectivity, slope, run = rest
-        y, signs = run(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity, slope, True
-        )
-        ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
-        ctx.rest = rest
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-        x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        connectivity, slope, _ = ctx.rest
-        if torch.is_grad_enabled():  # create_graph=True: this pass is recorded in turn
-            gradients = composed_backward(
-                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, slope,
-                need_x,
-            )  # fmt: skip
-        else:
-            gradients = operators.run_dendritic_backward(
-                grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
-                slope, need_x,
-            )  # fmt: skip
-        return *wanted(ctx, gradients), None
-
-
-def wanted(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[Maybe, ...]:
-    """Of x and the parameters, in the order of forward; a bias that is None has no gradient."""
-    dx, dw, dbd, dc, dbs = gradients
-    need_x, _, need_dendrite_bias, _, need_soma_bias, *_ = ctx.needs_input_grad
-    return (
-        dx if need_x else None,
-        dw,
-        dbd if need_dendrite_bias else None,
-        dc,
-        dbs if need_soma_bias else None,
-    )
-
-
-def composed_backward(
-    grad: torch.Tensor,  # [B, S]
-    x: torch.Tensor,
-    y: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, ...]:
-    """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
-
-    The masks have no derivative: the activation is piecewise linear.
-    """
-    if x.dtype in operators.LOW:  # in float32, rounded once
-        dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
-        dx, *gradients = composed_backward(
-            grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
-            cable_weight.float(), connectivity, slope, need_x,
-        )  # fmt: skip
-        return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
-    run = operators.run_sparse_forward
-    u = SparseLinear.apply(x, synapse_weight, dendrite_bias, connectivity, run)
-    grad_v = torch.where(y > 0, grad, slope * grad)
-    spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
-    q = torch.where(u > 0, spread, slope * spread)
-    dc = (q * u).sum(0)
-    dx, dw, dbd = SparseLinearBackward.apply(
-        q * cable_weight, x, synapse_weight, connectivity, need_x
-    )
-    return dx, dw, dbd, dc, grad_v.sum(0)
-
-
-def needs_grad(*tensors: Maybe) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # any() would be a generator's start and end slower
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+# ---- a layer ----
 
 
 def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
@@ -303,62 +389,31 @@ def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isfinite(), x + (rounded - x).detach(), rounded)
 
 
-def sparse_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity, round_x: bool
-) -> torch.Tensor:
-    """x [B, N] -> u [B, R]; arguments fit."""
-    if transforms_active():
-        run = gathered_sparse_linear if is_compiling() else TransformableSparseLinear.apply
-        x = round_to_bfloat16(x) if round_x else x
-        transformed: torch.Tensor = run(x, weight, bias, connectivity)
-        return transformed
-    u: torch.Tensor
-    if is_compiling():
-        u = sparse_forward(
-            x, weight, bias, connectivity.crow_indices, connectivity.col_indices,
-            connectivity.soma_ptr, round_x,
-        )  # fmt: skip
-        return u
-    compute = (
-        partial(operators.run_sparse_forward, round_x=True)
-        if round_x
-        else operators.run_sparse_forward
-    )
-    if needs_grad(x, weight, bias):
-        u = SparseLinear.apply(x, weight, bias, connectivity, compute)
-    else:
-        u = compute(x, weight, bias, connectivity)
-    return u
-
-
-def dendritic_layer(
+def layer(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
+    cable_weight: Maybe,
     soma_bias: Maybe,
     connectivity: Connectivity,
     slope: float,
     round_x: bool,
 ) -> torch.Tensor:
-    """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0; arguments fit."""
-    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0, or [B, R] without a cable.
+
+    Arguments fit.
+    """
     if transforms_active():
-        u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, round_x)
+        x = round_to_bfloat16(x) if round_x else x
+        u = _linear(x, synapse_weight, dendrite_bias, connectivity)
+        if cable_weight is None:
+            return u
         v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
         return F.leaky_relu(v, slope)
-    recorded = needs_grad(x, *parameters)
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    save_signs = cable_weight is not None and _needs_grad(x, *parameters)
     y: torch.Tensor
-    if is_compiling():
-        y, _ = dendritic_forward(
-            x, *parameters, connectivity.crow_indices, connectivity.col_indices,
-            connectivity.soma_ptr, slope, recorded, round_x,
-        )  # fmt: skip
-        return y
-    run = operators.run_dendritic_forward
-    compute = partial(run, round_x=True) if round_x else run
-    if recorded:
-        y = DendriticLayer.apply(x, *parameters, (connectivity, slope, compute))
-    else:
-        y, _ = compute(x, *parameters, connectivity, slope, False)
+    y, _ = torch.ops.dendrite_kernels.forward.default(
+        x, *parameters, *operators.index_tensors(connectivity), slope, save_signs, round_x
+    )
     return y

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from . import autograd, fast_path, operators
-from .reference import activation_function
+from . import activations, autograd, operators
+from .backends.protocol import Maybe
 from .structure import Connectivity
 
-Maybe = torch.Tensor | None
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = operators.LOW
-_INF = math.inf
 _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
-# Piecewise linear through the origin: backward needs only the sign of what went in.
-_SLOPES = {"relu": 0.0, "identity": 1.0}
 
 
 def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError unless the name is known and the slope is finite and not negative."""
-    if activation != "leaky_relu":
-        activation_function(activation, negative_slope)
-    if not 0 <= negative_slope < _INF:
-        raise ValueError(f"Expected a finite negative_slope >= 0, got {negative_slope}")
+    activations.function_of(activation, negative_slope)
+    activations.check_slope(negative_slope)
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -163,13 +155,8 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
-    if (
-        not is_compiling()  # first: what a compiler reads it checks before each call
-        and precision is None
-        and type(connectivity) is Connectivity
-        and not connectivity.is_dense
-    ):
-        u = fast_path.sparse_linear(x, weight, bias, connectivity)
+    if precision is None:
+        u = autograd.fast_layer(x, weight, bias, None, None, connectivity, 1.0)
         if u is not None:
             return u
     _require_connectivity(connectivity)
@@ -184,7 +171,7 @@ def sparse_linear(
     if low is not None and not _takes_low(x):
         wide = partial(sparse_linear, connectivity=connectivity, precision=precision)
         return _in_float32(wide, low, x, weight, bias)
-    u = autograd.sparse_linear(_flatten(x), weight, bias, connectivity, round_x)
+    u = autograd.layer(_flatten(x), weight, bias, None, None, connectivity, 1.0, round_x)
     return _unflatten(u if low is None else u.to(low), x)
 
 
@@ -239,23 +226,13 @@ def dendritic_layer(
 
     Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
     """
-    slope = negative_slope if activation == "leaky_relu" else _SLOPES.get(activation)
+    slope = activations.slope_of(activation, negative_slope)
+    activations.check_slope(negative_slope)
     c = connectivity
-    if (
-        not is_compiling()  # first: what a compiler reads it checks before each call
-        and slope is not None
-        and precision is None
-        and 0 <= negative_slope < _INF
-        and type(c) is Connectivity
-        and not c.is_dense
-    ):
-        y = fast_path.dendritic_layer(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope
-        )
+    if slope is not None and precision is None and cable_weight is not None:
+        y = autograd.fast_layer(x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope)
         if y is not None:
             return y
-    if slope is None or not 0 <= negative_slope < _INF:
-        check_activation(activation, negative_slope)
     _require_connectivity(connectivity)
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
@@ -271,10 +248,10 @@ def dendritic_layer(
         )
         return _in_float32(wide, low, x, *tensors)
     if slope is None or connectivity.is_dense:
-        phi = activation_function(activation, negative_slope)
+        phi = activations.function_of(activation, negative_slope)
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
         a = phi(u)
         y = phi(autograd.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
-    y = autograd.dendritic_layer(_flatten(x), *tensors, c, slope, round_x)
+    y = autograd.layer(_flatten(x), *tensors, c, slope, round_x)
     return _unflatten(y if low is None else y.to(low), x)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ._keras import read_dense
+from .activations import function_of
 from .nn import DendriticLayer, SparseLinear
-from .reference import activation_function, cable_matrix, dense_weight
+from .reference import cable_matrix, dense_weight
 from .structure import Connectivity
 
 Maybe = torch.Tensor | None
@@ -308,7 +309,7 @@ class _PortableDendriticLayer(nn.Module):
         self.activation, self.negative_slope = layer.activation, layer.negative_slope
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        phi = activation_function(self.activation, self.negative_slope)
+        phi = function_of(self.activation, self.negative_slope)
         v = self.cable(phi(self.synapses(x)))
         return phi(v if self.bias is None else v + self.bias)
 

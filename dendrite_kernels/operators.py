@@ -1,4 +1,6 @@
-"""The operators: schemas, fake kernels and dispatch to a backend, all in one place.
+"""The operators: one pair, forward and backward; schemas, fake kernels and dispatch to a backend.
+
+Without a cable a layer is sparse linear: y are its dendrites [B, R], and there are no signs.
 
 Connectivity crosses the dispatcher as its three index tensors, so that torch.compile and
 torch.export see plain tensors; the `Connectivity` they come from hangs on the column tensor.
@@ -12,32 +14,25 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, select
+from .activations import check_slope
+from .backends import select
+from .backends.protocol import Backend, Gradients, Maybe, Operands
 from .structure import Connectivity
 
-Maybe = torch.Tensor | None
+Two = tuple[torch.Tensor, torch.Tensor]
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor soma_ptr"
 
 library = torch.library.Library("dendrite_kernels", "DEF")
 library.define(
-    "dendritic_forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor cable_weight,"
+    "forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor? cable_weight,"
     f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs,"
     " bool round_x=False) -> (Tensor, Tensor)"
 )
 library.define(
-    "dendritic_backward(Tensor grad, Tensor x, Tensor y, Tensor signs, Tensor synapse_weight,"
-    f" Tensor? dendrite_bias, Tensor cable_weight, {_INDICES}, float negative_slope, bool need_x)"
+    "backward(Tensor grad, Tensor x, Tensor? y, Tensor? signs, Tensor synapse_weight,"
+    f" Tensor? dendrite_bias, Tensor? cable_weight, {_INDICES}, float negative_slope, bool need_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    f"sparse_forward(Tensor x, Tensor weight, Tensor? bias, {_INDICES}, bool round_x=False)"
-    " -> Tensor"
-)
-library.define(
-    f"sparse_backward(Tensor grad, Tensor x, Tensor weight, {_INDICES}, bool need_x)"
-    " -> (Tensor, Tensor, Tensor)"
 )
 
 _OWNER = "_dendrite_kernels_connectivity"  # on the columns of a Connectivity: the way back
@@ -85,7 +80,7 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     return a[0] is b[0] and a[1] is b[1] and a[2] == b[2]
 
 
-# ---- the backend's functions, for contiguous tensors, and the operators' kernels ----
+# ---- the backend's functions, for tensors of any strides and of low precision ----
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:
@@ -93,8 +88,12 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
-def _plain_or_none(t: Maybe) -> Maybe:
-    return None if t is None else _plain(t)
+LOW = (torch.float16, torch.bfloat16)  # samples may be stored as these; sums are float32
+
+
+def _samples(backend: Backend, t: torch.Tensor) -> torch.Tensor:
+    """x, y or a gradient of theirs as the backend takes it."""
+    return _plain(t.float() if t.dtype in LOW and not backend.STORES_LOW else t)
 
 
 def _check_sample(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
@@ -106,170 +105,100 @@ def _check_sample(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"Expected {name} of {x.shape[0]} rows like x, got shape {list(t.shape)}")
 
 
-LOW = (torch.float16, torch.bfloat16)  # samples may be stored as these; sums are float32
+def _operands(
+    x: torch.Tensor,
+    parameters: tuple[torch.Tensor, Maybe, Maybe, Maybe],
+    indices: Three,
+    slope: float,
+) -> Operands:
+    """Operands as backends take them: plain, and float32 beside samples of low precision."""
+    check_slope(slope)
+    connectivity = connectivity_of(*indices, x)
+    if parameters[2] is None and parameters[3] is not None:
+        raise ValueError("Expected no soma_bias without cable_weight, got one")
+    if x.dtype in LOW:
+        parameters = tuple(None if t is None else t.float() for t in parameters)  # type: ignore[assignment]
+    weight, dendrite_bias, cable_weight, soma_bias = parameters
+    return Operands(
+        _plain(weight),
+        None if dendrite_bias is None else _plain(dendrite_bias),
+        None if cable_weight is None else _plain(cable_weight),
+        None if soma_bias is None else _plain(soma_bias),
+        connectivity,
+        slope,
+    )
 
 
-def _samples(backend: Backend, t: torch.Tensor) -> torch.Tensor:
-    """x, y or a gradient of theirs as the backend takes it."""
-    return _plain(t.float() if t.dtype in LOW and not backend.STORES_LOW else t)
-
-
-def _parameter(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A parameter as backends take it: float32 beside samples of low precision."""
-    return _plain(t.float() if x.dtype in LOW else t)
-
-
-def _optional(t: Maybe, x: torch.Tensor) -> Maybe:
-    return None if t is None else _parameter(t, x)
-
-
-def _rounded(
-    backend: Backend, x: torch.Tensor, round_x: bool
-) -> tuple[torch.Tensor, tuple[bool, ...]]:
-    """x as the backend takes it, and the last argument if the backend must still round x."""
-    if round_x and not backend.ROUNDS_X:
-        x, round_x = x.bfloat16().to(x.dtype), False
-    return _samples(backend, x), (True,) if round_x else ()
-
-
-def _rounded_back(
-    x: torch.Tensor, parameter: torch.Tensor, gradients: tuple[torch.Tensor, ...]
-) -> Any:
-    """Gradients of x and of parameters, in their own dtypes."""
-    dx, *others = gradients
-    return dx.to(x.dtype), *(g.to(parameter.dtype) for g in others)
-
-
-def _compute_dendritic_forward(
+def _forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
+    cable_weight: Maybe,
     soma_bias: Maybe,
-    connectivity: Connectivity,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    soma_ptr: torch.Tensor,
     negative_slope: float,
     save_signs: bool,
     round_x: bool = False,  # the dispatcher leaves defaults out
-) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = select(x.device)
-    if round_x or x.dtype in LOW:
-        samples, rounds = _rounded(backend, x, round_x)
-        y, signs = backend.dendritic_forward(
-            samples, _parameter(synapse_weight, x), _optional(dendrite_bias, x),
-            _parameter(cable_weight, x), _optional(soma_bias, x), connectivity, negative_slope,
-            save_signs, *rounds,
-        )  # fmt: skip
-        return y.to(x.dtype), signs
-    return backend.dendritic_forward(
-        _plain(x), _plain(synapse_weight), _plain_or_none(dendrite_bias),
-        _plain(cable_weight), _plain_or_none(soma_bias), connectivity,
-        negative_slope, save_signs,
-    )  # fmt: skip
+) -> Two:
+    """y and the sign words, flat: a dimension ceil(B / 32) would make the compiler tell batches of
+    up to 32 samples, where it is 1, from larger ones.
+    """
+    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    operands = _operands(x, parameters, (crow_indices, col_indices, soma_ptr), negative_slope)
+    backend, dtype = select(x.device), x.dtype
+    if round_x and not backend.ROUNDS_X:
+        x, round_x = x.bfloat16().to(dtype), False
+    save_signs = save_signs and cable_weight is not None
+    y, signs = backend.forward(_samples(backend, x), operands, save_signs, round_x)
+    return y if y.dtype is dtype else y.to(dtype), signs.flatten()
 
 
-def _compute_dendritic_backward(
+def _backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
+    cable_weight: Maybe,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    soma_ptr: torch.Tensor,
     negative_slope: float,
     need_x: bool,
-) -> Five:
+) -> Gradients:
+    parameters = synapse_weight, dendrite_bias, cable_weight, None
+    operands = _operands(x, parameters, (crow_indices, col_indices, soma_ptr), negative_slope)
+    backend = select(x.device)
     _check_sample("grad", grad, x)
-    _check_sample("y", y, x)
-    backend = select(x.device)
-    signs = _plain(signs if signs.dim() == 2 else signs.reshape(-1, connectivity.num_dendrites))
-    if x.dtype in LOW:
-        gradients = backend.dendritic_backward(
-            _samples(backend, grad), _samples(backend, x), _samples(backend, y), signs,
-            _parameter(synapse_weight, x), _optional(dendrite_bias, x),
-            _parameter(cable_weight, x), connectivity, negative_slope, need_x,
-        )  # fmt: skip
-        five: Five = _rounded_back(x, synapse_weight, gradients)
-        return five
-    return backend.dendritic_backward(
-        _plain(grad), _plain(x), _plain(y), signs, _plain(synapse_weight),
-        _plain_or_none(dendrite_bias), _plain(cable_weight),
-        connectivity, negative_slope, need_x,
-    )  # fmt: skip
+    if cable_weight is None:
+        y = signs = None
+    elif y is None or signs is None:
+        raise ValueError("Expected y and signs with cable_weight, got None")
+    else:
+        _check_sample("y", y, x)
+        y = _samples(backend, y)
+        words = (
+            signs if signs.dim() == 2 else signs.reshape(-1, operands.connectivity.num_dendrites)
+        )
+        signs = _plain(words)
+    gradients = backend.backward(
+        _samples(backend, grad), _samples(backend, x), y, signs, operands, need_x
+    )
+    if x.dtype not in LOW:
+        return gradients
+    dx, dw, dbd, dc, dbs = gradients
+    own = synapse_weight.dtype
+    return dx.to(x.dtype), dw.to(own), dbd.to(own), dc.to(own), dbs.to(own)
 
 
-def _compute_sparse_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    connectivity: Connectivity,
-    round_x: bool = False,
-) -> torch.Tensor:
-    backend = select(x.device)
-    if round_x or x.dtype in LOW:
-        samples, rounds = _rounded(backend, x, round_x)
-        parameters = _parameter(weight, x), _optional(bias, x)
-        return backend.sparse_forward(samples, *parameters, connectivity, *rounds).to(x.dtype)
-    return backend.sparse_forward(_plain(x), _plain(weight), _plain_or_none(bias), connectivity)
+library.impl("forward", _forward, "CompositeExplicitAutograd")  # one kernel for every device:
+library.impl("backward", _backward, "CompositeExplicitAutograd")  # the backend is chosen by x's
 
-
-def _compute_sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    connectivity: Connectivity,
-    need_x: bool,
-) -> Three:
-    _check_sample("grad", grad, x)
-    backend = select(x.device)
-    if x.dtype in LOW:
-        gradients = backend.sparse_backward(
-            _samples(backend, grad), _samples(backend, x), _parameter(weight, x), connectivity,
-            need_x,
-        )  # fmt: skip
-        three: Three = _rounded_back(x, weight, gradients)
-        return three
-    return backend.sparse_backward(_plain(grad), _plain(x), _plain(weight), connectivity, need_x)
-
-
-def _kernel(compute: Callable[..., Any], x_at: int, indices_at: int) -> Callable[..., Any]:
-    """An operator's kernel: `compute`, told the Connectivity behind the three index tensors.
-
-    x_at and indices_at: the positions of x and of the first index tensor among the arguments.
-    """
-
-    def kernel(*args: Any) -> Any:
-        end = indices_at + 3
-        crow, col, soma_ptr = args[indices_at:end]
-        found = connectivity_of(crow, col, soma_ptr, args[x_at])
-        return compute(*args[:indices_at], found, *args[end:])
-
-    return kernel
-
-
-def _flat_signs(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator's signs are flat: a dimension ceil(B / 32) would make the compiler tell
-    batches of up to 32 samples, where it is 1, from larger ones."""
-    y, signs = _compute_dendritic_forward(*args)
-    return y, signs.flatten()
-
-
-for _name, _function in {
-    "dendritic_forward": _kernel(_flat_signs, 0, 5),
-    "dendritic_backward": _kernel(_compute_dendritic_backward, 1, 7),
-    "sparse_forward": _kernel(_compute_sparse_forward, 0, 3),
-    "sparse_backward": _kernel(_compute_sparse_backward, 1, 3),
-}.items():
-    # One kernel for every device: the backend is chosen by the device of x.
-    library.impl(_name, _function, "CompositeExplicitAutograd")
-
-dendritic_forward = torch.ops.dendrite_kernels.dendritic_forward.default
-dendritic_backward = torch.ops.dendrite_kernels.dendritic_backward.default
-sparse_forward = torch.ops.dendrite_kernels.sparse_forward.default
-sparse_backward = torch.ops.dendrite_kernels.sparse_backward.default
-
-
-# ---- what the rest of the package calls ----
+_forward_op = torch.ops.dendrite_kernels.forward.default
+_backward_op = torch.ops.dendrite_kernels.backward.default
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -292,85 +221,32 @@ def observed(x: torch.Tensor, *others: Maybe) -> bool:
     return type(x) not in _PLAIN or x.is_meta
 
 
-def run_dendritic_forward(
-    x: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    soma_bias: Maybe,
-    connectivity: Connectivity,
-    negative_slope: float,
-    save_signs: bool,
-    round_x: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
-    options = negative_slope, save_signs, round_x
+def forward(x: torch.Tensor, synapse_weight: torch.Tensor, *rest: Any) -> Two:
+    """The operator `forward`, below autograd. Arguments as in its schema."""
     if not observed(x, synapse_weight):
-        return _compute_dendritic_forward(x, *parameters, connectivity, *options)
-    result: tuple[torch.Tensor, torch.Tensor] = dendritic_forward(
-        x, *parameters, *index_tensors(connectivity), *options
-    )
-    return result
+        return _forward(x, synapse_weight, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        both: Two = _forward_op(x, synapse_weight, *rest)
+    return both
 
 
-def run_dendritic_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    negative_slope: float,
-    need_x: bool,
-) -> Five:
-    if not observed(grad, synapse_weight):
-        return _compute_dendritic_backward(
-            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
-            negative_slope, need_x,
-        )  # fmt: skip
-    tensors = x, y, signs, synapse_weight, dendrite_bias, cable_weight
-    options = negative_slope, need_x
-    result: Five = dendritic_backward(grad, *tensors, *index_tensors(connectivity), *options)
-    return result
-
-
-def run_sparse_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    connectivity: Connectivity,
-    round_x: bool = False,
-) -> torch.Tensor:
-    if not observed(x, weight):
-        return _compute_sparse_forward(x, weight, bias, connectivity, round_x)
-    u: torch.Tensor = sparse_forward(x, weight, bias, *index_tensors(connectivity), round_x)
-    return u
-
-
-def run_sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    connectivity: Connectivity,
-    need_x: bool,
-) -> Three:
-    if not observed(grad, weight):
-        return _compute_sparse_backward(grad, x, weight, connectivity, need_x)
-    result: Three = sparse_backward(grad, x, weight, *index_tensors(connectivity), need_x)
-    return result
+def backward(grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> Gradients:
+    """The operator `backward`, which records nothing. Arguments as in its schema."""
+    if not observed(grad, x):
+        return _backward(grad, x, *rest)
+    gradients: Gradients = _backward_op(grad, x, *rest)
+    return gradients
 
 
 # ---- the shapes that the operators return: for torch.compile, export and meta tensors ----
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_forward", lib=library)
-def _fake_dendritic_forward(
+@torch.library.register_fake("dendrite_kernels::forward", lib=library)
+def _fake_forward(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
+    cable_weight: Maybe,
     soma_bias: Maybe,
     crow_indices: torch.Tensor,
     col_indices: torch.Tensor,
@@ -378,58 +254,32 @@ def _fake_dendritic_forward(
     negative_slope: float,
     save_signs: bool,
     round_x: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    words = (x.shape[0] + 31) // 32 if save_signs else 0
-    signs = x.new_empty(words * cable_weight.shape[0], dtype=torch.int32)
-    return x.new_empty((x.shape[0], soma_ptr.shape[0] - 1)), signs
+) -> Two:
+    rows = crow_indices.shape[0] - 1
+    outputs = rows if cable_weight is None else soma_ptr.shape[0] - 1
+    words = (x.shape[0] + 31) // 32 if save_signs and cable_weight is not None else 0
+    return x.new_empty((x.shape[0], outputs)), x.new_empty(words * rows, dtype=torch.int32)
 
 
-@torch.library.register_fake("dendrite_kernels::dendritic_backward", lib=library)
-def _fake_dendritic_backward(
+@torch.library.register_fake("dendrite_kernels::backward", lib=library)
+def _fake_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
     synapse_weight: torch.Tensor,
     dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
+    cable_weight: Maybe,
     crow_indices: torch.Tensor,
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
     need_x: bool,
-) -> Five:
+) -> Gradients:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
-    rows, somas = cable_weight.shape[0], soma_ptr.shape[0] - 1
-    new = synapse_weight.new_empty
-    return dx, new(synapse_weight.shape), new(rows), new(rows), new(somas)
-
-
-@torch.library.register_fake("dendrite_kernels::sparse_forward", lib=library)
-def _fake_sparse_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
-    round_x: bool = False,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], crow_indices.shape[0] - 1))
-
-
-@torch.library.register_fake("dendrite_kernels::sparse_backward", lib=library)
-def _fake_sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    soma_ptr: torch.Tensor,
-    need_x: bool,
-) -> Three:
-    dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
-    return dx, weight.new_empty(weight.shape), weight.new_empty(crow_indices.shape[0] - 1)
+    new, rows = synapse_weight.new_empty, crow_indices.shape[0] - 1
+    dendrites, somas = (0, 0) if cable_weight is None else (rows, soma_ptr.shape[0] - 1)
+    return dx, new(synapse_weight.shape), new(rows), new(dendrites), new(somas)
 
 
 # ---- torch.func.vmap ----
@@ -444,27 +294,25 @@ def _sample_by_sample(op: Callable[..., Any]) -> Callable[..., Any]:
             for arg, dim in zip(args, in_dims, strict=True)
         ]
         outputs = [op(*sample) for sample in zip(*samples, strict=True)]
-        if isinstance(outputs[0], torch.Tensor):
-            return torch.stack(outputs), 0
-        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(
-            outputs[0]
-        )
+        parts = [torch.stack(part) for part in zip(*outputs, strict=True)]
+        return tuple(parts), (0,) * len(parts)
 
     return rule
 
 
-def _vmap_sparse_forward(
-    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *parameters: Any
-) -> tuple[torch.Tensor, int]:
-    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
-        result: tuple[torch.Tensor, int] = _sample_by_sample(sparse_forward)(
-            info, in_dims, x, *parameters
+def _vmap_forward(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *rest: Any
+) -> tuple[Two, tuple[int, int | None]]:
+    save_signs = rest[8]
+    if in_dims[0] is None or save_signs or any(dim is not None for dim in in_dims[1:]):
+        result: tuple[Two, tuple[int, int]] = _sample_by_sample(_forward_op)(
+            info, in_dims, x, *rest
         )
         return result
     x = x.movedim(in_dims[0], 0)  # one network, many batches: one larger batch
-    return sparse_forward(x.flatten(0, 1), *parameters).unflatten(0, x.shape[:2]), 0
+    y, signs = _forward_op(x.flatten(0, 1), *rest)
+    return (y.unflatten(0, x.shape[:2]), signs), (0, None)
 
 
-torch.library.register_vmap(sparse_forward, _vmap_sparse_forward, lib=library)
-for _op in (dendritic_forward, dendritic_backward, sparse_backward):
-    torch.library.register_vmap(_op, _sample_by_sample(_op), lib=library)
+torch.library.register_vmap(_forward_op, _vmap_forward, lib=library)
+torch.library.register_vmap(_backward_op, _sample_by_sample(_backward_op), lib=library)

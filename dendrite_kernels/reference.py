@@ -6,31 +6,11 @@ tests in float64. Memory and time are those of a dense layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
+from .activations import function_of
 from .structure import Connectivity
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-def activation_function(name: str, negative_slope: float) -> Activation:
-    """The elementwise function of an activation's name; ValueError for an unknown one."""
-    functions: dict[str, Activation] = {
-        "leaky_relu": lambda u: F.leaky_relu(u, negative_slope),
-        "relu": torch.relu,
-        "identity": lambda u: u,
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-        "gelu": F.gelu,
-        "silu": F.silu,
-        "elu": F.elu,
-    }
-    if name not in functions:
-        raise ValueError(f"Expected an activation of {sorted(functions)}, got {name!r}")
-    return functions[name]
 
 
 def dense_weight(weight: torch.Tensor, connectivity: Connectivity) -> torch.Tensor:
@@ -73,6 +53,6 @@ def dendritic_layer(
     negative_slope: float = 0.1,
 ) -> torch.Tensor:
     """y = phi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
-    phi = activation_function(activation, negative_slope)
+    phi = function_of(activation, negative_slope)
     a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))  # [..., R]
     return phi(F.linear(a, cable_matrix(cable_weight, connectivity), soma_bias))

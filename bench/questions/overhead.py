@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dendrite_kernels as dk
-from dendrite_kernels import fast_path, operators
+from dendrite_kernels import autograd, fast_path, operators
 
 BATCH, REPEATS, CALLS = 4, 100, 100
 Run = Callable[[], object]
@@ -87,18 +87,18 @@ def parts() -> dict[str, Run]:
     c, x = CONNECTIVITY, torch.randn(BATCH, 16)
     w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
     operands = x, w, dendrite_bias, cable, soma_bias
-    topology: Any = fast_path.topology_of(c, fast_path.FORWARD)
+    topology: Any = fast_path.topology_of(c, True)
     y, signs = topology.forward(*operands, 0.1, True)
     grad = torch.ones_like(y)
-    backward = x, y, signs, w, dendrite_bias, cable
-    record = fast_path._record_dendritic_layer
+    backward, indices = (x, y, signs, w, dendrite_bias, cable), operators.index_tensors(c)
+    record = autograd._record
     return {
-        "does anybody watch": lambda: fast_path.topology_of(c, fast_path.FORWARD),
+        "does anybody watch": lambda: fast_path.topology_of(c, True),
         "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
         "forward": lambda: topology.forward(*operands, 0.1, False),
         "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
         "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
-        "backward": lambda: operators.run_dendritic_backward(grad, *backward, c, 0.1, True),
+        "backward": lambda: operators.backward(grad, *backward, *indices, 0.1, True),
     }
 
 

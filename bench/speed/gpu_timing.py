@@ -25,6 +25,7 @@ import dendrite_kernels as dk
 from bench.environment import describe
 from bench.speed.gpu_problem import CASES, DENSE, OTHERS, Case, Step, adam, peers, training_step
 from dendrite_kernels.backends import cuda
+from dendrite_kernels.backends.protocol import Operands
 
 TOLERANCE = {"bf16": 3e-2, "tf32": 5e-3}  # relative L2 error of y; others: 1e-5
 SAMPLES = 50
@@ -108,19 +109,16 @@ def float64(layer: dk.DendriticLayer, x: Tensor) -> Tensor:
 
 
 def measure_ours(case: Case, layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str, Any]:
-    parameters = [p.detach() for p in layer.parameters()]
-    weight, dendrite_bias, cable, soma_bias = parameters
-    c = layer.connectivity
+    weight, dendrite_bias, cable, soma_bias = (p.detach() for p in layer.parameters())
+    operands = Operands(weight, dendrite_bias, cable, soma_bias, layer.connectivity, 0.1)
 
     def forward_of(x: Tensor) -> tuple[Tensor, Tensor]:
-        return cuda.dendritic_forward(x, weight, dendrite_bias, cable, soma_bias, c, 0.1, True)
+        return cuda.forward(x, operands, True, False)
 
     y, signs = forward_of(x)
 
     def backward(need_x: bool) -> Callable[[], object]:
-        return lambda: cuda.dendritic_backward(
-            grad, x, y, signs, weight, dendrite_bias, cable, c, 0.1, need_x
-        )
+        return lambda: cuda.backward(grad, x, y, signs, operands, need_x)
 
     runs: dict[str, Step] = {
         "forward": lambda: forward_of(x),

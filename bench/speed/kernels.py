@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.speed.problem import PARAMETERS, Problem
+from dendrite_kernels.backends.protocol import Operands
 
 KERNELS = ("forward", "backward without dx", "backward")
 
@@ -17,22 +18,20 @@ class Kernels:
 
     def __init__(self, name: str, problem: Problem, round_x: bool = False) -> None:
         p, backend = problem, importlib.import_module(f"dendrite_kernels.backends.{name}")
-        self._forward = backend.dendritic_forward, (
-            p.x, *p.parameters.values(), p.connectivity, p.negative_slope, True,
-            *((True,) if round_x else ()),
+        operands = Operands(
+            p.synapse_weight, p.dendrite_bias, p.cable_weight, p.soma_bias, p.connectivity,
+            p.negative_slope,
         )  # fmt: skip
+        self._forward = backend.forward, (p.x, operands, True, round_x)
         y, signs = self.run("forward")
-        self._backward = backend.dendritic_backward, (
-            p.grad, p.x, y, signs, p.synapse_weight, p.dendrite_bias, p.cable_weight,
-            p.connectivity, p.negative_slope,
-        )  # fmt: skip
+        self._backward = backend.backward, (p.grad, p.x, y, signs, operands)
 
     def run(self, kernel: str) -> Any:
         if kernel == "forward":
-            forward, arguments = self._forward
-            return forward(*arguments)
-        backward, arguments = self._backward
-        return backward(*arguments, kernel == "backward")
+            forward, inputs = self._forward
+            return forward(*inputs)
+        backward, saved = self._backward
+        return backward(*saved, kernel == "backward")
 
     def results(self, kernel: str) -> dict[str, Tensor]:
         """By the names of the oracle's."""

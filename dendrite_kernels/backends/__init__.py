@@ -9,85 +9,15 @@ from __future__ import annotations
 import importlib
 import platform
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..structure import Connectivity
+from .protocol import Backend
 
 _NAMES = ("cpp", "cuda", "numba", "reference")
 _BY_DEVICE = {"cpu": ("cpp", "numba"), "cuda": ("cuda",)}  # best first
 _SERVES = {"cpp": "cpu", "numba": "cpu", "cuda": "cuda"}  # reference serves every device
-
-Maybe = torch.Tensor | None
-
-
-class Backend(Protocol):
-    """The functions of a backend. B samples, N inputs, R dendrites, S somas; contiguous tensors."""
-
-    # Takes x, y and their gradients as bfloat16 and float16, then with float32 parameters; of the
-    # others, all tensors of a call are float32 or all float64.
-    STORES_LOW: bool
-    # Rounds x to bfloat16 on its way into the synapses where asked; others are never asked.
-    ROUNDS_X: bool
-
-    def unavailable(self) -> str | None:
-        """Why this backend cannot serve here, or None if it can."""
-
-    def info(self) -> dict[str, Any]:
-        """What it runs on: ISA, threads, versions."""
-
-    def dendritic_forward(
-        self,
-        x: torch.Tensor,  # [B, N]
-        synapse_weight: torch.Tensor,  # [nnz]
-        dendrite_bias: Maybe,  # [R]
-        cable_weight: torch.Tensor,  # [R]
-        soma_bias: Maybe,  # [S]
-        connectivity: Connectivity,
-        negative_slope: float,
-        save_signs: bool,
-        round_x: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [B, S] and sign words int32 [ceil(B / 32), R] ([0, R] unless save_signs).
-
-        Bit i of signs[t, r] says that u[32 t + i, r] > 0; bits past B are unspecified.
-        """
-
-    def dendritic_backward(
-        self,
-        grad: torch.Tensor,  # [B, S]
-        x: torch.Tensor,
-        y: torch.Tensor,
-        signs: torch.Tensor,
-        synapse_weight: torch.Tensor,
-        dendrite_bias: Maybe,
-        cable_weight: torch.Tensor,
-        connectivity: Connectivity,
-        negative_slope: float,
-        need_x: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dx [B, N] ([0, N] unless need_x), dw [nnz], dbd [R], dc [R], dbs [S]."""
-
-    def sparse_forward(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Maybe,
-        connectivity: Connectivity,
-        round_x: bool = False,
-    ) -> torch.Tensor:
-        """u [B, R]."""
-
-    def sparse_backward(
-        self,
-        grad: torch.Tensor,  # [B, R]
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        connectivity: Connectivity,
-        need_x: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dx [B, N] ([0, N] unless need_x), dw [nnz], db [R]."""
 
 
 class BackendUnavailable(RuntimeError):

@@ -10,6 +10,7 @@ import torch
 
 from ..structure import Connectivity
 from . import _order, _pool
+from .protocol import Gradients, Maybe, Operands
 
 STORES_LOW = True
 ROUNDS_X = True
@@ -128,83 +129,38 @@ def _forward_rows(connectivity: Connectivity) -> Any:
     )
 
 
-def dendritic_forward(
-    x: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor,
-    soma_bias: torch.Tensor | None,
-    connectivity: Connectivity,
-    negative_slope: float,
-    save_signs: bool,
-    round_x: bool = False,
+def forward(
+    x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = x.new_empty(x.shape[0], connectivity.num_somas)  # two numbers: parsed faster than a tuple
-    words = (x.shape[0] + 31) // 32 if save_signs else 0
-    signs = x.new_empty(words, connectivity.num_dendrites, dtype=torch.int32)
+    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
+    batch, rows = x.shape[0], connectivity.num_dendrites
+    # two numbers: parsed faster than a tuple
+    y = x.new_empty(batch, rows if cable is None else connectivity.num_somas)
+    signs = x.new_empty((batch + 31) // 32 if save_signs else 0, rows, dtype=torch.int32)
     _load()[0].forward(
-        _by_centre(connectivity), x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
-        negative_slope, round_x, y, signs if save_signs else None, _threads(),
+        (_forward_rows if cable is None else _by_centre)(connectivity), x, weight, dendrite_bias,
+        cable, soma_bias, slope, round_x, y, signs if save_signs else None, _threads(),
     )  # fmt: skip
     return y, signs
 
 
-def dendritic_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    negative_slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
+) -> Gradients:
+    weight, dendrite_bias, cable, _, connectivity, slope = operands
     batch, inputs = x.shape
-    like = synapse_weight  # of its dtype are the gradients of parameters
-    new = like.new_empty if batch else like.new_zeros  # no sample, no kernel: they are zero
-    rows = connectivity.num_dendrites
+    new = weight.new_empty if batch else weight.new_zeros  # no sample, no kernel: they are zero
     dx = x.new_empty(batch if need_x else 0, inputs)
-    dw, dbd, dc = new(connectivity.nnz), new(rows), new(rows)
-    dbs = new(connectivity.num_somas)
+    dw, dbd = new(connectivity.nnz), new(connectivity.num_dendrites)
+    if cable is None:
+        dc, dbs = (empty_strided((0,), (1,), weight.dtype) for _ in range(2))
+    else:
+        dc, dbs = new(connectivity.num_dendrites), new(connectivity.num_somas)
     if batch:
+        of_weights = _topology if cable is None else _by_centre
         _load()[0].backward(
-            (_transposed if need_x else _by_centre)(connectivity),
-            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, negative_slope,
+            (_transposed if need_x else of_weights)(connectivity),
+            grad, x, y, signs, weight, dendrite_bias, cable, slope,
             dx if need_x else None, dw, dbd, dc, dbs, _threads(),
         )  # fmt: skip
     return dx, dw, dbd, dc, dbs
-
-
-def sparse_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    connectivity: Connectivity,
-    round_x: bool = False,
-) -> torch.Tensor:
-    u = x.new_empty(x.shape[0], connectivity.num_dendrites)
-    topology = _forward_rows(connectivity)
-    _load()[0].forward(topology, x, weight, bias, None, None, 1.0, round_x, u, None, _threads())
-    return u
-
-
-def sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    connectivity: Connectivity,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, inputs = x.shape
-    new = weight.new_empty if batch else weight.new_zeros
-    dx = x.new_empty(batch if need_x else 0, inputs)
-    dw, db = new(connectivity.nnz), new(connectivity.num_dendrites)
-    if batch:
-        _load()[0].backward(
-            (_transposed if need_x else _topology)(connectivity),
-            grad, x, None, None, weight, None, None, 1.0,
-            dx if need_x else None, dw, db, None, None, _threads(),
-        )  # fmt: skip
-    return dx, dw, db

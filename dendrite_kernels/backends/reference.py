@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..structure import Connectivity
+from .protocol import Gradients, Maybe, Operands
 
 STORES_LOW = False
 ROUNDS_X = False
@@ -32,69 +32,36 @@ def _pack_signs(u: torch.Tensor) -> torch.Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
-def dendritic_forward(
-    x: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor,
-    soma_bias: torch.Tensor | None,
-    connectivity: Connectivity,
-    negative_slope: float,
-    save_signs: bool,
+def forward(
+    x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
+    u = reference.sparse_linear(x, weight, dendrite_bias, connectivity)
+    signs = _pack_signs(u if save_signs else u[:0])
+    if cable is None:
+        return u, signs
     y = reference.dendritic_layer(
-        x,
-        synapse_weight,
-        dendrite_bias,
-        cable_weight,
-        soma_bias,
-        connectivity,
-        negative_slope=negative_slope,
+        x, weight, dendrite_bias, cable, soma_bias, connectivity, negative_slope=slope
     )
-    if not save_signs:
-        return y, x.new_empty((0, connectivity.num_dendrites), dtype=torch.int32)
-    return y, _pack_signs(reference.sparse_linear(x, synapse_weight, dendrite_bias, connectivity))
+    return y, signs
 
 
-def dendritic_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: torch.Tensor | None,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    negative_slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if dendrite_bias is None:
-        dendrite_bias = torch.zeros_like(cable_weight)
-    inputs = [t.detach().requires_grad_() for t in (x, synapse_weight, dendrite_bias, cable_weight)]
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
+) -> Gradients:
+    weight, bias, cable, _, connectivity, slope = operands
+    bias = weight.new_zeros(connectivity.num_dendrites) if bias is None else bias
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    if cable is not None:
+        inputs.append(cable.detach().requires_grad_())
     with torch.enable_grad():
-        u = reference.sparse_linear(inputs[0], inputs[1], inputs[2], connectivity)
-        a = torch.nn.functional.leaky_relu(u, negative_slope)
-        v = torch.nn.functional.linear(a, reference.cable_matrix(inputs[3], connectivity))
-    grad_v = torch.where(y > 0, grad, negative_slope * grad)
-    dx, dw, dbd, dc = torch.autograd.grad(v, inputs, grad_v)
-    return (dx if need_x else x.new_empty((0, x.shape[1]))), dw, dbd, dc, grad_v.sum(0)
-
-
-def sparse_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
-) -> torch.Tensor:
-    return reference.sparse_linear(x, weight, bias, connectivity)
-
-
-def sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    connectivity: Connectivity,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (x, weight)]
-    with torch.enable_grad():
-        u = reference.sparse_linear(inputs[0], inputs[1], None, connectivity)
-    dx, dw = torch.autograd.grad(u, inputs, grad)
-    return (dx if need_x else x.new_empty((0, x.shape[1]))), dw, grad.sum(0)
+        v = reference.sparse_linear(inputs[0], inputs[1], inputs[2], connectivity)
+        if cable is not None:
+            a = torch.nn.functional.leaky_relu(v, slope)
+            v = torch.nn.functional.linear(a, reference.cable_matrix(inputs[3], connectivity))
+    if y is not None:
+        grad = torch.where(y > 0, grad, slope * grad)
+    dx, dw, dbd, *dc = torch.autograd.grad(v, inputs, grad)
+    dx = dx if need_x else x.new_empty((0, x.shape[1]))
+    none = weight.new_empty(0)
+    return (dx, dw, dbd, dc[0], grad.sum(0)) if dc else (dx, dw, dbd, none, none)

@@ -1,8 +1,8 @@
-"""The short way to the kernels: who may take it, and that it leads to what the long one does."""
+"""The fast path to the C++ kernels: what may take it, and that it gives what the operators give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,24 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dendrite_kernels as dk
-from dendrite_kernels import _derivatives, backends, fast_path, operators
+from dendrite_kernels import autograd, fast_path
 
-INFO = dk.backend_info()
-BACKENDS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not INFO[name]["available"], reason=f"backend {name}: {INFO[name]['reason']}"
-        ),
-    )
-    for name in ("cpp", "numba")
-]
-
-
-@pytest.fixture(autouse=True, params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with dk.use_backend(request.param):
-        yield request.param
+CPP = dk.backend_info()["cpp"]
+pytestmark = pytest.mark.skipif(not CPP["available"], reason=f"backend cpp: {CPP['reason']}")
 
 
 class Wrapped(Tensor):
@@ -45,7 +31,7 @@ def operands(dtype: torch.dtype = torch.float32, batch: int = BATCH) -> list[Any
 
 
 def prepare(c: dk.Connectivity, batch: int = BATCH) -> None:
-    """The long way makes what the short one needs: some for each size of batch, some for each
+    """The operators make what the fast path needs: some for each size of batch, some for each
     dtype."""
     for dtype in (torch.float32, torch.float64):
         tensors = operands(dtype, batch)[:-1]
@@ -55,7 +41,7 @@ def prepare(c: dk.Connectivity, batch: int = BATCH) -> None:
 
 
 def taken(operands: list[Any], batch: int = BATCH) -> bool:
-    """Whether the short way takes them, once it may."""
+    """Whether the fast path takes them, once it may."""
     with torch.no_grad():
         prepare(operands[-1], batch)
     return answer(*operands) is not None
@@ -64,9 +50,7 @@ def taken(operands: list[Any], batch: int = BATCH) -> bool:
 def answer(*operands: Any) -> Tensor | None:
     """Without cable weights and soma biases they are those of a sparse linear layer."""
     x, w, dendrite_bias, cable, soma_bias, c = operands
-    if cable is None and soma_bias is None:
-        return fast_path.sparse_linear(x, w, dendrite_bias, c)
-    return fast_path.dendritic_layer(x, w, dendrite_bias, cable, soma_bias, c, 0.1)
+    return autograd.fast_layer(x, w, dendrite_bias, cable, soma_bias, c, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -105,7 +89,7 @@ def test_other_operands_do_not(change: str, which: int) -> None:
 
 
 def test_weights_are_not_optional() -> None:
-    for which in (0, 1, 3):
+    for which in (0, 1):
         given = operands()
         given[which] = None
         assert not taken(given)
@@ -162,57 +146,14 @@ def test_what_it_returns_belongs_to_the_mode_of_the_call() -> None:
     assert not y.is_inference()
 
 
-def test_operators_take_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit what they compute otherwise, and as many signs."""
-    *tensors, c = operands()
-    indices, op = operators.index_tensors(c), operators.dendritic_forward
-    assert taken([*tensors, c])
-    calls, module = [], getattr(backends, backend)
-    kernel = module.dendritic_forward
-    monkeypatch.setattr(module, "dendritic_forward", lambda *a: (calls.append(0), kernel(*a))[1])
-    for save in (False, True):
-        short = op(*tensors, *indices, 0.1, save)
-        assert not calls
-        with torch.profiler.profile():  # somebody watches
-            long = op(*tensors, *indices, 0.1, save)
-        assert len(calls) == 1
-        calls.clear()
-        assert torch.equal(short[0], long[0])
-        of_samples = 2**5 - 1  # bits past the batch may be anything
-        assert torch.equal(short[1] & of_samples, long[1] & of_samples)
-        assert short[1].shape == ((40,) if save else (0,))
-    assert torch.equal(
-        operators.sparse_forward(*tensors[:3], *indices), module.sparse_forward(*tensors[:3], c)
-    )
-
-
-def test_operators_that_round_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The short way knows no rounding."""
-    *tensors, c = operands()
-    indices = operators.index_tensors(c)
-    assert taken([*tensors, c])
-    calls = (
-        lambda *r: operators.dendritic_forward(*tensors, *indices, 0.1, False, *r)[0],
-        lambda *r: operators.sparse_forward(*tensors[:3], *indices, *r),
-    )
-    for call in calls:
-        plain, rounded = call(), call(True)
-        assert not torch.equal(rounded, plain)
-        monkeypatch.setattr(_derivatives, "topology_of", lambda *_: None)
-        assert torch.equal(rounded, call(True))
-        monkeypatch.undo()
-
-
 @pytest.mark.parametrize("batch", [0, 1, 33])
-def test_it_computes_what_the_long_way_does(
-    batch: int, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_computes_what_the_operators_do(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, with gradients and without, and so do calls that change over in between."""
     *tensors, c = operands(batch=batch)
     for tensor in tensors:
         tensor.requires_grad_()
     results: list[list[Tensor]] = []
-    assert taken([*tensors, c], batch) == (batch > 0 or backend == "cpp")
+    assert taken([*tensors, c], batch)
     for direct in (True, False):
         if not direct:
             monkeypatch.setattr(fast_path, "topology_of", lambda *_: None)

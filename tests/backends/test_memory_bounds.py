@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import _order
+from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 from tests.backends.test_extension import EXTENSION, PLAN_ARRAYS, needs_extension, network
 from tests.processes import output
@@ -85,13 +86,15 @@ def run_numba_guarded() -> None:
 
                 x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
                 cable, bs = draw(c.num_dendrites), draw(c.num_somas)
-                y, signs = kernels.dendritic_forward(x, w, bd, cable, bs, c, 0.1, True)
+                layer = Operands(w, bd, cable, bs, c, 0.1)
+                linear = Operands(w, bd, None, None, c, 1.0)
+                y, signs = kernels.forward(x, layer, True, False)
                 y, signs = (torch.from_numpy(guard(t.numpy(), at_end)) for t in (y, signs))
                 grad, grad_u = draw(batch, c.num_somas), draw(batch, c.num_dendrites)
                 for need_x in (True, False):
-                    kernels.dendritic_backward(grad, x, y, signs, w, bd, cable, c, 0.1, need_x)
-                    kernels.sparse_backward(grad_u, x, w, c, need_x)
-                kernels.sparse_forward(x, w, bd, c)
+                    kernels.backward(grad, x, y, signs, layer, need_x)
+                    kernels.backward(grad_u, x, None, None, linear, need_x)
+                kernels.forward(x, linear, False, False)
 
 
 def run_guarded(at_end: bool) -> None:

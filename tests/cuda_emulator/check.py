@@ -20,6 +20,7 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
 from dendrite_kernels.backends.cuda import plan
+from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 
 TOLERANCE = {
@@ -131,14 +132,12 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     )
     assert weight is not None
     assert cable is not None
-    y, signs = cuda.dendritic_forward(
-        x, weight, dendrite_bias, cable, soma_bias, c, case.slope, True
-    )
-    gradients = cuda.dendritic_backward(
-        grad, x, y, signs, weight, dendrite_bias, cable, c, case.slope, True
-    )
-    u = cuda.sparse_forward(x, weight, dendrite_bias, c)
-    results = [y, *gradients, u, *cuda.sparse_backward(grad_u, x, weight, c, True)]
+    layer = Operands(weight, dendrite_bias, cable, soma_bias, c, case.slope)
+    linear = Operands(weight, dendrite_bias, None, None, c, 1.0)
+    y, signs = cuda.forward(x, layer, True, False)
+    gradients = cuda.backward(grad, x, y, signs, layer, True)
+    u, _ = cuda.forward(x, linear, False, False)
+    results = [y, *gradients, u, *cuda.backward(grad_u, x, None, None, linear, True)[:3]]
     return [t.cpu() for t in [*results, _bits(signs, x)]]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dendrite_kernels as dk
-from dendrite_kernels import Connectivity, connectivity
+from dendrite_kernels import Connectivity, activations, connectivity
 from tests.processes import output, run_python
 
 N, S, R = 30, 10, 40
@@ -160,6 +160,15 @@ def test_bad_slope_of_a_sparse_linear(slope: float) -> None:
         dk.SparseLinear(network(), negative_slope=slope)
 
 
+def test_a_negative_slope_in_the_table_is_refused(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """|u| has one: outputs would be right and gradients wrong."""
+    monkeypatch.setitem(activations._TABLE, "abs", (-1.0, torch.abs))
+    with pytest.raises(ValueError, match=r"Expected a finite negative_slope >= 0, got -1\.0"):
+        dk.functional.dendritic_layer(**arguments(True), activation="abs")
+
+
 @pytest.mark.parametrize("activation", ["swish", "", "ReLU", None, 3])
 def test_unknown_activation(backend: str, activation: Any) -> None:
     message = r"Expected an activation of \['elu', .*'tanh'\], got "
@@ -219,32 +228,35 @@ def test_bad_connectivities(call: Callable[[], object]) -> None:
 
 
 def operator_arguments() -> dict[str, dict[str, Any]]:
-    """Good arguments of the four operators, on 5 samples."""
+    """Good arguments of both operators, with a cable and without, on 5 samples."""
     good = arguments(True)
     c = good.pop("connectivity")
     indices = {name: getattr(c, name) for name in ("crow_indices", "col_indices", "soma_ptr")}
     x, weight, soma_bias = good["x"], good["synapse_weight"], good.pop("soma_bias")
     forward = {**good, "soma_bias": soma_bias, **indices, "negative_slope": 0.1, "save_signs": True}
-    y, signs = torch.ops.dendrite_kernels.dendritic_forward(**forward)
-    sparse = {"x": x, "weight": weight}
+    y, signs = torch.ops.dendrite_kernels.forward(**forward)
+    none = {"cable_weight": None, "negative_slope": 1.0, **indices}
+    sparse = {"x": x, "synapse_weight": weight, "dendrite_bias": good["dendrite_bias"], **none}
     return {
-        "dendritic_forward": forward,
-        "dendritic_backward": {
+        "forward": forward,
+        "backward": {
             **good, "grad": torch.ones(5, S), "y": y, "signs": signs, **indices,
             "negative_slope": 0.1, "need_x": True,
         },
-        "sparse_forward": {**sparse, "bias": good["dendrite_bias"], **indices},
-        "sparse_backward": {**sparse, "grad": torch.ones(5, R), **indices, "need_x": True},
+        "forward without cable": {**sparse, "soma_bias": None, "save_signs": False},
+        "backward without cable": {
+            **sparse, "grad": torch.ones(5, R), "y": None, "signs": None, "need_x": True,
+        },
     }  # fmt: skip
 
 
 OPERATORS = {
-    "dendritic_forward": ["x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"],
-    "dendritic_backward": [
+    "forward": ["x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"],
+    "backward": [
         "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias", "cable_weight",
     ],
-    "sparse_forward": ["x", "weight", "bias"],
-    "sparse_backward": ["grad", "x", "weight"],
+    "forward without cable": ["x", "synapse_weight", "dendrite_bias"],
+    "backward without cable": ["grad", "x", "synapse_weight"],
 }  # fmt: skip
 BAD_TENSORS: dict[str, Change] = {
     "shorter": lambda t: t[..., 1:],
@@ -281,6 +293,13 @@ BAD_INDICES: dict[str, dict[str, Any]] = {
 }
 
 
+MISSING: list[tuple[str, dict[str, Any]]] = [
+    ("backward", {"y": None}),
+    ("backward", {"signs": None}),
+    ("forward", {"cable_weight": None}),  # with a bias of somas
+    ("forward without cable", {"soma_bias": torch.zeros(S)}),
+]
+
 # More inputs than any column names; the same sign words in another shape.
 HARMLESS = {("x", "longer"), ("signs", "one dimension more")}
 
@@ -289,7 +308,7 @@ def bad_operator_calls() -> list[tuple[str, Callable[[], object]]]:
     calls: list[tuple[str, Callable[[], object]]] = []
     for operator, names in OPERATORS.items():
         good = operator_arguments()[operator]
-        call = partial(getattr(torch.ops.dendrite_kernels, operator), **good)
+        call = partial(getattr(torch.ops.dendrite_kernels, operator.split()[0]), **good)
         call()
         for name in names:
             for label, change in BAD_TENSORS.items():
@@ -303,6 +322,12 @@ def bad_operator_calls() -> list[tuple[str, Callable[[], object]]]:
                 calls.append((f"{operator}: {name} {label}", partial(call, **bad)))
         for label, indices in BAD_INDICES.items():
             calls.append((f"{operator}: {label}", partial(call, **indices)))
+        for slope in (-1.0, -1e-30, math.nan, math.inf):
+            calls.append((f"{operator}: slope {slope}", partial(call, negative_slope=slope)))
+    for operator, missing in MISSING:
+        good = operator_arguments()[operator]
+        call = partial(getattr(torch.ops.dendrite_kernels, operator.split()[0]), **good)
+        calls.append((f"{operator}: {missing}", partial(call, **missing)))
     return calls
 
 
@@ -343,7 +368,13 @@ print("wrong:", *wrong, sep="\\n")
 
 def test_index_tensors_need_not_be_those_of_a_connectivity(backend: str) -> None:
     """Nor may what an operator remembers of them serve other pointers or other inputs."""
-    op = torch.ops.dendrite_kernels.sparse_forward
+
+    def op(x: Tensor, weight: Tensor, bias: None, *indices: Tensor) -> Tensor:
+        found: Tensor = torch.ops.dendrite_kernels.forward(
+            x, weight, bias, None, None, *indices, 1.0, False
+        )[0]
+        return found
+
     col = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     soma_ptr = torch.tensor([0, 1, 2], dtype=torch.int32)
     x, weight = torch.randn(3, 5), torch.randn(4)

@@ -9,6 +9,7 @@ import torch
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
+from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 from tests.cuda_emulator import check
 
@@ -186,9 +187,10 @@ def test_offsets_beyond_31_bits() -> None:
     x = torch.randn(batch, inputs, device="cuda", dtype=torch.bfloat16)
     parameters = [torch.randn(n, device="cuda") for n in (c.nnz, 12, 12, 3)]
     weight, dendrite_bias, cable, soma_bias = parameters
-    y, signs = cuda.dendritic_forward(x, weight, dendrite_bias, cable, soma_bias, c, 0.1, True)
+    operands = Operands(weight, dendrite_bias, cable, soma_bias, c, 0.1)
+    y, signs = cuda.forward(x, operands, True, False)
     grad = torch.randn_like(y)
-    dx = cuda.dendritic_backward(grad, x, y, signs, weight, dendrite_bias, cable, c, 0.1, True)[0]
+    dx = cuda.backward(grad, x, y, signs, operands, True)[0]
     tail = x[-40:].cpu().double().requires_grad_()
     weight, dendrite_bias, cable, soma_bias = (p.cpu().double() for p in parameters)
     want = oracle.dendritic_layer(tail, weight, dendrite_bias, cable, soma_bias, c, 0.1)

@@ -19,6 +19,9 @@ from tests.functional.test_functional import NETWORKS
 
 functional: Any = dk.functional
 
+FORWARD = torch.ops.dendrite_kernels.forward.default
+BACKWARD = torch.ops.dendrite_kernels.backward.default
+
 
 @pytest.fixture(params=["cpp", "numba"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -86,7 +89,7 @@ def train(
     ],
 )
 def test_opcheck(backend: str, name: str, biased: bool) -> None:
-    """Schemas, fake kernels, and tracing with dynamic shapes, of all four operators."""
+    """Schemas, fake kernels, and tracing with dynamic shapes, of both operators."""
     c = NETWORKS[name]()
     x = torch.randn(5, c.in_features)
     weight, bias = torch.randn(c.nnz), torch.randn(c.num_dendrites) if biased else None
@@ -94,25 +97,24 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
     indices = operators.index_tensors(c)
     for save_signs in (True, False):
         torch.library.opcheck(
-            operators.dendritic_forward,
-            (x, weight, bias, cable, soma_bias, *indices, 0.1, save_signs),
+            FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, save_signs)
         )
-    y, signs = operators.dendritic_forward(x, weight, bias, cable, soma_bias, *indices, 0.1, True)
-    torch.library.opcheck(operators.sparse_forward, (x, weight, bias, *indices))
+    y, signs = FORWARD(x, weight, bias, cable, soma_bias, *indices, 0.1, True)
+    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
     for need_x in (True, False):
         torch.library.opcheck(
-            operators.dendritic_backward,
+            BACKWARD,
             (torch.ones_like(y), x, y, signs, weight, bias, cable, *indices, 0.1, need_x),
         )
         grad = torch.randn(5, c.num_dendrites)
-        torch.library.opcheck(operators.sparse_backward, (grad, x, weight, *indices, need_x))
+        torch.library.opcheck(
+            BACKWARD, (grad, x, None, None, weight, bias, None, *indices, 1.0, need_x)
+        )
     for leaf in (x, weight, bias, cable, soma_bias):
         if leaf is not None:
             leaf.requires_grad_()
-    torch.library.opcheck(
-        operators.dendritic_forward, (x, weight, bias, cable, soma_bias, *indices, 0.1, True)
-    )
-    torch.library.opcheck(operators.sparse_forward, (x, weight, bias, *indices))
+    torch.library.opcheck(FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, True))
+    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
 
 
 def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
@@ -120,11 +122,12 @@ def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
     c = NETWORKS["ragged"]()
     x, weight = torch.randn(5, c.in_features), torch.randn(c.nnz)
     copies = [t.clone() for t in operators.index_tensors(c)]
-    u = operators.sparse_forward(x, weight, None, *copies)
+    u, _ = FORWARD(x, weight, None, None, None, *copies, 1.0, False)
     assert torch.equal(u, functional.sparse_linear(x, weight, None, c))
     copies[1][0] = c.in_features
+    columns = copies[1].clone()
     with pytest.raises(ValueError, match="Expected columns"):
-        operators.sparse_forward(x, weight, None, copies[0], copies[1].clone(), copies[2])
+        FORWARD(x, weight, None, None, None, copies[0], columns, copies[2], 1.0, False)
 
 
 def test_compiled_forward(backend: str, mode: str) -> None:
@@ -265,5 +268,5 @@ def test_a_profile_shows_the_operators(backend: str) -> None:
     with torch.profiler.profile() as profile:
         layer(torch.randn(3, 61)).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert "dendrite_kernels::dendritic_forward" in names
-    assert "dendrite_kernels::dendritic_backward" in names
+    assert "dendrite_kernels::forward" in names
+    assert "dendrite_kernels::backward" in names

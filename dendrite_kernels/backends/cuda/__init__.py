@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ...structure import Connectivity
+from ..protocol import Gradients, Maybe, Operands
 from . import pack
 from . import plan as planner
 from .plan import Kind, Limits, TilePlan, Work
 
-Maybe = torch.Tensor | None
 _ALIGNMENT = 16  # bytes, of vector loads
 
 STORES_LOW = True
@@ -166,17 +166,20 @@ def _tiles(
     return out
 
 
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable: Maybe,
-    soma_bias: Maybe,
-    connectivity: Connectivity,
-    slope: float,
-    y: torch.Tensor,
-    signs: Maybe,
-) -> None:
+def forward(
+    x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, rows = x.shape[0], operands.connectivity.num_dendrites
+    outputs = rows if operands.cable_weight is None else operands.connectivity.num_somas
+    y = x.new_empty((batch, outputs))
+    signs = x.new_empty(((batch + 31) // 32 if save_signs else 0, rows), dtype=torch.int32)
+    if batch:
+        _forward(x, operands, y, signs if save_signs else None)
+    return y, signs
+
+
+def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe) -> None:
+    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
     batch, inputs = x.shape
     stream = _stream(x.device)
     limits = _limits(x.device.index)
@@ -203,20 +206,16 @@ def _forward(
     )  # fmt: skip
 
 
-def _backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    y: Maybe,
-    signs: Maybe,
-    weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable: Maybe,
-    connectivity: Connectivity,
-    slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Maybe, Maybe]:
-    """dx, dw, dbd, dc, dbs; dc and dbs None without cable."""
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
+) -> Gradients:
+    weight, dendrite_bias, cable, _, connectivity, slope = operands
     batch, inputs = x.shape
+    if batch == 0:  # no sample, no kernel: gradients are zero
+        rows, somas_ = connectivity.num_dendrites, connectivity.num_somas
+        sizes = weight.shape, rows, *((0, 0) if cable is None else (rows, somas_))
+        dw, dbd, dc, dbs = (weight.new_zeros(size) for size in sizes)
+        return x.new_empty((0, inputs)), dw, dbd, dc, dbs
     rows, outputs = connectivity.num_dendrites, grad.shape[1]
     extension, device, stream = _load()[0], x.device, _stream(x.device)
     limits = _limits(device.index)
@@ -236,7 +235,8 @@ def _backward(
         tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
     groups = plan.tile_groups
     dw, dbd = weight.new_empty(weight.shape), weight.new_empty(rows)
-    dc = dbs = partial_soma = None
+    dc = dbs = weight.new_empty(0)
+    partial_soma: Maybe = None
     if somas is not None:
         dc, dbs = weight.new_empty(rows), weight.new_empty(outputs)
         partial_soma = weight.new_empty((groups, outputs))
@@ -252,14 +252,13 @@ def _backward(
     extension.finish_weight(
         layout.packed, somas, x, partial, partial_row, partial_soma,
         _pack(layout, weight, None, stream), dendrite_bias, cable, weight.shape[0],
-        dw, dbd, dc, dbs, groups, stream,
+        dw, dbd, None if somas is None else dc, None if somas is None else dbs, groups, stream,
     )  # fmt: skip
     del partial, grad_v
     dx = x.new_empty((batch if need_x else 0, inputs))
     if need_x:
         _backward_input(dx, grad, y, signs, weight, cable, connectivity, slope)
-    gradients = [None if t is None else t.to(narrow) for t in (dw, dbd, dc, dbs)]
-    return dx, gradients[0], gradients[1], gradients[2], gradients[3]  # type: ignore[return-value]
+    return dx, dw.to(narrow), dbd.to(narrow), dc.to(narrow), dbs.to(narrow)
 
 
 def _backward_input(
@@ -282,73 +281,3 @@ def _backward_input(
         layout.packed, connectivity.num_dendrites, grad_v.shape[1], grad_v, signs,
         _pack(layout, weight, cable, stream), slope, dx, _bound(plan), stream,
     )  # fmt: skip
-
-
-def dendritic_forward(
-    x: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    soma_bias: Maybe,
-    connectivity: Connectivity,
-    negative_slope: float,
-    save_signs: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = x.shape[0]
-    words = (batch + 31) // 32 if save_signs else 0
-    y = x.new_empty((batch, connectivity.num_somas))
-    signs = x.new_empty((words, connectivity.num_dendrites), dtype=torch.int32)
-    if batch:
-        _forward(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, connectivity,
-            negative_slope, y, signs if save_signs else None,
-        )  # fmt: skip
-    return y, signs
-
-
-def dendritic_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    signs: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    negative_slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x.shape[0] == 0:  # no sample, no kernel: gradients are zero
-        zeros = synapse_weight.new_zeros
-        shapes = synapse_weight.shape, cable_weight.shape, cable_weight.shape
-        dw, dbd, dc = (zeros(shape) for shape in shapes)
-        return x.new_empty((0, x.shape[1])), dw, dbd, dc, zeros(connectivity.num_somas)
-    dx, dw, dbd, dc_, dbs_ = _backward(
-        grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, connectivity,
-        negative_slope, need_x,
-    )  # fmt: skip
-    assert dc_ is not None
-    assert dbs_ is not None
-    return dx, dw, dbd, dc_, dbs_
-
-
-def sparse_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    u = x.new_empty((x.shape[0], connectivity.num_dendrites))
-    if x.shape[0]:
-        _forward(x, weight, bias, None, None, connectivity, 1.0, u, None)
-    return u
-
-
-def sparse_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    connectivity: Connectivity,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x.shape[0] == 0:
-        zeros = weight.new_zeros
-        return x.new_empty((0, x.shape[1])), zeros(weight.shape), zeros(connectivity.num_dendrites)
-    return _backward(grad, x, None, None, weight, None, None, connectivity, 1.0, need_x)[:3]
