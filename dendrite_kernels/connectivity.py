@@ -1,6 +1,6 @@
 """Connectivity rules of the paper: pure functions of sizes and a generator.
 
-Chavlis & Poirazi, Nat Commun 16:943 (2025); official code Poirazi-Lab/dendritic_anns. Soma s owns
+Chavlis & Poirazi, Nat Commun 16:943 (2025); docs/equations.md, section 5. Soma s owns
 the consecutive dendrites s * D .. s * D + D - 1. `seed` is an int, None for fresh entropy, or a
 numpy Generator, which is advanced: one generator can serve the layers of a network in turn.
 """

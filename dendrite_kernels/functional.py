@@ -224,7 +224,7 @@ def dendritic_layer(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
 
-    Source: Chavlis & Poirazi (2025), paper.md section 1, items 1 and 2.
+    Source: Chavlis & Poirazi (2025); docs/equations.md, sections 1 to 3.
     """
     slope = activations.slope_of(activation, negative_slope)
     activations.check_slope(negative_slope)

@@ -8,7 +8,7 @@
     vANN            dense                        dense
     vANN-R/LRF/GRF  random / receptive fields    dense
 
-Source: Chavlis & Poirazi (2025), paper.md section 1, items 1-12 and 18.
+Source: Chavlis & Poirazi (2025); docs/equations.md, sections 4 to 7.
 """
 
 from __future__ import annotations

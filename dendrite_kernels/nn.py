@@ -111,7 +111,7 @@ class DendriticLayer(_Sparse):
         activation, negative_slope: of dendrites and somas, see functional.dendritic_layer.
         init: "fan_in": uniform with the true fan-in of each dendrite and soma (He et al. 2015), so
             that activations keep their scale. "paper": Glorot uniform with the fans of the dense
-            matrices, then masked, as the official code does (paper.md section 1, item 12):
+            matrices, then masked, as in Chavlis & Poirazi (2025; docs/equations.md, section 4):
             small activations and a slow start. Biases start at 0.
         precision: "bf16" rounds the input to bfloat16, see functional.dendritic_layer.
         device, dtype: of the parameters; with float16 and bfloat16 sums are float32.

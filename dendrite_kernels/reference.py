@@ -1,7 +1,7 @@
 """The oracle: both operations in plain PyTorch, dense, any dtype and device, differentiable.
 
-Written from the equations (paper.md section 1), independently of every kernel, and used by the
-tests in float64. Memory and time are those of a dense layer.
+Written from the equations (docs/equations.md, sections 1 and 3; Chavlis & Poirazi 2025),
+independently of every kernel. Tests use it in float64. Memory and time are those of a dense layer.
 """
 
 from __future__ import annotations

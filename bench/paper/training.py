@@ -1,6 +1,6 @@
 """Training as the paper does it: Adam, cross-entropy from logits, a fixed number of epochs.
 
-Source: Chavlis & Poirazi (2025), Methods; paper.md section 1, items 12 to 14.
+Source: Chavlis & Poirazi (2025), Methods; docs/equations.md, sections 4 and 8.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def make(kind: str, layers: int = 1, channels: int = 1, **options: Any) -> nn.Se
 
 
 def trainable(kind: str, n: int, s: int, d: int, k: int, c: int, layers: int, channels: int) -> int:
-    """paper.md item 18, with the inputs that each layer really has."""
+    """The formula of docs/equations.md, section 7 (Chavlis & Poirazi 2025)."""
     synapses, somas = KINDS[kind]
     total = (s + 1) * c
     for layer in range(layers):
@@ -292,7 +292,10 @@ def test_sann_draws_synapses_then_the_way_to_the_somas_layer_by_layer() -> None:
 
 
 def test_sann_leaves_dendrites_without_a_soma() -> None:
-    """paper.md item 9: about 36 % feed no soma, 27 % more than one; the soma fan-in varies."""
+    """About 36 % feed no soma, 27 % more than one; the fan-in of somas varies.
+
+    Source: Chavlis & Poirazi (2025); docs/equations.md, section 6.
+    """
     to_somas = structures(build("psANN", (4, 4), 256, 16, 1, 10, seed=0))[0]
     assert (to_somas.num_dendrites, to_somas.in_features) == (256, 256 * 16)
     feeds = torch.bincount(to_somas.col_indices.long(), minlength=256 * 16)
