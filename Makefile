@@ -5,7 +5,7 @@ DATA_ROOT ?=
 ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
 SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
@@ -77,11 +77,17 @@ clean:
 	find dendrite_kernels bench tests -name __pycache__ -exec rm -rf {} +
 	find dendrite_kernels -name '*.so' -delete
 
-# An editable install only needs repeating when what pip builds has changed; % is the extra.
-.venv/.installed-%: $(VENV_PYTHON) $(BUILD_INPUTS)
-	@$(VENV_PYTHON) -m pip install -c constraints.txt -e '.[$*]' || \
-	  { echo 'pip could not install the package and its extras [$*]: its last lines say what is missing' \
+# One build serves every target: the editable install is repeated when what pip builds has changed.
+.venv/.built: $(VENV_PYTHON) $(BUILD_INPUTS)
+	@$(VENV_PYTHON) -m pip install -c constraints.txt -e . || \
+	  { echo 'pip could not install the package: its last lines say what is missing' \
 	         '(a package index it can reach? a C++ compiler, if DENDRITE_KERNELS_REQUIRE asks for one?)' >&2; exit 1; }
+	@touch $@
+
+# % is an extra. By its name pip finds the package installed and adds what the extra needs.
+.venv/.installed-%: .venv/.built constraints.txt
+	@$(VENV_PYTHON) -m pip install -c constraints.txt 'dendrite-kernels[$*]' || \
+	  { echo 'pip could not install what the extra [$*] needs: its last lines say why' >&2; exit 1; }
 	@touch $@
 
 $(VENV_PYTHON):

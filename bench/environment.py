@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +63,38 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+TIMES = ("p20", "p50", "p80", "samples")
+_WIDTH = 160
+
+
+def write_json(path: Path, content: dict[str, Any], digits: int = 6) -> None:
+    """What fits a line is on one line; times are [p20, p50, p80, samples]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(_text(_short(content, digits)) + "\n")
+
+
+def _short(value: Any, digits: int) -> Any:
+    """Fewer digits, and times as rows."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        short = {str(key): _short(item, digits) for key, item in value.items()}
+        return list(short.values()) if tuple(short) == TIMES else short
+    if isinstance(value, list | tuple):
+        return [_short(item, digits) for item in value]
+    return value
+
+
+def _text(value: Any, indent: int = 0, before: int = 0) -> str:
+    """JSON; `before`: characters of the line that are taken."""
+    line = json.dumps(value, separators=(",", ":"))
+    if not isinstance(value, dict | list) or not value or indent + before + len(line) <= _WIDTH:
+        return line
+    names = [f"{json.dumps(key)}: " for key in value] if isinstance(value, dict) else []
+    items = value.values() if isinstance(value, dict) else value
+    rows = [
+        name + _text(item, indent + 1, len(name))
+        for name, item in zip(names or [""] * len(value), items, strict=True)
+    ]
+    pad, (first, last) = "\n" + " " * indent, "{}" if names else "[]"
+    return f"{first}{pad} {f',{pad} '.join(rows)}{pad}{last}"

@@ -17,17 +17,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import dendrite_kernels as dk
-from bench.masked_dense import (
-    dense_parameters,
-    masked_dense_twin,
-    masked_layers,
-    trainable_parameters,
-)
+from bench.masked_dense import dense_parameters, masked_dense_twin, trainable_parameters
 from bench.memory import PeakMemory
 from bench.paper.datasets import ImageData, Split, split
+from bench.training_step import TrainingStep
 
-BETAS = (0.9, 0.999)
-KERAS_EPS = 1e-7
 WARM_UP_STEPS = 10  # not timed: allocator, thread pool and lazy imports
 
 
@@ -149,33 +143,6 @@ def train(
             )
     outcome.seconds = time.perf_counter() - started
     return outcome
-
-
-class TrainingStep:
-    """One step of the paper's training.
-
-    zero_grad, forward, loss, backward, gradient masks where the model has any, Adam. Keras adds eps
-    outside the bias correction; PyTorch's Adam does so given eps / sqrt(1 - beta2^t) at step t.
-    """
-
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=BETAS, fused=True)
-        self._masked = masked_layers(model)
-        self._steps = 0
-
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N], y [B] -> mean loss [], logits [B, C] (both detached)."""
-        self._steps += 1
-        self.optimizer.param_groups[0]["eps"] = KERAS_EPS / math.sqrt(1 - BETAS[1] ** self._steps)
-        self.optimizer.zero_grad()
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
-        loss.backward()
-        for layer in self._masked:
-            layer.mask_gradients()
-        self.optimizer.step()
-        return loss.detach(), logits.detach()
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sweep = _sweep(inputs, options)
         refused |= any(point["refused"] for point in sweep["points"])
         report["sweeps"].append(sweep)
-        write_json(path, report)
+        write_json(path, report, digits=4)
     print(f"Wrote {path}")
     return int(refused)
 

@@ -51,7 +51,7 @@ class Configuration:
     threads: int
     skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not run
     refused: dict[str, str] = field(default_factory=dict)  # candidate -> why its results are wrong
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # candidate -> mode -> L2
+    errors: dict[str, float] = field(default_factory=dict)  # candidate -> largest relative L2
     tasks: dict[tuple[str, str, str], Task] = field(default_factory=dict)
 
     def admit(
@@ -80,7 +80,7 @@ class Configuration:
         if wrong:
             self.refused[name] = f"relative error more than {TOLERANCE:.0e}: {', '.join(wrong)}"
             return None
-        self.errors[name] = errors
+        self.errors[name] = max(errors.values())
         for mode in modes:
             self.tasks[group, name, mode] = Task(partial(candidate.run, mode), surroundings)
         return candidate
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             report["configurations"].append(result)
             refused |= bool(result["refused"])
             print_configuration(result)
-            write_json(path, report)
+            write_json(path, report, digits=4)
     finally:
         torch.set_num_threads(before)
     print(f"Wrote {path}")

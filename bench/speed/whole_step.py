@@ -10,9 +10,9 @@ from torch import nn
 import dendrite_kernels as dk
 from bench.masked_dense import MaskedDendriticLayer
 from bench.memory import PeakMemory
-from bench.paper.training import TrainingStep
 from bench.speed.cases import CASES
 from bench.speed.problem import Problem
+from bench.training_step import TrainingStep
 
 STEPS = 3  # the optimizer's state appears in the first
 _RATE = 0.0  # the same work, and the weights stay what was verified

@@ -13,7 +13,7 @@ from bench.masked_dense import (
     masked_dense_twin,
     trainable_parameters,
 )
-from bench.paper.training import TrainingStep
+from bench.training_step import TrainingStep
 
 INPUTS, DENDRITES, SOMAS = 11, 12, 4
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from bench.memory import PeakMemory, in_fresh_process
 from bench.paper import demo, mnist
 from bench.paper.datasets import Split
-from bench.paper.training import Outcome, Schedule, TrainingStep, evaluate, train
+from bench.paper.training import Outcome, Schedule, evaluate, train
+from bench.training_step import TrainingStep
 
 
 def blobs(n: int = 300) -> Split:
