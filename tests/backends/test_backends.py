@@ -98,7 +98,7 @@ def test_report_of_the_numba_backend() -> None:
 @needs_numba
 def test_numba_takes_neon_on_arm_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """One environment variable serves both backends."""
-    token = importlib.import_module("dendrite_kernels.backends._numba_token")
+    token = importlib.import_module("dendrite_kernels.backends.numba.vectors")
     monkeypatch.setenv("DENDRITE_KERNELS_ISA", "neon")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(RuntimeError, match=r"Expected DENDRITE_KERNELS_ISA among .*, got 'neon'"):

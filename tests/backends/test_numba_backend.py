@@ -9,16 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import _pool
+from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 from tests.processes import output
 
@@ -47,8 +48,8 @@ def draw(c: dk.Connectivity, batch: int = 75, dtype: str = "float32", seed: int 
     """Whole numbers, whose sums are exact in any order; by the names of the arguments."""
     rng = np.random.default_rng(seed)
 
-    def some(*shape: int) -> np.ndarray[Any, Any]:
-        return rng.integers(-3, 4, shape).astype(dtype)
+    def some(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(-3, 4, shape).astype(dtype))
 
     return {
         "x": some(batch, c.in_features),
@@ -60,34 +61,36 @@ def draw(c: dk.Connectivity, batch: int = 75, dtype: str = "float32", seed: int 
     }
 
 
-def tensors(arrays: Arrays) -> Arrays:
-    """On the same memory."""
-    return {name: torch.from_numpy(a) for name, a in arrays.items()}
+def operands(c: dk.Connectivity, arrays: Arrays, slope: float = SLOPE) -> Operands:
+    names = "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"
+    return Operands(*(arrays[name] for name in names), c, slope)  # type: ignore[arg-type, call-arg]
 
 
-def run(c: dk.Connectivity, arrays: Arrays) -> list[Any]:
+def sparse(c: dk.Connectivity, x: Tensor, weight: Tensor) -> Tensor:
+    u: Tensor = kernels.forward(x, Operands(weight, None, None, None, c, 1.0), False, False)[0]
+    return u
+
+
+def run(c: dk.Connectivity, arrays: Arrays) -> list[Tensor]:
     """y, signs, and the gradients of x, synapses, dendrites' bias, cables and somas' bias."""
-    a = {**arrays}
-    grad, soma_bias = a.pop("grad"), a.pop("soma_bias")
-    inputs = list(a.values())
-    y, signs = kernels.forward(*inputs, soma_bias, c, negative_slope=SLOPE, save_signs=True)
+    layer, x = operands(c, arrays), arrays["x"]
+    y, signs = kernels.forward(x, layer, True, False)
     if len(y) % 32:
         signs[-1] &= (1 << len(y) % 32) - 1  # bits past the batch are unspecified
-    x, weights = inputs[0], inputs[1:]
-    backward = partial(kernels.backward, grad, x, y, signs, *weights, c, negative_slope=SLOPE)
-    gradients, without = backward(), backward(need_x=False)
+    saved = arrays["grad"], x, y, signs, layer
+    gradients, without = kernels.backward(*saved, True), kernels.backward(*saved, False)
     assert without[0].shape == (0, c.in_features)
     assert all(map(equal, gradients[1:], without[1:]))
     return [y, signs, *gradients]
 
 
-def equal(a: Any, b: Any) -> bool:
-    return np.array_equal(np.asarray(a), np.asarray(b))
+def equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.double(), b.double())
 
 
-def exact(c: dk.Connectivity, arrays: Arrays) -> list[torch.Tensor]:
+def exact(c: dk.Connectivity, arrays: Arrays) -> list[Tensor]:
     """What `run` should give, less the signs."""
-    leaves = {name: torch.from_numpy(a).double() for name, a in arrays.items()}
+    leaves = {name: a.double().clone() for name, a in arrays.items()}
     grad = leaves.pop("grad")
     inputs = [leaf.requires_grad_() for leaf in leaves.values()]
     function: Any = oracle.dendritic_layer
@@ -95,74 +98,28 @@ def exact(c: dk.Connectivity, arrays: Arrays) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
-def is_exact(found: list[Any], expected: list[torch.Tensor]) -> bool:
+def is_exact(found: list[Tensor], expected: list[Tensor]) -> bool:
     y, _, *gradients = found
     return all(map(equal, [y, *gradients], expected))
 
 
-# numpy arrays
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("batch", [1, 75])
-def test_numpy_arrays_give_the_numbers_of_tensors(
-    network: dk.Connectivity, dtype: str, batch: int
-) -> None:
+def test_numbers_and_signs_are_exact(network: dk.Connectivity, dtype: str, batch: int) -> None:
     arrays = draw(network, batch, dtype)
-    ours, theirs = run(network, arrays), run(network, tensors(arrays))
-    assert is_exact(ours, exact(network, arrays))
-    for a, b in zip(ours, theirs, strict=True):
-        assert isinstance(a, np.ndarray)
-        assert isinstance(b, torch.Tensor)
-        assert f"torch.{a.dtype}" == str(b.dtype)
-    signs = np.unpackbits(ours[1].view(np.uint8), bitorder="little")
-    signs = signs.reshape(len(ours[1]), -1, 32).swapaxes(1, 2).reshape(-1, network.num_dendrites)
-    u = kernels.sparse_forward(
-        arrays["x"], arrays["synapse_weight"], arrays["dendrite_bias"], network
-    )
-    assert equal(signs[:batch] == 1, u > 0)
-
-
-def test_sparse_operations_on_numpy_arrays(network: dk.Connectivity) -> None:
-    arrays = draw(network)
-    x, weight, bias = arrays["x"], arrays["synapse_weight"], arrays["dendrite_bias"]
-    matrix = network.to_scipy()
-    matrix.data = weight
-    u = kernels.sparse_forward(x, weight, None, network)
-    assert equal(u, x @ matrix.T)
-    assert equal(kernels.sparse_forward(x, weight, bias, network), u + bias)
-    dx, dw, db = kernels.sparse_backward(u, x, weight, network, True)
-    assert equal(dx, u @ matrix)
-    rows = np.repeat(np.arange(network.num_dendrites), np.diff(matrix.indptr))
-    assert (
-        oracle.relative_error(
-            torch.from_numpy(dw), torch.from_numpy((u[:, rows] * x[:, matrix.indices]).sum(0))
-        )
-        < 1e-6
-    )
-    assert isinstance(db, np.ndarray)
-    assert kernels.sparse_backward(u, x, weight, network, False)[0].shape == (0, x.shape[1])
-
-
-def test_memory_is_shared_and_left_alone(network: dk.Connectivity) -> None:
-    """The kernels read the arrays themselves: what changes in place counts, nothing is written."""
-    arrays = draw(network)
-    views = tensors(arrays)
-    for array in arrays.values():
-        array.flags.writeable = False
-    first = run(network, views)
-    for name, array in draw(network, seed=1).items():
-        arrays[name].flags.writeable = True
-        arrays[name][...] = array
-    assert is_exact(run(network, views), exact(network, arrays))
-    assert not equal(first[0], run(network, arrays)[0])
+    found = run(network, arrays)
+    assert is_exact(found, exact(network, arrays))
+    signs = np.unpackbits(found[1].numpy().view(np.uint8), bitorder="little")
+    signs = signs.reshape(len(found[1]), -1, 32).swapaxes(1, 2).reshape(-1, network.num_dendrites)
+    u = sparse(network, arrays["x"], arrays["synapse_weight"]) + arrays["dendrite_bias"]
+    assert np.array_equal(signs[:batch] == 1, u.numpy() > 0)
 
 
 def test_absent_biases_and_empty_batches() -> None:
     c = NETWORKS["ragged"]()
     arrays = draw(c)
     absent = {**arrays, "dendrite_bias": None, "soma_bias": None}
-    zeros = {**arrays, **{k: np.zeros_like(arrays[k]) for k in ("dendrite_bias", "soma_bias")}}
+    zeros = {**arrays, **{k: arrays[k] * 0 for k in ("dendrite_bias", "soma_bias")}}
     assert all(map(equal, run(c, absent), run(c, zeros)))
     y, signs, dx, *gradients = run(c, draw(c, batch=0))
     assert y.shape == (0, c.num_somas)
@@ -198,7 +155,7 @@ def test_work_may_be_cut_anyhow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Among threads, into passes over tiles that fit the cache, and into what fits the memory."""
-    from dendrite_kernels.backends import _numba_plan as plan
+    from dendrite_kernels.backends.numba import plan
 
     monkeypatch.setattr(plan, "_GRAIN", 1)
     if cut != "whole":
@@ -304,34 +261,26 @@ def test_calls_from_inside_a_parallel_region() -> None:
 # Mistakes: each names what was expected and what came
 
 
-def test_bad_arrays(network: dk.Connectivity) -> None:
+def test_bad_operands(network: dk.Connectivity) -> None:
     arrays = draw(network)
     n, nnz, rows = network.in_features, network.nnz, network.num_dendrites
-
-    def forward(**changes: Any) -> None:
-        a = {**arrays, **changes}
-        del a["grad"]
-        kernels.forward(*a.values(), network, negative_slope=SLOPE)
-
     x, weight = arrays["x"], arrays["synapse_weight"]
-    for changes, error, message in [
-        ({"x": x.tolist()}, TypeError, "Expected x to be a torch tensor or numpy array, got list"),
-        ({"x": x.astype("float16")}, TypeError, "Expected x of dtype float32 or .*, got float16"),
-        ({"x": x.astype(">f4")}, TypeError, "Expected x of dtype float32 or float64, got >f4"),
-        ({"x": x[0]}, ValueError, rf"Expected x of shape \[B, {n}\], got \[{n}\]"),
+    changes: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"x": x.half()}, TypeError, "Expected x of dtype float32 or .*, got float16"),
+        ({"x": x[0]}, ValueError, rf"Expected x of shape \[{n}, {n}\], got \[{n}\]"),
         ({"x": x[:, 1:]}, ValueError, rf"Expected x of shape \[75, {n}\], got \[75, {n - 1}\]"),
-        ({"x": np.asfortranarray(x)}, ValueError, "Expected x to be contiguous .*, got other"),
+        ({"x": x.T.contiguous().T}, ValueError, "Expected x to be contiguous .*, got other"),
         ({"x": x[::2]}, ValueError, "Expected x to be contiguous"),
-        ({"x": torch.from_numpy(x)}, TypeError, "Expected synapse_weight to be a Tensor, got ndar"),
-        ({"synapse_weight": torch.from_numpy(weight)}, TypeError, "to be a ndarray, got Tensor"),
-        ({"synapse_weight": None}, TypeError, "to be a ndarray, got NoneType"),
-        ({"synapse_weight": weight.astype("f8")}, TypeError, "of dtype float32, got float64"),
+        ({"synapse_weight": weight.numpy()}, TypeError, "to be a torch.Tensor, got ndarray"),
+        ({"synapse_weight": None}, TypeError, "to be a torch.Tensor, got NoneType"),
+        ({"synapse_weight": weight.double()}, TypeError, "of dtype float32, got float64"),
         ({"synapse_weight": weight[1:]}, ValueError, rf"shape \[{nnz}\], got \[{nnz - 1}\]"),
         ({"dendrite_bias": weight}, ValueError, rf"shape \[{rows}\], got \[{nnz}\]"),
-        ({"cable_weight": None}, TypeError, "Expected cable_weight to be a ndarray, got NoneType"),
-    ]:
+    ]
+    for change, error, message in changes:
+        given = {**arrays, **change}
         with pytest.raises(error, match=message):
-            forward(**changes)  # type: ignore[arg-type]
+            kernels.forward(given["x"], operands(network, given), False, False)
 
 
 def test_bad_arguments_of_backward() -> None:
@@ -339,18 +288,19 @@ def test_bad_arguments_of_backward() -> None:
     a = draw(c)
     y, signs, *_ = run(c, a)
     good = {"grad": a["grad"], "x": a["x"], "y": y, "signs": signs}
-    weights = a["synapse_weight"], a["dendrite_bias"], a["cable_weight"]
-    for changes, error, message in [
+    changes: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"grad": a["grad"][1:]}, ValueError, "Expected grad of shape"),
-        ({"y": y.astype("float64")}, TypeError, "Expected y of dtype float32, got float64"),
+        ({"y": y.double()}, TypeError, "Expected y of dtype float32, got float64"),
+        ({"y": None}, TypeError, "Expected y to be a torch.Tensor, got NoneType"),
         ({"signs": signs[:0]}, ValueError, r"Expected signs of shape \[3, 40\], got \[0, 40\]"),
-        ({"signs": signs.view("float32")}, TypeError, "signs of dtype int32, got float32"),
-    ]:
+        ({"signs": signs.view(torch.float32)}, TypeError, "signs of dtype int32, got float32"),
+    ]
+    for change, error, message in changes:
         with pytest.raises(error, match=message):
-            kernels.backward(*{**good, **changes}.values(), *weights, c)
+            kernels.backward(*{**good, **change}.values(), operands(c, a), True)
     for slope in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="Expected negative_slope >= 0, got"):
-            kernels.backward(*good.values(), *weights, c, negative_slope=slope)
+            kernels.backward(*good.values(), operands(c, a, slope), True)
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse", "strided"])
@@ -363,7 +313,7 @@ def test_tensors_without_memory_of_their_own(kind: str) -> None:
         "strided": lambda: x[:1].expand(2, -1),
     }
     with pytest.raises((TypeError, ValueError), match=r"Expected x to be .*, got"):
-        kernels.sparse_forward(change[kind](), weight, None, c)
+        sparse(c, change[kind](), weight)
 
 
 def test_reasons_to_be_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +328,3 @@ def test_reasons_to_be_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels.importlib.metadata, "version", missing)
     assert ask() == "numba is not installed"
-    monkeypatch.setattr(kernels, "unavailable", ask)
-    c = NETWORKS["ragged"]()
-    with pytest.raises(RuntimeError, match="unavailable: numba is not installed"):
-        kernels.sparse_forward(np.zeros((1, c.in_features), "f4"), np.zeros(c.nnz, "f4"), None, c)

@@ -28,7 +28,7 @@ def work(case):
     name, dtype = case
     c = t.NETWORKS[name]()
     assert t.kernels.info()["threads"] == 1
-    return t.run(c, t.draw(c, dtype=dtype))
+    return [result.numpy() for result in t.run(c, t.draw(c, dtype=dtype))]
 expected = {}
 for name, make in t.NETWORKS.items():
     expected[name, "float32"] = t.run(c := make(), t.draw(c))
@@ -37,6 +37,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     found = dict(zip(cases, pool.map_async(work, cases).get(timeout=200)))
 for (name, dtype), results in found.items():
     expected.setdefault((name, dtype), t.run(c := t.NETWORKS[name](), t.draw(c, dtype=dtype)))
+    results = map(torch.from_numpy, results)
     assert all(map(t.equal, results, expected[name, dtype])), (name, dtype)
 """,
     )
@@ -45,16 +46,15 @@ for (name, dtype), results in found.items():
 LOADS = """
 import torch
 from tests.backends import test_numba_backend as t
-from dendrite_kernels.backends import _numba_entry as entry
+from dendrite_kernels.backends.numba import tasks
 torch.set_num_threads(1)
 c = t.NETWORKS["ragged"]()
 a = t.draw(c)
-u = t.kernels.sparse_forward(a["x"], a["synapse_weight"], None, c)
-matrix = c.to_scipy()
-matrix.data = a["synapse_weight"]
-assert t.equal(u, a["x"] @ matrix.T)
-functions = entry._compiled.values()
-print(sum(f.cache_hits for f in functions), "of", len(functions), entry.cache_state())
+u = t.sparse(c, a["x"], a["synapse_weight"])
+matrix = c.to_scipy(a["synapse_weight"])
+assert t.equal(u, torch.from_numpy(a["x"].numpy() @ matrix.T))
+functions = tasks._compiled.values()
+print(sum(f.cache_hits for f in functions), "of", len(functions), tasks.cache_state())
 """
 
 
@@ -63,7 +63,7 @@ def test_later_processes_load_what_the_first_compiled(tmp_path: Path) -> None:
     package, cache = copy_package(tmp_path), str(tmp_path / "cache")
     assert output(LOADS, package, NUMBA_CACHE_DIR=cache) == "0 of 1 on\n"
     assert output(LOADS, package, NUMBA_CACHE_DIR=cache) == "1 of 1 on\n"
-    with (package / "backends" / "_numba_vector.py").open("a") as file:
+    with (package / "backends" / "numba" / "vectors.py").open("a") as file:
         file.write("# changed\n")
     assert output(LOADS, package, NUMBA_CACHE_DIR=cache) == "0 of 1 on\n"
 
@@ -73,7 +73,7 @@ def test_nothing_can_be_written(tmp_path: Path) -> None:
     the place of folders stop even root, whom permissions do not.
     """
     package = copy_package(tmp_path)
-    for folder in [package, package / "backends"]:
+    for folder in [package, package / "backends", package / "backends" / "numba"]:
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
         (folder / "__pycache__").touch()
     nowhere = tmp_path / "a file"

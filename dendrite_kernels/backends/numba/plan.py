@@ -1,7 +1,7 @@
 """How a call is cut into tasks: sizes, scratch memory and the native functions to run, in order.
 
 A plan depends on sizes, number of threads and the connectivity only, so it is made once for each
-and kept; `_numba_launch.py` runs it on a call's arrays.
+and kept; `__init__.py` runs it on a call's arrays.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..structure import Connectivity
-from . import _numba_entry
-from ._numba_backward import STRIP
-from ._numba_kernels import CHUNK, Job
-from ._numba_token import ISA_BITS, Spec, isa
+from ...structure import Connectivity
+from . import tasks as native
+from .kernels import CHUNK, STRIP, Job
+from .vectors import ISA_BITS, Spec, isa
 
 _MIB = 1 << 20
 _PASS = 3 * _MIB // 2  # x tiles a thread goes through for block after block should stay in L2
@@ -46,6 +45,9 @@ class Plan(NamedTuple):
     regions: Fields  # scratch memory: address fields of the job and their offsets
     scratch: int  # bytes
     steps: tuple[Step, ...]
+
+    def new_job(self) -> Any:
+        return Job.from_buffer_copy(self.job)
 
 
 class Call(NamedTuple):
@@ -84,7 +86,7 @@ def _l2_bytes() -> int:
 def _native(task: str, element: str, features: int, lanes: int, linear: bool) -> int:
     column = "uint16" if features <= 65536 else "int32"  # as Connectivity.columns
     register = ISA_BITS[isa()] // (8 * _BYTES[element])
-    return _numba_entry.address(task, Spec(element, column, lanes, register, linear, build=""))
+    return native.address(task, Spec(element, column, lanes, register, linear, build=""))
 
 
 class _Builder:
@@ -146,7 +148,7 @@ def forward_plan(connectivity: Connectivity, call: Call) -> Plan:
 
 
 def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
-    """See `_by_rows` (without dx), `_by_blocks` and `_by_tiles`."""
+    """See `_by_rows` (without dx) and `_by_blocks`."""
     size, features = call.size, connectivity.in_features
     somas = 0 if call.linear else connectivity.num_somas
     # Four vectors of samples hide the latency of broadcasts; two keep x in the cache where there
@@ -169,10 +171,7 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
         build.fields[name] = getattr(plan, name).ctypes.data
     # For the q of a block or, before it has any, for the products of its weights.
     scratch = max(plan.block_rows * lanes, int(np.diff(plan.slot_ptr).max()) + 1)
-    groups = split(build.tiles, build.fields["blocks"], threads)
-    if _prefer_tiles(build, groups, threads):
-        return _by_tiles(build, somas, threads, scratch)
-    return _by_blocks(build, somas, threads, scratch, *groups)
+    return _by_blocks(build, somas, min(threads, build.fields["blocks"]), threads, scratch)
 
 
 def _passes(build: _Builder, at_once: int) -> Sequence[dict[str, int]]:
@@ -188,22 +187,22 @@ def _passes(build: _Builder, at_once: int) -> Sequence[dict[str, int]]:
     ]
 
 
-def _tiles_at_once(build: _Builder, threads: int, groups: int, copies: int) -> int:
+def _tiles_at_once(build: _Builder, threads: int, copies: int) -> int:
     """Tiles that every phase goes through before the next phase begins; sets those per pass.
 
     A phase ends when its last thread does, which on a busy machine may wait for a core: several
     threads prepare all that memory allows at once, with `copies` arrays of the size of the tiles. A
-    thread alone uses tiles while they are in its cache. groups: of tiles, each with own threads.
+    thread alone uses tiles while they are in its cache.
     """
     tile = build.call.size * build.lanes * max(1, build.features)
     build.fields["pass_tiles"] = in_pass = max(1, _PASS // tile)
     allowed = in_pass if threads == 1 else max(in_pass, _PRIVATE // (copies * tile))
-    return min(build.tiles, groups * allowed)
+    return min(build.tiles, allowed)
 
 
 def _by_rows(build: _Builder, somas: int, threads: int) -> Plan:
     """Threads own dendrites, nothing is summed twice."""
-    at_once = _tiles_at_once(build, threads, groups=1, copies=1)
+    at_once = _tiles_at_once(build, threads, copies=1)
     own_x = threads > 1 and build.call.batch * build.features * build.call.size <= _SMALL
     build.fields |= {"block_rows": _ROWS, "own_x": int(own_x)}
     build.reserve_each(threads, STRIP * build.lanes)
@@ -217,77 +216,23 @@ def _by_rows(build: _Builder, somas: int, threads: int) -> Plan:
     return build.plan()
 
 
-def split(tiles: int, blocks: int, threads: int) -> tuple[int, int]:
-    """Groups of tiles and groups of blocks, at most `threads` pairs, that end first.
-
-    Among equals the one with most groups of blocks: no G of theirs is summed twice, and reading
-    weights and writing gradients is divided too.
-    """
-    choices = range(1, min(threads, blocks) + 1)
-    pairs = [(min(threads // blocks_, tiles), blocks_) for blocks_ in choices]
-    return min(pairs, key=lambda pair: (_turns(tiles, pair[0]) * _turns(blocks, pair[1]), -pair[1]))
-
-
-def _turns(items: int, groups: int) -> int:
-    """Items of the largest group."""
-    return -(-items // groups)
-
-
-def _prefer_tiles(build: _Builder, groups: tuple[int, int], threads: int) -> bool:
-    """Whether threads should have their own G, and no dx of others, rather than their own dx."""
-    blocks, slots = build.fields["blocks"], build.fields["slots"]
-    if build.tiles < threads or threads * slots * build.call.size > _PRIVATE:
-        return False
-    by_tiles = _turns(build.tiles, threads) * blocks
-    by_blocks = _turns(build.tiles, groups[0]) * _turns(blocks, groups[1])
-    smaller = build.call.batch * build.features > 4 * slots
-    return by_tiles <= by_blocks * (1.25 if smaller else 1) and (smaller or groups[1] < threads)
-
-
-def _by_blocks(
-    build: _Builder, somas: int, threads: int, scratch: int, tile_groups: int, block_groups: int
-) -> Plan:
-    """Threads own blocks of dendrites, or of a group of tiles if there are fewer blocks; dx is
-    summed over the groups of blocks, G over the groups of tiles.
-    """
-    fields, lanes, tasks = build.fields, build.lanes, tile_groups * block_groups
-    at_once = _tiles_at_once(build, threads, tile_groups, copies=1 + block_groups)
-    fields |= {"tile_groups": tile_groups, "block_groups": block_groups}
-    fields["weigh_first"] = int(tile_groups > 1)  # else the block's only owner weighs it
-    build.reserve_each(max(tasks, threads), scratch)
+def _by_blocks(build: _Builder, somas: int, groups: int, threads: int, scratch: int) -> Plan:
+    """Threads own groups of blocks of dendrites; dx is summed over the groups."""
+    fields, lanes = build.fields, build.lanes
+    at_once = _tiles_at_once(build, threads, copies=1 + groups)
+    fields["block_groups"] = groups
+    build.reserve_each(threads, scratch)
     x_tiles = at_once * lanes * build.features
     build.reserve(
         x_tiles=x_tiles,
         grad_tiles=at_once * lanes * somas,
         weights=fields["slots"],
-        dx_tiles=block_groups * x_tiles,
-        sums=tile_groups * fields["slots"],
-        row_sums=tile_groups * fields["rows"],
+        dx_tiles=groups * x_tiles,
+        sums=fields["slots"],
+        row_sums=fields["rows"],
     )
     for turn in _passes(build, at_once):
-        turn["finish"] *= int(tile_groups == 1)
         build.step("prepare", threads, **turn)
-        build.step("gather", tasks)
+        build.step("gather", groups)
         build.step("output", threads)
-    if tile_groups > 1:
-        build.step("collect", threads)
-    return build.plan()
-
-
-def _by_tiles(build: _Builder, somas: int, threads: int, scratch: int) -> Plan:
-    """Threads own tiles; G is summed over the threads."""
-    fields, lanes = build.fields, build.lanes
-    fields |= {"tile_groups": threads, "weigh_first": 1}
-    build.reserve_each(threads, lanes * (2 * build.features + somas) + scratch)
-    build.reserve(
-        weights=fields["slots"],
-        sums=threads * fields["slots"],
-        row_sums=threads * fields["rows"],
-        soma_sums=threads * somas,
-    )
-    if somas == 0:
-        del build.regions["soma_sums"]
-    build.step("prepare", threads, tiles=0)  # weights only
-    build.step("tiles", threads, tiles=build.tiles)
-    build.step("collect", threads)
     return build.plan()

@@ -1,4 +1,4 @@
-"""The tasks of a call: which part of a job each does, on which memory.
+"""The tasks of a call: which part of a job each does, on which memory; compiled at first use.
 
 `..._tasks(spec)` makes the Python source of a native function `entry(begin, end, job)`, which does
 tasks [begin, end) of `job.tasks`. Tasks of one phase never wait for each other and write to
@@ -8,31 +8,46 @@ depend on which thread does what, only on the number of tasks.
 
 from __future__ import annotations
 
-import numba
+import functools
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from ._numba_backward import (
+import numba
+from numba.core import types
+
+from .kernels import (
+    CHUNK,
+    JOB,
     STRIP,
     collect_rows,
     correlate_rows,
     fill_q,
     finish_rows,
     gather_block,
+    inline,
+    kernel,
     load_gradients,
+    load_tile,
+    outputs,
+    sign_words,
+    store_tile,
     weigh_slots,
 )
-from ._numba_kernels import CHUNK, inline, kernel, load_tile, outputs, sign_words, store_tile
-from ._numba_operations import (
+from .vectors import (
+    Spec,
     add,
     clear,
     element,
     is_linear,
     lanes_of,
-    load,
     load_int32,
     load_int64,
     register_of,
     size_of,
-    store,
     vload,
     vstore,
 )
@@ -98,7 +113,7 @@ def forward_tasks(spec):
 
 def prepare_tasks(spec):
     """A share of the columns of every x tile, unless tasks have their own, and of the somas of
-    every gradient tile. Before the first tile, if asked for, the weights of a share of the blocks.
+    every gradient tile.
     """
 
     def entry(begin_task, end_task, jobs):
@@ -109,11 +124,6 @@ def prepare_tasks(spec):
             first, last = share(job.somas, width, task, job.tasks)
             if job.accumulate == 0 and not is_linear(spec):
                 clear(spec, job.d_soma_bias, first, last)
-            if job.accumulate == 0 and job.weigh_first != 0:
-                first_block, last_block = share(job.blocks, 1, task, job.tasks)
-                products = job.workspace + task * job.workspace_stride
-                for block in range(first_block, last_block):
-                    weigh_slots(spec, job, block, products)
             for k in range(job.tiles):
                 sample = (job.first_tile + k) * lanes
                 samples = min(lanes, job.samples - sample)
@@ -168,66 +178,57 @@ def rows_tasks(spec):
     return entry
 
 
-# --- backward with dx, a few tiles: threads own blocks of dendrites (and groups of tiles) ---
+# --- backward with dx: threads own groups of blocks of dendrites ---
 
 
 @kernel
-def gather_tiles(spec, job, tile_group, block_group, block, fresh, tiles, q):
-    """One block of a group of blocks on the tiles [begin, end) = `tiles` of a group of tiles; q:
-    scratch. fresh: these tiles' dx hold nothing yet.
+def gather_tiles(spec, job, group, block, fresh, tiles, q):
+    """One block of a group on the tiles [begin, end) = `tiles`; q: scratch. fresh: these tiles' dx
+    hold nothing yet.
     """
     lanes, size = lanes_of(spec), size_of(spec)
     tile_size, grad_size = size * lanes * job.features, size * lanes * job.somas
     first = block * job.block_rows
     last = min(job.rows, first + job.block_rows)
-    dx_tiles = job.dx_tiles + tile_size * job.tiles * block_group
-    row_sums = job.row_sums + size * job.rows * tile_group
-    begin = load_int64(job.slot_ptr, block)
-    sums, weights = job.sums + size * (job.slots * tile_group + begin), job.weights + size * begin
+    dx_tiles = job.dx_tiles + tile_size * job.tiles * group
+    offset = size * load_int64(job.slot_ptr, block)
+    sums, weights = job.sums + offset, job.weights + offset
     for k in range(*tiles):
         sample, grads = (job.first_tile + k) * lanes, job.grad_tiles + grad_size * k
-        fill_q(spec, job, sample, grads, first, last, q, row_sums)
+        fill_q(spec, job, sample, grads, first, last, q, job.row_sums)
         x, dx = job.x_tiles + tile_size * k, dx_tiles + tile_size * k
         gather_block(spec, job, block, q, weights, x, dx, sums, fresh)
 
 
 @kernel
-def clear_sums(spec, job, tile_group, block):
-    """The sums of a block on a group of tiles, before their first tile."""
-    begin, end = load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1)
+def begin_block(spec, job, block, products):
+    """The sums of a block before its first tile, and its weights; products: scratch."""
     first = block * job.block_rows
-    last = min(job.rows, first + job.block_rows)
-    clear(spec, job.sums, job.slots * tile_group + begin, job.slots * tile_group + end)
-    clear(spec, job.row_sums, job.rows * tile_group + first, job.rows * tile_group + last)
+    clear(spec, job.sums, load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1))
+    clear(spec, job.row_sums, first, min(job.rows, first + job.block_rows))
+    weigh_slots(spec, job, block, products)
 
 
 def gather_tasks(spec):
-    """A group of tiles times a group of blocks: own sums of dx per group of blocks, own sums of G
-    per group of tiles; pass by pass over tiles that stay in cache, block by block.
+    """Groups of blocks: own sums of dx per group; pass by pass over tiles that stay in cache, block
+    by block.
 
     Workspace per task: the q of a block.
     """
 
     def entry(begin_task, end_task, jobs):
         job = numba.carray(jobs, 1)[0]
-        for task in range(begin_task, end_task):
-            q = job.workspace + task * job.workspace_stride
-            tile_group = task // job.block_groups
-            block_group = task - tile_group * job.block_groups
-            first_tile = job.tiles * tile_group // job.tile_groups
-            last_tile = job.tiles * (tile_group + 1) // job.tile_groups
-            first_block = job.blocks * block_group // job.block_groups
-            last_block = job.blocks * (block_group + 1) // job.block_groups
-            for start in range(first_tile, last_tile, job.pass_tiles):
-                stop = min(last_tile, start + job.pass_tiles)
+        for group in range(begin_task, end_task):
+            q = job.workspace + group * job.workspace_stride
+            first_block = job.blocks * group // job.block_groups
+            last_block = job.blocks * (group + 1) // job.block_groups
+            for start in range(0, job.tiles, job.pass_tiles):
+                stop = min(job.tiles, start + job.pass_tiles)
                 for block in range(first_block, last_block):
-                    if job.accumulate == 0 and start == first_tile:
-                        clear_sums(spec, job, tile_group, block)
-                        if job.weigh_first == 0:
-                            weigh_slots(spec, job, block, q)
-                    fresh, tiles = block == first_block, (start, stop)
-                    gather_tiles(spec, job, tile_group, block_group, block, fresh, tiles, q)
-                    if job.finish != 0 and stop == last_tile:
+                    if job.accumulate == 0 and start == 0:
+                        begin_block(spec, job, block, q)
+                    gather_tiles(spec, job, group, block, block == first_block, (start, stop), q)
+                    if job.finish != 0 and stop == job.tiles:
                         first = block * job.block_rows
                         last = min(job.rows, first + job.block_rows)
                         collect_rows(spec, job, block, first, last)
@@ -263,69 +264,51 @@ def output_tasks(spec):
     return entry
 
 
-# --- backward with dx, many tiles: threads own tiles, from x to dx in one go ---
+# --- from Python source to machine code that torch's thread pool can call ---
+
+_SIGNATURE = types.void(types.int64, types.int64, JOB)
+_compiled: dict[tuple[str, Spec], Any] = {}
+_lock = threading.Lock()
+_uncached: str | None = None  # why compiled code is not kept on disk, None as long as it is
 
 
-def tiles_tasks(spec):
-    """dx of a share of the tiles; own sums of G, G0 and of the gradients at the somas.
+def address(task: str, spec: Spec) -> int:
+    """Of the native function that does tasks [begin, end) of a job; compiled at the first call."""
+    key = task, spec
+    if key not in _compiled:
+        with _lock:
+            if key not in _compiled:
+                # Numba's cache tells entries apart by their code and what they close over: spec.
+                make = globals()[f"{task}_tasks"]
+                _compiled[key] = compiled(make(replace(spec, build=_fingerprint())), _SIGNATURE)
+    function: int = _compiled[key].address
+    return function
 
-    Workspace per task: a tile of x, of dx, of gradients at the somas, and of the q of a block.
+
+def cache_state() -> str:
+    """Whether compiled code is kept for later processes."""
+    return "on" if _uncached is None else f"off: {_uncached}"
+
+
+def compiled(entry: Callable[..., Any], signature: Any) -> Any:
+    """Load from Numba's cache or compile; without the cache where that cannot be had: a read-only
+    installation and an unwritable home, a full disk, a damaged file.
     """
-
-    def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        lanes, size, n = lanes_of(spec), size_of(spec), job.features
-        for task in range(begin_task, end_task):
-            x_tile = job.workspace + task * job.workspace_stride
-            dx_tile = x_tile + size * lanes * n
-            grads = dx_tile + size * lanes * n
-            q = grads + size * lanes * job.somas
-            sums = job.sums + size * job.slots * task
-            row_sums = job.row_sums + size * job.rows * task
-            soma_sums = job.soma_sums + size * job.somas * task
-            clear(spec, sums, 0, job.slots)
-            clear(spec, row_sums, 0, job.rows)
-            clear(spec, soma_sums, 0, job.somas)
-            for k in range(job.tiles * task // job.tasks, job.tiles * (task + 1) // job.tasks):
-                sample = k * lanes
-                samples = min(lanes, job.samples - sample)
-                x, dx = job.x + size * sample * n, job.dx + size * sample * n
-                load_tile(spec, x, None, element(spec, 1.0), n, samples, 0, n, x_tile)
-                if not is_linear(spec):
-                    load_gradients(spec, job, sample, 0, job.somas, grads, soma_sums)
-                for block in range(job.blocks):
-                    first = block * job.block_rows
-                    last = min(job.rows, first + job.block_rows)
-                    offset = size * load_int64(job.slot_ptr, block)
-                    fill_q(spec, job, sample, grads, first, last, q, row_sums)
-                    weights, own = job.weights + offset, sums + offset
-                    fresh = block == 0
-                    gather_block(spec, job, block, q, weights, x_tile, dx_tile, own, fresh)
-                store_tile(spec, dx_tile, n, dx, n, samples, q)
-
-    return entry
+    global _uncached
+    options = {"boundscheck": False, "error_model": "numpy"}
+    if _uncached is None:
+        try:
+            return numba.cfunc(signature, cache=True, **options)(entry)
+        except Exception as error:
+            _uncached = f"{type(error).__name__}: {error}"
+    return numba.cfunc(signature, **options)(entry)
 
 
-def collect_tasks(spec):
-    """The gradients of the weights of a share of the dendrites and somas, from the sums of all
-    groups of tiles, where no earlier phase could see them all.
-    """
-
-    def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        for task in range(begin_task, end_task):
-            first, last = job.rows * task // job.tasks, job.rows * (task + 1) // job.tasks
-            while first < last:
-                block = first // job.block_rows
-                stop = min(last, (block + 1) * job.block_rows)
-                collect_rows(spec, job, block, first, stop)
-                first = stop
-            if job.soma_sums != 0:
-                last = job.somas * (task + 1) // job.tasks
-                for s in range(job.somas * task // job.tasks, last):
-                    value = load(spec, job.soma_sums, s)
-                    for t in range(1, job.tile_groups):
-                        value += load(spec, job.soma_sums, t * job.somas + s)
-                    store(spec, job.d_soma_bias, s, value)
-
-    return entry
+@functools.cache
+def _fingerprint() -> str:
+    """Of the sources: Numba's cache looks only at the file of the outermost function."""
+    folder = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("vectors.py", "kernels.py", "tasks.py"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
