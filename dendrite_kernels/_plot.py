@@ -5,15 +5,13 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .structure import Connectivity
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,9 +24,16 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 _FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#7a7a7a")
 
 
-def plot(
-    connectivity: Connectivity, somas: Iterable[int] | None, image: Any, figure: Figure | None
-) -> Figure:
+class Fields(NamedTuple):
+    """What is drawn of a Connectivity."""
+
+    in_shape: tuple[int, ...] | None  # (H, W) or (H, W, C)
+    crow: Array  # [R + 1]
+    columns: Array  # [nnz]
+    soma_ptr: Array  # [S + 1]
+
+
+def plot(fields: Fields, somas: Iterable[int] | None, image: Any, figure: Figure | None) -> Figure:
     """See `Connectivity.plot`."""
     try:
         from matplotlib.figure import Figure
@@ -36,13 +41,14 @@ def plot(
         raise ImportError(
             "Connectivity.plot needs matplotlib: pip install dendrite-kernels[plot]"
         ) from error
-    if connectivity.in_shape is None:
+    if fields.in_shape is None:
         raise ValueError("Expected a connectivity with in_shape, got in_shape=None")
-    height, width = connectivity.in_shape[:2]
-    chosen = list(range(min(8, connectivity.num_somas))) if somas is None else list(somas)
+    height, width = fields.in_shape[:2]
+    count = len(fields.soma_ptr) - 1
+    chosen = list(range(min(8, count))) if somas is None else list(somas)
     for soma in chosen:
-        if not 0 <= soma < connectivity.num_somas:
-            raise ValueError(f"Expected somas in [0, {connectivity.num_somas}), got {soma}")
+        if not 0 <= soma < count:
+            raise ValueError(f"Expected somas in [0, {count}), got {soma}")
     if not chosen:
         raise ValueError("Expected at least one soma, got none")
     grey = None if image is None else _grey(image, height, width)
@@ -54,20 +60,20 @@ def plot(
         figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for panel, soma in zip(panels, chosen, strict=False):
-        _draw_soma(panel, connectivity, soma, (height, width), grey)
+        _draw_soma(panel, fields, soma, (height, width), grey)
     for panel in panels[len(chosen) :]:
         panel.set_axis_off()
     return figure
 
 
 def _draw_soma(
-    panel: Axes, connectivity: Connectivity, soma: int, shape: tuple[int, int], grey: Array | None
+    panel: Axes, fields: Fields, soma: int, shape: tuple[int, int], grey: Array | None
 ) -> None:
     from matplotlib.collections import PolyCollection
 
     height, width = shape
-    first, end = connectivity.soma_ptr[soma : soma + 2].tolist()
-    pixels, dendrites = _fields(connectivity, first, end)
+    first, end = fields.soma_ptr[soma : soma + 2].tolist()
+    pixels, dendrites = _pixels(fields, first, end)
     panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
     panel.set(xticks=[], yticks=[], facecolor=_PAPER)
     count = end - first
@@ -90,12 +96,12 @@ def _draw_soma(
     panel.add_collection(marks, autolim=False)
 
 
-def _fields(connectivity: Connectivity, first: int, end: int) -> tuple[Array, Array]:
+def _pixels(fields: Fields, first: int, end: int) -> tuple[Array, Array]:
     """Pixel and dendrite (counted from `first`) of every mark, by pixel and then by dendrite."""
-    crow = connectivity.crow_indices.numpy()[first : end + 1]
-    columns = connectivity.col_indices.numpy()[crow[0] : crow[-1]]
+    crow = fields.crow[first : end + 1]
+    columns = fields.columns[crow[0] : crow[-1]]
     dendrites = np.repeat(np.arange(end - first), np.diff(crow))
-    channels = math.prod((connectivity.in_shape or ())[2:])
+    channels = math.prod((fields.in_shape or ())[2:])
     count = max(end - first, 1)
     return np.divmod(np.unique(columns // channels * np.int64(count) + dendrites), count)
 

@@ -392,9 +392,10 @@ class Connectivity:
             ImportError: matplotlib is missing.
             ValueError: the connectivity has no in_shape, or there is no such soma.
         """
-        from ._plot import plot
+        from ._plot import Fields, plot
 
-        return plot(self, somas, image, figure)
+        arrays = (t.numpy() for t in (self.crow_indices, self.col_indices, self.soma_ptr))
+        return plot(Fields(self.in_shape, *arrays), somas, image, figure)
 
 
 def _untraced(factory: Callable[[], T]) -> T:

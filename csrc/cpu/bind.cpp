@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "direct.h"
+#include "fast_path.h"
 #include "isa.h"
 #include "kernels.h"
 #include "tensor.h"
@@ -72,16 +72,16 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for, uintptr_
         "Expected torch to offer version 1 of the DLPack exchange table, got none");
   exchange = api;
   pool_for = reinterpret_cast<decltype(pool_for)>(parallel_for);
-  const auto lent = [](py::object object) { return object.release().ptr(); };  // torch lives on
-  const auto kind = [&](py::object type) { return reinterpret_cast<PyTypeObject*>(lent(type)); };
+  const auto kept = [](py::object object) { return object.release().ptr(); };  // torch lives on
+  const auto kind = [&](py::object type) { return reinterpret_cast<PyTypeObject*>(kept(type)); };
   torch = {kind(module.attr("Tensor")),
            kind(module.attr("nn").attr("Parameter")),
-           lent(module.attr("Tensor").attr("is_neg")),
-           lent(py::str("requires_grad")),
-           lent(empty_strided),
-           lent(module.attr("int32")),
-           lent(module.attr("float32")),
-           lent(module.attr("float64")),
+           kept(module.attr("Tensor").attr("is_neg")),
+           kept(py::str("requires_grad")),
+           kept(empty_strided),
+           kept(module.attr("int32")),
+           kept(module.attr("float32")),
+           kept(module.attr("float64")),
            reinterpret_cast<decltype(torch.num_threads)>(num_threads),
            reinterpret_cast<const bool*>(forked)};
 }
@@ -294,21 +294,21 @@ void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py:
   });
 }
 
-// ---- the short way ----
+// ---- the fast path ----
 
-// None unless `direct_forward` takes these operands just as they are, else whether one of them
+// None unless `fast_forward` takes these operands just as they are, else whether one of them
 // requires a gradient; cable None: a sparse linear layer.
 py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
                    py::handle dendrite_bias, py::handle cable, py::handle soma_bias) {
   const Topology& net = bound.net;
   DLTensorAbi t;
-  if (!lends(x, &t) || t.ndim != 2) return py::none();
+  if (!borrowed(x, &t) || t.ndim != 2) return py::none();
   const Type type = has_type(t, kFloat64) ? kFloat64 : kFloat32;
   if (!fits(t, type, {t.shape[0], net.in_features})) return py::none();
   bool required = requires_grad(x);
   const auto parameter = [&](py::handle p, int64_t length, bool optional) {
     if (p.is_none()) return optional;
-    if (!lends(p, &t) || !fits(t, type, {length})) return false;
+    if (!borrowed(p, &t) || !fits(t, type, {length})) return false;
     required = required || requires_grad(p);
     return true;
   };
@@ -319,7 +319,7 @@ py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
 }
 
 // y, or y and its signs, of operands that were accepted (and are checked once more).
-py::object direct_forward(const BoundTopology& bound, py::handle x, py::handle weight,
+py::object fast_forward(const BoundTopology& bound, py::handle x, py::handle weight,
                           py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
                           double slope, bool save_signs) {
   const DLTensorAbi t = borrow(x, "x");
@@ -360,7 +360,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def("set_transposed", &BoundTopology::set_transposed)
       .def("set_order", &BoundTopology::set_order)
       .def("accepts", &accepts)
-      .def("forward", &direct_forward);
+      .def("forward", &fast_forward);
   m.def(
       "poison_workspaces", [](bool on) { poison_workspaces = on; },
       "For tests: NaN in every workspace.");

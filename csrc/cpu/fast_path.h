@@ -1,6 +1,6 @@
-// The short way of a small layer: one call from Python says whether tensors fit, a second one
-// allocates what the kernel writes. Everything here is asked before every call, so nothing explains
-// itself; whoever is refused takes the long way, which does.
+// The fast path of a small layer: one call from Python says whether tensors fit, a second one
+// allocates what the kernel writes. All of this runs before every call, so it gives no reasons: a
+// call that is refused goes through the operators, which explain what is wrong.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 
 namespace dk {
 
-// What torch lends, besides its exchange table; set once by configure(), and never given back.
+// Objects and functions of torch, besides its exchange table; set once by configure(), kept forever.
 struct Torch {
   // Classes whose objects are nothing but tensors: subclasses may intercept what is done to them.
   PyTypeObject *tensor_class, *parameter_class;
@@ -31,7 +31,7 @@ inline int threads() {
 
 // A tensor's view, unless only Python can tell what is to be done with the object: it is of another
 // class, or its sign is still to be flipped (DLPack does not say).
-inline bool lends(pybind11::handle object, DLTensorAbi* t) {
+inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
   PyTypeObject* const kind = Py_TYPE(object.ptr());
   if (kind != torch.tensor_class && kind != torch.parameter_class) return false;
   if (exchange->borrow(object.ptr(), t)) {
