@@ -9,7 +9,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
 SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-numba test-neon test-sanitize lint bench gpu clean
+.PHONY: help demo test test-all test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -18,10 +18,11 @@ help:
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
 	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
+	@echo 'make test-numba-oldest  the tests of the Numba backend on the oldest Numba that pyproject.toml allows'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
-	@echo 'make clean        remove .venv, .venv-numba, built files and caches'
+	@echo 'make clean        remove .venv*, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
 demo: .venv/.installed-demo
@@ -59,6 +60,15 @@ test-numba:
 	  assert reason and "compiler" in reason, reason'
 	$(NUMBA_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
 
+# `make test` runs on the newest one that pyproject.toml allows, which constraints.txt pins.
+OLDEST := 'numba==0.61.*' 'numpy<2.3' $(shell sed -nE 's/^((torch|pytest)==[^;]*).*/\1/p' constraints.txt) scipy
+
+test-numba-oldest:
+	@test -x .venv-numba-oldest/bin/python || $(PYTHON) -m venv .venv-numba-oldest
+	.venv-numba-oldest/bin/python -m pip install $(OLDEST)
+	.venv-numba-oldest/bin/python -m pytest -q tests/backends/test_numba_backend.py \
+	  tests/backends/test_numba_processes.py $(ARGS)
+
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -73,7 +83,7 @@ gpu:
 	$(PYTHON) -m bench.speed.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-numba build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-numba .venv-numba-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find dendrite_kernels bench tests -name __pycache__ -exec rm -rf {} +
 	find dendrite_kernels -name '*.so' -delete
 
