@@ -1,10 +1,8 @@
-"""How a layer differentiates: the derivative is written once, in `_differentiate`.
+"""How a layer differentiates: the derivative of the fused kernels, written once.
 
-Three ways lead to it: the fast path, which records a call of the C++ kernels at once; the operator
-`forward`, eager or compiled; and, below torch.func transforms and forward mode, the sparse product.
-What the fused kernels cannot serve -- transforms, forward mode, the gradient of a gradient -- is
-composed of the sparse product and plain torch operations. The sparse product is bilinear, so its
-derivatives are the same two operators again, to any order and in both modes.
+Two ways lead to `_differentiate`: the fast path, which records a call of the C++ kernels itself,
+and the operator `forward`, eager or compiled. What the fused kernels cannot serve goes through
+`transforms`.
 """
 
 from __future__ import annotations
@@ -12,20 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import is_grad_enabled
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
-from . import fast_path, operators
+from . import fast_path, operators, transforms
 from .backends.protocol import Maybe
 from .structure import Connectivity
-
-
-def transforms_active() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at what runs now."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _needs_grad(*tensors: Maybe) -> bool:
@@ -68,13 +57,15 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
             "Expected a program traced with gradients enabled, got one that saves no signs"
         )
     gradients: tuple[Maybe, ...]
-    if is_grad_enabled() or transforms_active():  # create_graph=True: this pass is recorded in turn
+    if is_grad_enabled() or transforms.active():  # create_graph=True: this pass is recorded in turn
         crow, col, soma_ptr = ctx.indices
         connectivity = operators.connectivity_of(crow, col, soma_ptr, x)
         if cable_weight is None:
-            gradients = LinearBackward.apply(grad, x, synapse_weight, connectivity, needed[0])
+            gradients = transforms.LinearBackward.apply(
+                grad, x, synapse_weight, connectivity, needed[0]
+            )
         else:
-            gradients = _composed_backward(
+            gradients = transforms.layer_backward(
                 grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, ctx.slope,
                 needed[0],
             )  # fmt: skip
@@ -85,37 +76,6 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         )  # fmt: skip
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
     return *wanted, *(None,) * (len(needed) - len(wanted))
-
-
-def _composed_backward(
-    grad: torch.Tensor,  # [B, S]
-    x: torch.Tensor,
-    y: torch.Tensor,
-    synapse_weight: torch.Tensor,
-    dendrite_bias: Maybe,
-    cable_weight: torch.Tensor,
-    connectivity: Connectivity,
-    slope: float,
-    need_x: bool,
-) -> tuple[torch.Tensor, ...]:
-    """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
-
-    The masks have no derivative: the activation is piecewise linear.
-    """
-    if x.dtype in operators.LOW:  # in float32, rounded once
-        dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
-        dx, *gradients = _composed_backward(
-            grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
-            cable_weight.float(), connectivity, slope, need_x,
-        )  # fmt: skip
-        return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
-    u = _linear(x, synapse_weight, dendrite_bias, connectivity)
-    grad_v = torch.where(y > 0, grad, slope * grad)
-    spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
-    q = torch.where(u > 0, spread, slope * spread)
-    dc = (q * u).sum(0)
-    dx, dw, dbd = LinearBackward.apply(q * cable_weight, x, synapse_weight, connectivity, need_x)
-    return dx, dw, dbd, dc, grad_v.sum(0)
 
 
 # ---- the operator, eager and compiled ----
@@ -216,179 +176,6 @@ def fast_layer(
     return y
 
 
-# ---- the sparse product under transforms, in forward mode, and differentiated twice ----
-
-
-class Linear(torch.autograd.Function):
-    """(x, weight, bias) -> u = x W^T + bias."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-    ) -> torch.Tensor:
-        indices = operators.index_tensors(connectivity)
-        u: torch.Tensor
-        u, _ = operators.forward(x, weight, bias, None, None, *indices, 1.0, False)
-        return u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, weight, bias, ctx.connectivity = inputs
-        indices = operators.index_tensors(ctx.connectivity)
-        _save(ctx, x, None, None, weight, bias, None, indices, 1.0)
-        ctx.save_for_forward(x, None, None, weight, bias, None)
-
-    backward = staticmethod(_differentiate)
-
-    @staticmethod
-    def jvp(ctx: Any, x_t: Maybe, weight_t: Maybe, bias_t: Maybe, _: None) -> torch.Tensor:
-        x, _y, _signs, weight, *_others = ctx.saved_tensors
-        connectivity = ctx.connectivity
-        u_t: Maybe = None if x_t is None else Linear.apply(x_t, weight, None, connectivity)
-        if weight_t is not None:
-            u_t = _add(u_t, Linear.apply(x, weight_t, None, connectivity))
-        if bias_t is not None:
-            u_t = _add(u_t, bias_t.expand(*x.shape[:-1], -1))
-        if u_t is None:
-            raise RuntimeError("Expected a tangent of x, weight or bias, got none")
-        return u_t
-
-
-class LinearBackward(torch.autograd.Function):
-    """(grad, x, weight) -> (dx, dw, db): linear in grad, and in x or the weights."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        connectivity: Connectivity,
-        need_x: bool,
-    ) -> operators.Three:
-        indices = operators.index_tensors(connectivity)
-        none = None, None
-        return operators.backward(grad, x, *none, weight, *none, *indices, 1.0, need_x)[:3]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad, x, weight, ctx.connectivity, ctx.need_x = inputs
-        ctx.save_for_backward(grad, x, weight)
-        ctx.save_for_forward(grad, x, weight)
-
-    @staticmethod
-    def backward(
-        ctx: Any, of_dx: torch.Tensor, of_dw: torch.Tensor, of_db: torch.Tensor
-    ) -> tuple[Maybe, ...]:
-        # <of_dx, dx> + <of_dw, dw> + <of_db, db>, differentiated
-        grad, x, weight = ctx.saved_tensors
-        linear, backward = Linear.apply, LinearBackward.apply
-        by_grad = linear(x, of_dw, of_db, ctx.connectivity)
-        by_x, _, _ = backward(grad, x, of_dw, ctx.connectivity, True)
-        by_weight = None
-        if ctx.need_x:
-            by_grad = by_grad + linear(of_dx, weight, None, ctx.connectivity)
-            _, by_weight, _ = backward(grad, of_dx, weight, ctx.connectivity, False)
-        return by_grad, by_x, by_weight, None, None
-
-    @staticmethod
-    def jvp(
-        ctx: Any, grad_t: Maybe, x_t: Maybe, weight_t: Maybe, *_: None
-    ) -> tuple[torch.Tensor, ...]:
-        grad, x, weight = ctx.saved_tensors
-        parts = [
-            (grad_t, x, weight, (0, 1, 2)),
-            (grad, x_t, weight, (1,)),
-            (grad, x, weight_t, (0,)),
-        ]
-        tangents: list[Maybe] = [None, None, None]
-        for g, a, w, which in parts:
-            if g is None or a is None or w is None:
-                continue
-            outputs = LinearBackward.apply(g, a, w, ctx.connectivity, ctx.need_x)
-            for i in which:
-                tangents[i] = _add(tangents[i], outputs[i])
-        shapes = ((x if ctx.need_x else x[:0]).shape, weight.shape, grad.shape[-1:])
-        return tuple(
-            x.new_zeros(shape) if t is None else t
-            for t, shape in zip(tangents, shapes, strict=True)
-        )
-
-
-def _add(a: Maybe, b: Maybe) -> Maybe:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _gathered_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """x [..., N] -> u [..., R] of plain torch operations, by way of [..., nnz] products.
-
-    For torch.func inside torch.compile: the compiler follows no autograd.Function through
-    transforms (torch 2.13 drops parts of its gradients without a word).
-    """
-    device = x.device
-    product = x.index_select(-1, connectivity.col_indices.to(device)) * weight
-    row = _owners(connectivity.crow_indices, connectivity.nnz, device)
-    u = _sums(product, row, connectivity.num_dendrites)
-    return u if bias is None else u + bias
-
-
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """The sparse product that differentiates to any order, in both modes."""
-    run = _gathered_linear if is_compiling() else Linear.apply
-    u: torch.Tensor = run(x, weight, bias, connectivity)
-    return u
-
-
-# ---- the cable, of plain torch operations ----
-
-
-def _owners(pointer: torch.Tensor, items: int, device: torch.device) -> torch.Tensor:
-    """Which stretch of `pointer` each of the items is in, int64 [items]."""
-    return torch.repeat_interleave(pointer.to(device).long().diff(), output_size=items)
-
-
-def _soma_of(connectivity: Connectivity, device: torch.device) -> torch.Tensor:
-    return _owners(connectivity.soma_ptr, connectivity.num_dendrites, device)  # [R]
-
-
-def _sums(values: torch.Tensor, owner: torch.Tensor, owners: int) -> torch.Tensor:
-    """values [..., items] -> [..., owners]: what each owner's items add up to."""
-    return values.new_zeros((*values.shape[:-1], owners)).index_add(-1, owner, values)
-
-
-def cable(
-    a: torch.Tensor, cable_weight: torch.Tensor, soma_bias: Maybe, connectivity: Connectivity
-) -> torch.Tensor:
-    """Block sum of dendrites into somas: a [..., R] -> v [..., S], no [S, R] matrix anywhere."""
-    per_soma, somas = connectivity.dendrites_per_soma, connectivity.num_somas
-    if per_soma is not None:
-        blocks = (somas, per_soma)
-        v = torch.einsum(
-            "...sd,sd->...s", a.unflatten(-1, blocks), cable_weight.unflatten(0, blocks)
-        )
-    else:
-        v = _sums(a * cable_weight, _soma_of(connectivity, a.device), somas)
-    return v if soma_bias is None else v + soma_bias
-
-
-# ---- a layer ----
-
-
-def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
-    """x rounded to bfloat16, in the dtype of x; its gradient is that of x."""
-    rounded = x.bfloat16().to(x.dtype)
-    return torch.where(x.isfinite(), x + (rounded - x).detach(), rounded)
-
-
 def layer(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -403,14 +190,9 @@ def layer(
 
     Arguments fit.
     """
-    if transforms_active():
-        x = round_to_bfloat16(x) if round_x else x
-        u = _linear(x, synapse_weight, dendrite_bias, connectivity)
-        if cable_weight is None:
-            return u
-        v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
-        return F.leaky_relu(v, slope)
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
+    if transforms.active():
+        return transforms.layer(x, *parameters, connectivity, slope, round_x)
     save_signs = cable_weight is not None and _needs_grad(x, *parameters)
     y: torch.Tensor
     y, _ = torch.ops.dendrite_kernels.forward.default(

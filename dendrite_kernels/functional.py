@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from . import activations, autograd, operators
+from . import activations, autograd, operators, transforms
 from .backends.protocol import Maybe
 from .structure import Connectivity
 
@@ -128,7 +128,7 @@ def _unflatten(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _takes_low(x: torch.Tensor) -> bool:
     """Whether the operators take x in its low precision; transforms differentiate in float32."""
-    return x.dtype in _LOW and not autograd.transforms_active()
+    return x.dtype in _LOW and not transforms.active()
 
 
 def sparse_linear(
@@ -164,7 +164,7 @@ def sparse_linear(
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     round_x = precision is not None and _rounds(x, precision)
     if connectivity.is_dense:  # dense synapses are a matrix product
-        x = autograd.round_to_bfloat16(x) if round_x else x
+        x = transforms.round_to_bfloat16(x) if round_x else x
         return F.linear(
             x, weight.reshape(connectivity.num_dendrites, connectivity.in_features), bias
         )
@@ -251,7 +251,7 @@ def dendritic_layer(
         phi = activations.function_of(activation, negative_slope)
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
         a = phi(u)
-        y = phi(autograd.cable(a, cable_weight, soma_bias, connectivity))
+        y = phi(transforms.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
     y = autograd.layer(_flatten(x), *tensors, c, slope, round_x)
     return _unflatten(y if low is None else y.to(low), x)
