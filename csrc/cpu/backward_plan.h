@@ -283,7 +283,7 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
       const bool first = tile == begin;
-      tile_in<T>(V, call.storage, call.x, tile * kTile, samples, N, 0, N, x);
+      tile_in<T, V>(call.storage, call.x, tile * kTile, samples, N, 0, N, x);
       if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
       for (int64_t block = 0; block < net.blocks; ++block) {
         const int64_t r0 = block * net.block_rows, r1 = min64(R, r0 + net.block_rows);
@@ -291,7 +291,7 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
         gather(net, block, weight + blocks.start(block), q, x, block == 0, first, dx,
                G + i * slots + blocks.start(block));
       }
-      tile_out<T>(V, call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
+      tile_out<T, V>(call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
     }
   });
   parallel(runtime, parts, [&](int64_t i) {

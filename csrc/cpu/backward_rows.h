@@ -197,8 +197,8 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
     const int64_t begin = tiles * i / threads, end = tiles * (i + 1) / threads;
     for (int64_t tile = begin; tile < end; ++tile) {
       const bool first = tile == begin;
-      tile_in<T>(V, call.storage, call.x, tile * kTile, min64(kTile, call.batch - tile * kTile), N,
-                 0, N, x);
+      tile_in<T, V>(call.storage, call.x, tile * kTile, min64(kTile, call.batch - tile * kTile), N,
+                    0, N, x);
       if (S) soma_gradient<T, V>(net, call, tile, 0, S, first, soma, bias + i * S);
       T* out = G + i * slots;
       for (int64_t p = 0; p < R; p += kRowBlock)

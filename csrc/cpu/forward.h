@@ -303,8 +303,8 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                : find_output(net, somas, outputs, whole, end - tile * cost);
       if (first >= last) continue;
       const int64_t sample = tile * Tile, samples = min64(Tile, call.batch - sample);
-      tile_in<T>(Tile / kLanes<T>, call.storage, call.x, sample, samples, N, 0, N, xt,
-                 call.round_x);
+      tile_in<T, Tile / kLanes<T>>(call.storage, call.x, sample, samples, N, 0, N, xt,
+                                   call.round_x);
       for (int64_t o = first; o < last; o += chunk) {
         const int64_t stop = min64(last, o + chunk);
         for (int strip = 0; strip * kStripSamples < samples; ++strip) {
@@ -313,8 +313,8 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
           if (call.signs) signs.words = call.signs + from / 32 * net.rows;
           kernel(net, call, xt, strip, o, stop, signs, yt);
         }
-        tile_out<T>(Tile / kLanes<T>, call.storage, yt, stop - o, samples, call.y, sample, outputs,
-                    o);
+        tile_out<T, Tile / kLanes<T>>(call.storage, yt, stop - o, samples, call.y, sample, outputs,
+                                      o);
       }
     }
   });

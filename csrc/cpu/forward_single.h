@@ -18,18 +18,19 @@ DK_INLINE vec<T> products_part(const T* weight, const T* x, const Column* column
 #endif
 }
 
-// w * x of dendrite r, to be summed over the lanes. Whole: every row has net.fan_in synapses, which
-// fill their vectors and make one chain.
-template <class T, bool Whole, class Column>
+// w * x of dendrite r, to be summed over the lanes. FanIn > 0 is a number of whole vectors of
+// synapses.
+template <class T, int FanIn, class Column>
 DK_INLINE vec<T> gathered_products(const dk::Topology& net, const T* weight, const T* x,
                                    int64_t r) {
   constexpr int L = kLanes<T>;
-  const int64_t begin = Whole ? r * net.fan_in : int64_t(net.crow[r]);
+  const int64_t begin = FanIn ? r * FanIn : int64_t(net.crow[r]);
   const Column* column = static_cast<const Column*>(net.columns) + begin;
   weight += begin;
-  if constexpr (Whole) {
+  if constexpr (FanIn > 0) {
     vec<T> sum{};
-    for (int64_t k = 0; k < net.fan_in; k += L) sum += load(weight + k) * gather(x, column + k);
+    unroll<FanIn / L>([&](auto i)
+                          DK_LAMBDA { sum += load(weight + i * L) * gather(x, column + i * L); });
     return sum;
   } else {
     Chains<T> sum;
@@ -42,15 +43,15 @@ DK_INLINE vec<T> gathered_products(const dk::Topology& net, const T* weight, con
 }
 
 // u of dendrites r..r+count-1 in the first lanes.
-template <class T, bool Whole, class Column>
+template <class T, int FanIn, class Column>
 DK_INLINE vec<T> gathered_dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                     const T* x, int64_t r, int count) {
   constexpr int L = kLanes<T>;
   const auto row = [&](int d) DK_LAMBDA {
-    return gathered_products<T, Whole, Column>(net, call.weight, x, r + d);
+    return gathered_products<T, FanIn, Column>(net, call.weight, x, r + d);
   };
   vec<T> products[L];
-  if (Whole && count == L) {
+  if (FanIn && count == L) {
     unroll<L>([&](auto d) DK_LAMBDA { products[d] = row(d); });
   } else {
     for (int d = 0; d < L; ++d) products[d] = d < count ? row(d) : vec<T>{};
@@ -72,7 +73,7 @@ DK_INLINE void store_sign_words(uint32_t* words, vec<T> u, int count) {
 }
 
 // Somas s0..s1-1 of the only sample.
-template <class T, bool Whole, class Column>
+template <class T, int FanIn, class Column>
 __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                             const T* x, int64_t s0, int64_t s1, T* y) {
   constexpr int L = kLanes<T>;
@@ -87,7 +88,7 @@ __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::F
   };
   for (int64_t r = net.soma_ptr[s0]; r < end; r += L) {
     const int count = int(min64(L, end - r));
-    const vec<T> u = gathered_dendrites<T, Whole, Column>(net, call, x, r, count);
+    const vec<T> u = gathered_dendrites<T, FanIn, Column>(net, call, x, r, count);
     if (call.signs) store_sign_words<T>(call.signs + r, u, count);
     const vec<T> a = load_part(call.cable + r, count) * leaky_relu<T>(u, slope);
     for (int64_t d = 0; d < count;) {
@@ -103,26 +104,28 @@ __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::F
 }
 
 // Rows r0..r1-1 of the only sample, no soma stage.
-template <class T, bool Whole, class Column>
+template <class T, int FanIn, class Column>
 __attribute__((noinline)) void single_rows(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                            const T* x, int64_t r0, int64_t r1, T* y) {
   for (int64_t r = r0; r < r1; r += kLanes<T>) {
     const int count = int(min64(kLanes<T>, r1 - r));
-    store_part(y + r, gathered_dendrites<T, Whole, Column>(net, call, x, r, count), count);
+    store_part(y + r, gathered_dendrites<T, FanIn, Column>(net, call, x, r, count), count);
   }
 }
 
-template <class T, bool Whole, class Column>
+template <class T, int FanIn, class Column>
 auto pick_single_stage(bool somas) {
-  return somas ? single_somas<T, Whole, Column> : single_rows<T, Whole, Column>;
+  return somas ? single_somas<T, FanIn, Column> : single_rows<T, FanIn, Column>;
 }
 
 template <class T, class Column>
 auto pick_single(const dk::Topology& net, bool somas) {
-  if constexpr (sizeof(Column) == 2)
-    if (net.fan_in > 0 && net.fan_in % kLanes<T> == 0 && net.fan_in <= kChain)
-      return pick_single_stage<T, true, Column>(somas);
-  return pick_single_stage<T, false, Column>(somas);
+  if constexpr (sizeof(Column) == 2) {
+    if (net.fan_in == 16) return pick_single_stage<T, 16, Column>(somas);
+    if (net.fan_in == 32) return pick_single_stage<T, 32, Column>(somas);
+    if (net.fan_in == 48) return pick_single_stage<T, 48, Column>(somas);
+  }
+  return pick_single_stage<T, 0, Column>(somas);
 }
 
 template <class T>

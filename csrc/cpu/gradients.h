@@ -68,8 +68,8 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   SumStream<T> sums(G0 + p0, first);
   const int64_t sample = tile * kTile, last_word = (call.batch - 1) / 32;
   if (!soma_grad)
-    tile_in<T>(V, call.storage, call.grad, sample, min64(kTile, call.batch - sample), net.rows, p0,
-               p1, buffer);
+    tile_in<T, V>(call.storage, call.grad, sample, min64(kTile, call.batch - sample), net.rows, p0,
+                  p1, buffer);
   const vec<T> slope = splat(call.slope);
   int64_t s = soma_grad && !net.order ? soma_of(net, p0) : 0;
   for (int64_t p = p0; p < p1; ++p) {
@@ -162,7 +162,8 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
       return Rows<T, Stored>{static_cast<const Stored*>(data) + sample * S, S};
     };
     const SomaGradient<T, Stored> source{rows(call.grad), rows(call.y), call.slope};
-    transpose_in<T>(source, min64(kTile, call.batch - sample), s0, s1, V, out);
+    constexpr bool kPlain = std::is_same_v<Stored, T>;
+    transpose_in<T>(source, min64(kTile, call.batch - sample), s0, s1, width<V, kPlain>(), out);
   });
   SumStream<T> sums(dsoma_bias, first);
   for (int64_t s = s0; s < s1; ++s) {
@@ -209,7 +210,7 @@ void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const d
         store(sum + e, total);
       }
       const int64_t samples = min64(kTile, call.batch - tile * kTile);
-      tile_out<T>(V, call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
+      tile_out<T, V>(call.storage, sum, n1 - n0, samples, call.dx, tile * kTile, N, n0);
     }
   });
 }

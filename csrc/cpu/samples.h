@@ -71,8 +71,8 @@ class Samples {
   // Inputs [n0, n1) of every tile.
   void transpose_inputs(int64_t n0, int64_t n1, int64_t i) const {
     for (int64_t tile = 0; tile < tiles_; ++tile)
-      tile_in<T>(V, call_.storage, call_.x, tile * kTile, samples_of(tile), net_.in_features, n0,
-                 n1, x(i, tile) + n0 * kTile);
+      tile_in<T, V>(call_.storage, call_.x, tile * kTile, samples_of(tile), net_.in_features, n0,
+                    n1, x(i, tile) + n0 * kTile);
   }
   int64_t samples_of(int64_t tile) const { return min64(kTile, call_.batch - tile * kTile); }
   void soma_gradients(int64_t s0, int64_t s1, int64_t i, T* dsoma_bias) const {
