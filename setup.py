@@ -6,8 +6,9 @@ An extension that cannot be built (no compiler) is left out and the package work
 The CUDA extension takes nvcc minutes for all kinds of GPU, so by default (auto) it is built where
 nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc,
 for all of ARCHS where there is no GPU; 0 never builds it. DENDRITE_KERNELS_CUDA_ARCHS="90;120"
-names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH; MAX_JOBS limits how many
-run at a time.
+names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH.
+
+As many compilers run at a time as there are cores; MAX_JOBS says otherwise.
 """
 
 import os
@@ -16,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pybind11
 from setuptools import Extension, setup
@@ -36,8 +39,13 @@ FLAGS = [
 # Kernels need no floating-point traps; NaN and infinity keep their meaning. They say themselves
 # what is a vector: GCC would compute pairs of addresses in one, which takes longer.
 KERNEL_FLAGS = ["-fno-trapping-math", "-fno-math-errno", "-fno-tree-slp-vectorize"]
+X86_UNITS = ["kernels_base.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
+ARM_UNITS = ["kernels_base.cpp", "kernels_neon.cpp"]
+UNITS = {"x86_64": X86_UNITS, "amd64": X86_UNITS, "aarch64": ARM_UNITS, "arm64": ARM_UNITS}
+MACHINE = platform.machine().lower()
 ISA_FLAGS = {
-    "kernels_base.cpp": [],
+    # Few machines run these where there are others: not worth the minutes of -O3.
+    "kernels_base.cpp": ["-O1"] if MACHINE in UNITS else [],
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": [
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
@@ -46,25 +54,28 @@ ISA_FLAGS = {
     # Scheduled before registers are given out, loads run so far ahead that accumulators spill.
     "kernels_neon.cpp": ["-fno-schedule-insns"],
 }
-X86_UNITS = ["kernels_base.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
-ARM_UNITS = ["kernels_base.cpp", "kernels_neon.cpp"]
-UNITS = {"x86_64": X86_UNITS, "amd64": X86_UNITS, "aarch64": ARM_UNITS, "arm64": ARM_UNITS}
+BIND_FLAGS = ["-O1"]
+LONGEST_FIRST = [
+    "kernels_avx512.cpp", "kernels_neon.cpp", "kernels_avx2.cpp", "kernels_base.cpp", "bind.cpp",
+]  # fmt: skip
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 class BuildOptional(build_ext):
-    """Compiles every source with the flags of its ISA; records why an extension is missing."""
+    """Compiles every source with flags of its own; records why an extension is missing."""
 
     def build_extensions(self) -> None:
         compile_one = self.compiler._compile
 
-        def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
+        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
             name = os.path.basename(src)
-            isa = KERNEL_FLAGS + ISA_FLAGS[name] if name in ISA_FLAGS else []
-            compile_one(obj, src, ext, cc_args, [*extra_postargs, *isa], pp_opts)
+            own = KERNEL_FLAGS + ISA_FLAGS[name] if name in ISA_FLAGS else BIND_FLAGS
+            compile_one(obj, src, ext, cc_args, [*extra_postargs, *own], pp_opts)
 
-        self.compiler._compile = compile_with_isa
+        self.compiler._compile = compile_with_flags
+        self.compiler.compile = in_parallel(self.compiler.compile)
         for extension in list(self.extensions):
             room = extension.name.rsplit("_", 1)[1]
             try:
@@ -94,9 +105,21 @@ class BuildOptional(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
+def in_parallel(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """The same for many sources at a time, each of which is handed over by itself."""
+
+    def compile_sources(sources: list[str], **options: Any) -> list[str]:
+        order = sorted(sources, key=lambda source: LONGEST_FIRST.index(os.path.basename(source)))
+        with ThreadPoolExecutor(JOBS) as pool:
+            made = pool.map(lambda source: compile_all([source], **options), order)
+            return [path for paths in made for path in paths]
+
+    return compile_sources
+
+
 def cpu_extension() -> Extension:
     room = Path("csrc", "cpu")
-    units = UNITS.get(platform.machine().lower(), ["kernels_base.cpp"])
+    units = UNITS.get(MACHINE, ["kernels_base.cpp"])
     return Extension(
         "dendrite_kernels._cpu",
         sources=[str(room / name) for name in ["bind.cpp", *units]],
@@ -160,8 +183,7 @@ def build_cuda(extension: Extension, target: Path, temporary: Path) -> None:
         subprocess.run([nvcc, "-c", source, "-o", made, *NVCC_FLAGS, *flags], check=True)
         return made
 
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compile_one, extension.sources))
     # The runtime is linked in and its symbols kept private: torch brings another copy.
     link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(target)]

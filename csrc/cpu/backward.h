@@ -7,7 +7,7 @@
 
 namespace {
 
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_without_dx(const dk::Topology& net, const dk::BackwardCall<T>& call,
                          const dk::Runtime& runtime) {
   constexpr int64_t kTile = V * kLanes<T>;
@@ -16,9 +16,9 @@ void backward_without_dx(const dk::Topology& net, const dk::BackwardCall<T>& cal
                          call.batch >= runtime.threads * 4 * kTile;
   const auto run = [&](auto vectors) {
     if (own_tiles)
-      backward_rows_by_tiles<T, vectors, Column>(net, call, runtime);
+      backward_rows_by_tiles<T, vectors>(net, call, runtime);
     else
-      backward_by_rows<T, vectors, Column, false>(net, call, runtime);
+      backward_by_rows<T, vectors, false>(net, call, runtime);
   };
   // There are registers for twice as many samples, over which the sums of products and the choice
   // of q are spread: 3 to 15 % faster, most where rows vary, share inputs, or vectors are short.
@@ -31,7 +31,7 @@ void backward_without_dx(const dk::Topology& net, const dk::BackwardCall<T>& cal
   run(std::integral_constant<int, V>{});
 }
 
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_with_dx(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
   const int64_t tiles = ceil_div(call.batch, V * kLanes<T>);
@@ -39,28 +39,29 @@ void backward_with_dx(const dk::Topology& net, const dk::BackwardCall<T>& call,
   // Each way keeps one thing per thread: all of dx, or all of G. Take the smaller.
   const bool large_batch = call.batch * net.in_features > 4 * net.plan_slot_ptr[net.blocks];
   if (few_blocks || large_batch)
-    backward_by_tiles<T, V, Column>(net, call, runtime);
+    backward_by_tiles<T, V>(net, call, runtime);
   else
-    backward_by_blocks<T, V, Column>(net, call, runtime);
+    backward_by_blocks<T, V>(net, call, runtime);
 }
 
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_tiled(const dk::Topology& net, const dk::BackwardCall<T>& call,
                     const dk::Runtime& runtime) {
   if (call.dx)
-    backward_with_dx<T, V, Column>(net, call, runtime);
+    backward_with_dx<T, V>(net, call, runtime);
   else
-    backward_without_dx<T, V, Column>(net, call, runtime);
+    backward_without_dx<T, V>(net, call, runtime);
 }
 
-template <class T, class Column>
-void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
-                      const dk::Runtime& runtime) {
-  if (call.batch == 1) return backward_single<T, Column>(net, call, runtime);
+template <class T>
+void backward(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& pool) {
+  dk::Runtime runtime = pool;
+  runtime.threads = int(useful_threads(pool, ceil_div(call.batch, 32) * (net.nnz + 4 * net.rows)));
+  if (call.batch == 1) return backward_single<T>(net, call, runtime);
   constexpr int kFew = 16, kFewVectors = kFew / kLanes<T>;
   if (call.batch <= kFew) {
-    if (call.dx) return backward_by_rows<T, kFewVectors, Column, true>(net, call, runtime);
-    return backward_by_rows<T, kFewVectors, Column, false>(net, call, runtime);
+    if (call.dx) return backward_by_rows<T, kFewVectors, true>(net, call, runtime);
+    return backward_by_rows<T, kFewVectors, false>(net, call, runtime);
   }
   // The vectors of samples of one tile hide the latency of the broadcasts. Two keep x in the cache
   // where N is large (AVX-512 only: elsewhere four are few already), and waste less on a small
@@ -70,21 +71,9 @@ void backward_columns(const dk::Topology& net, const dk::BackwardCall<T>& call,
                   tile_bytes = net.in_features * wide * int64_t(sizeof(T));
     const int64_t most_bytes = call.dx ? runtime.l2_bytes : runtime.l2_bytes / 2;
     if (tile_bytes > most_bytes || call.batch <= wide / 2)
-      return backward_tiled<T, 2, Column>(net, call, runtime);
+      return backward_tiled<T, 2>(net, call, runtime);
   }
-  backward_tiled<T, kTileVectors, Column>(net, call, runtime);
-}
-
-template <class T>
-void backward(const dk::Topology& net, const dk::BackwardCall<T>& call,
-              const dk::Runtime& runtime) {
-  dk::Runtime useful = runtime;
-  useful.threads =
-      int(useful_threads(runtime, ceil_div(call.batch, 32) * (net.nnz + 4 * net.rows)));
-  if (net.narrow)
-    backward_columns<T, uint16_t>(net, call, useful);
-  else
-    backward_columns<T, int32_t>(net, call, useful);
+  backward_tiled<T, kTileVectors>(net, call, runtime);
 }
 
 }  // namespace

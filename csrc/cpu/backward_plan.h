@@ -151,12 +151,12 @@ __attribute__((noinline)) void finish_block(const dk::Topology& net,
 }
 
 template <class T, int V, class Column>
-void gather(const dk::Topology& net, int64_t block, const T* weight, const T* q, const T* x,
-            bool clear_dx, bool first, T* dx, T* G) {
-  if (net.group == 4)
-    gather_block<T, V, 4, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
-  else
-    gather_block<T, V, 1, Column>(net, block, weight, q, x, clear_dx, first, dx, G);
+auto pick_gather(const dk::Topology& net) {
+  return net.group == 4 ? gather_block<T, V, 4, Column> : gather_block<T, V, 1, Column>;
+}
+template <class T, int V>
+auto pick_gather(const dk::Topology& net) {
+  return net.narrow ? pick_gather<T, V, uint16_t>(net) : pick_gather<T, V, int32_t>(net);
 }
 
 // The blocks of the transposed plan: w c and G of each are kept in the order of its slots.
@@ -196,7 +196,7 @@ class PlanBlocks {
 // Threads own blocks of dendrites; dx is private and added up while it is transposed back.
 // block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache; else
 // tiles go outside.
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
                         const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
@@ -204,6 +204,7 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
   const bool block_outer = call.batch * N * int64_t(sizeof(T)) <= kHotBytes;
   const PlanBlocks<T> blocks(net, call);
   const int64_t slots = block_outer ? threads * blocks.most_slots() : blocks.slots();
+  const auto gather = pick_gather<T, V>(net);
   Carver carver;
   const Samples<T, V> samples(net, call, threads, carver);
   const int64_t tiles = samples.tiles();
@@ -226,8 +227,8 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
     const auto work = [&](int64_t block, int64_t tile) {
       const int64_t r0 = block * net.block_rows, r1 = min64(net.rows, r0 + net.block_rows);
       make_q<T, V>(net, call, r0, r1, tile, samples.soma(i, tile), tile == 0, q, G0);
-      gather<T, V, Column>(net, block, at(weight_at, block), q, samples.x(i, tile), block == b0,
-                           tile == 0, own + tile * N * kTile, at(G_at, block));
+      gather(net, block, at(weight_at, block), q, samples.x(i, tile), block == b0, tile == 0,
+             own + tile * N * kTile, at(G_at, block));
     };
     const auto finish = [&](int64_t block) { blocks.finish(block, 1, at(G_at, block), 0, G0); };
     samples.take(i, b0 * net.block_rows, b1 * net.block_rows);
@@ -248,7 +249,7 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
 }
 
 // Threads own batch tiles: x, dx and q are private and small, G is private and added up at the end.
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                        const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
@@ -257,6 +258,7 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                 slots = blocks.slots();
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles),
                 parts = min64(runtime.threads, net.blocks);
+  const auto gather = pick_gather<T, V>(net);
   Carver carver;
   const int64_t x_at = carver.reserve<T>(threads * N * kTile),
                 soma_at = carver.reserve<T>(threads * S * kTile);
@@ -286,8 +288,8 @@ void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
       for (int64_t block = 0; block < net.blocks; ++block) {
         const int64_t r0 = block * net.block_rows, r1 = min64(R, r0 + net.block_rows);
         make_q<T, V>(net, call, r0, r1, tile, S ? soma : nullptr, first, q, G0 + i * R);
-        gather<T, V, Column>(net, block, weight + blocks.start(block), q, x, block == 0, first, dx,
-                             G + i * slots + blocks.start(block));
+        gather(net, block, weight + blocks.start(block), q, x, block == 0, first, dx,
+               G + i * slots + blocks.start(block));
       }
       tile_out<T, V>(call.storage, dx, N, samples, call.dx, tile * kTile, N, 0);
     }

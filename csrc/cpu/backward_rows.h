@@ -81,11 +81,12 @@ __attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::Back
   return out;
 }
 
-template <class T, int V, class Column, bool WithInput>
+template <class T, int V, bool WithInput>
 auto pick_gather_rows(const dk::Topology& net) {
   if constexpr (!WithInput)
-    if (whole_rows<T>(net)) return gather_rows<T, V, Column, false, true>;
-  return gather_rows<T, V, Column, WithInput, false>;
+    if (whole_rows<T>(net) && net.narrow) return gather_rows<T, V, uint16_t, false, true>;
+  return net.narrow ? gather_rows<T, V, uint16_t, WithInput, false>
+                    : gather_rows<T, V, int32_t, WithInput, false>;
 }
 
 // The parameters' gradients of positions p0..p1-1 from G, one padded row after the other, and G0.
@@ -108,7 +109,7 @@ __attribute__((noinline)) void finish_rows(const dk::Topology& net, const dk::Ba
 
 // Threads own blocks of dendrites, whose G stays small and private. WithInput, for a batch of one
 // tile: what the plan saves there is less than its weights and sums cost to move.
-template <class T, int V, class Column, bool WithInput>
+template <class T, int V, bool WithInput>
 void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
@@ -138,7 +139,7 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   T* G0 = carver.at<T>(G0_at);
 
   samples.share(runtime);
-  const auto gather = pick_gather_rows<T, V, Column, WithInput>(net);
+  const auto gather = pick_gather_rows<T, V, WithInput>(net);
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t begin = min64(R, i * share), end = min64(R, begin + share);
     T *G = in_place ? call.dweight + begin * net.fan_in : carver.at<T>(G_at) + i * widest,
@@ -168,13 +169,13 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
 
 // For batches much larger than the network: threads own tiles, and everything is private to them; G
 // is added up at the end.
-template <class T, int V, class Column>
+template <class T, int V>
 void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                             const dk::Runtime& runtime) {
   constexpr int kTile = V * kLanes<T>;
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
-  const auto gather = pick_gather_rows<T, V, Column, false>(net);
+  const auto gather = pick_gather_rows<T, V, false>(net);
   const auto room = [&](int64_t p0, int64_t p1) {  // for G of these positions
     int64_t size = 0;
     for (int64_t p = p0; p < p1; ++p) size += padded_row<T>(net, p);

@@ -80,7 +80,7 @@ __attribute__((noinline)) void single_outputs(const dk::Topology& net,
   }
 }
 
-template <class T, class Column>
+template <class T>
 void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
                      const dk::Runtime& runtime) {
   const bool somas = call.cable != nullptr;
@@ -103,13 +103,19 @@ void backward_single(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const auto add = [&](const T* part, T* sum) {
     for (int64_t n = 0; n < N; ++n) sum[n] += part[n];
   };
+  const auto outputs_of = [&](bool with_input) {
+    if (with_input)
+      return net.narrow ? single_outputs<T, uint16_t, true> : single_outputs<T, int32_t, true>;
+    return net.narrow ? single_outputs<T, uint16_t, false> : single_outputs<T, int32_t, false>;
+  };
+  const auto run = outputs_of(call.dx);
   parallel(runtime, threads, [&](int64_t i) {
     for (int64_t stretch = 0; stretch < stretches; ++stretch) {
       const auto [first, last] = share_of(net, somas, i * stretches + stretch, threads * stretches);
-      if (!call.dx) return single_outputs<T, Column, false>(net, call, in, first, last, nullptr);
+      if (!call.dx) return run(net, call, in, first, last, nullptr);
       T* part = stretch ? carver.at<T>(stretch_at) + i * N : dx_of(i);
       memset(part, 0, size_t(N) * sizeof(T));
-      single_outputs<T, Column, true>(net, call, in, first, last, part);
+      run(net, call, in, first, last, part);
       if (stretch) add(part, dx_of(i));
     }
   });

@@ -15,7 +15,7 @@ constexpr int kStrip = Tile / kLanes<T> < kTileVectors ? Tile / kLanes<T> : kTil
 // 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
 // ports from the gathered rows. AVX-512's permutations take a port from the FMAs and its rows come
 // from L2 at less than a vector a cycle: there broadcasts are 2 to 9 % faster.
-template <class T, int Tile, int FanIn, int ND, class Column, class E>
+template <class T, int Tile, bool Whole, int ND, class Column, class E>
 DK_INLINE void gather_synapses(const T* const* weight, const Column* const* column, int64_t count,
                                const E* x, vec<T>* acc) {
   constexpr int V = kStrip<T, Tile>, BL = kBlockLanes<T>, kRow = Tile / kSamples<E>;
@@ -39,27 +39,27 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
       });
     });
   }
-  if constexpr (FanIn == 0 || FanIn % BL != 0)
+  if constexpr (!Whole)
     for (; k < count; ++k)
       unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k, splat(weight[d][k])); });
 }
 
-// The same for ND rows of count[d] synapses. FanIn > 0 fixes the trip count at compile time.
-template <class T, int Tile, int FanIn, int ND, class Column, class E>
+// The same for ND rows of count[d] synapses. Whole: all rows have as many, which fill their blocks.
+template <class T, int Tile, bool Whole, int ND, class Column, class E>
 DK_INLINE void gather_dendrites(const T* const* weight, const Column* const* column,
                                 const int64_t* count, const E* x, vec<T>* acc) {
   constexpr int V = kStrip<T, Tile>;
-  if constexpr (FanIn > 0) {
-    gather_synapses<T, Tile, FanIn, ND>(weight, column, FanIn, x, acc);
+  if constexpr (Whole) {
+    gather_synapses<T, Tile, true, ND>(weight, column, count[0], x, acc);
   } else {
     int64_t common = count[0];
     unroll<ND>([&](auto d) DK_LAMBDA { common = min64(common, count[d]); });
-    gather_synapses<T, Tile, 0, ND>(weight, column, common, x, acc);
+    gather_synapses<T, Tile, false, ND>(weight, column, common, x, acc);
     if constexpr (ND > 1)
       unroll<ND>([&](auto d) DK_LAMBDA {
         const T* w = weight[d] + common;
         const Column* c = column[d] + common;
-        gather_synapses<T, Tile, 0, 1>(&w, &c, count[d] - common, x, acc + d * V);
+        gather_synapses<T, Tile, false, 1>(&w, &c, count[d] - common, x, acc + d * V);
       });
   }
 }
@@ -83,7 +83,7 @@ __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E
     vec<T> part[ND * V];
     unroll<ND * V>([&](auto i) DK_LAMBDA { part[i] = vec<T>{}; });
     unroll<ND>([&](auto d) DK_LAMBDA { count[d] = min64(rows.count[d], kChain); });
-    gather_dendrites<T, Tile, 0, ND>(rows.weight, rows.column, count, x, part);
+    gather_dendrites<T, Tile, false, ND>(rows.weight, rows.column, count, x, part);
     unroll<ND * V>([&](auto i) DK_LAMBDA { sum[i] += part[i]; });
     unroll<ND>([&](auto d) DK_LAMBDA {
       rows.weight[d] += count[d];
@@ -94,29 +94,28 @@ __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E
   }
 }
 
-// Pre-activations u of the ND dendrites at position r and after it. FanIn > 0 fixes the trip count
-// at compile time. Where they have an order, their columns lie in it and their weights do not:
-// those are asked for some dendrites ahead, since no prefetcher sees a pattern.
-template <class T, int Tile, int FanIn, bool Ordered, int ND, class Column, class E>
+// Pre-activations u of the ND dendrites at position r and after it. Where they have an order, their
+// columns lie in it and their weights do not: those are asked for some dendrites ahead, since no
+// prefetcher sees a pattern.
+template <class T, int Tile, bool Whole, bool Ordered, int ND, class Column, class E>
 DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call, const E* x,
                          int64_t r, vec<T>* u) {
-  constexpr int V = kStrip<T, Tile>, kAhead = 16;
+  constexpr int V = kStrip<T, Tile>;
   const T* weight[ND];
   const Column* column[ND];
   int64_t count[ND];
   unroll<ND>([&](auto d) DK_LAMBDA {
     const int64_t dendrite = Ordered ? net.order[r + d] : r + d;
-    const int64_t begin = FanIn ? dendrite * FanIn : int64_t(net.crow[dendrite]);
-    count[d] = FanIn ? FanIn : net.crow[dendrite + 1] - begin;
+    const int64_t begin = Whole ? dendrite * net.fan_in : int64_t(net.crow[dendrite]);
+    count[d] = Whole ? net.fan_in : net.crow[dendrite + 1] - begin;
     weight[d] = call.weight + begin;
     if constexpr (Ordered) {
+      constexpr int kAhead = 16, kLine = 64 / int(sizeof(T));
       column[d] = static_cast<const Column*>(net.ordered_columns) +
-                  (FanIn ? (r + d) * FanIn : int64_t(net.ordered_crow[r + d]));
+                  (Whole ? (r + d) * net.fan_in : int64_t(net.ordered_crow[r + d]));
       const int64_t later = net.order[min64(r + d + kAhead, net.rows - 1)];
-      const T* ahead = call.weight + (FanIn ? later * FanIn : int64_t(net.crow[later]));
-      constexpr int kLine = 64 / int(sizeof(T));
-      unroll<FanIn ? (FanIn + kLine - 1) / kLine : 1>(
-          [&](auto i) DK_LAMBDA { __builtin_prefetch(ahead + i * kLine); });
+      const T* ahead = call.weight + (Whole ? later * net.fan_in : int64_t(net.crow[later]));
+      for (int64_t i = 0; i < count[d]; i += kLine) __builtin_prefetch(ahead + i);
     } else {
       column[d] = static_cast<const Column*>(net.columns) + begin;
     }
@@ -125,7 +124,7 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
   });
   bool is_long = false;
   unroll<ND>([&](auto d) DK_LAMBDA { is_long |= count[d] > kChain; });
-  if (FanIn == 0 && __builtin_expect(is_long, false)) {
+  if (!Whole && __builtin_expect(is_long, false)) {
     LongRows<T, Column, ND> rows;
     unroll<ND>([&](auto d) DK_LAMBDA {
       rows.weight[d] = weight[d];
@@ -136,7 +135,7 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
     gather_long<T, Tile, ND>(rows, x, sum);
     unroll<ND * V>([&](auto i) DK_LAMBDA { u[i] += sum[i]; });
   } else {
-    gather_dendrites<T, Tile, FanIn, ND>(weight, column, count, x, u);
+    gather_dendrites<T, Tile, Whole, ND>(weight, column, count, x, u);
   }
 }
 
@@ -166,29 +165,29 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, const vec<T>* u) {
 // each other's latency. But four of AVX-512 hide it alone, and the fewer rows of x are on their way
 // from L2, the better (5 %); and of many dendrites that vary in length branch prediction learns no
 // pattern, and one at a time mispredicts less often.
-template <class T, int Tile, int FanIn, bool Ordered, class Column, class E, class Visit>
+template <class T, int Tile, bool Whole, bool Ordered, class Column, class E, class Visit>
 DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                  const E* x, int64_t r0, int64_t r1, const Visit& visit) {
   constexpr int V = kStrip<T, Tile>;
   constexpr int64_t kUnpredictable = 16384;
   constexpr bool kAlone = V == 4 && kVectorBytes == 64;
   int64_t r = r0;
-  if (!kAlone && (FanIn > 0 || net.rows < kUnpredictable))
+  if (!kAlone && (Whole || net.rows < kUnpredictable))
     for (; r + 2 <= r1; r += 2) {
       vec<T> u[2 * V];
-      dendrites<T, Tile, FanIn, Ordered, 2, Column>(net, call, x, r, u);
+      dendrites<T, Tile, Whole, Ordered, 2, Column>(net, call, x, r, u);
       visit(r, u);
       visit(r + 1, u + V);
     }
   for (; r < r1; ++r) {
     vec<T> u[V];
-    dendrites<T, Tile, FanIn, Ordered, 1, Column>(net, call, x, r, u);
+    dendrites<T, Tile, Whole, Ordered, 1, Column>(net, call, x, r, u);
     visit(r, u);
   }
 }
 
 // Somas s0..s1-1 of one strip -> y[soma - s0][tile]
-template <class T, int Tile, int FanIn, class Column, class E>
+template <class T, int Tile, bool Whole, class Column, class E>
 __attribute__((noinline)) void forward_somas(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
                                              int64_t s0, int64_t s1, const SignWords& signs, T* y) {
@@ -200,7 +199,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
     vec<T> v[V];
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { v[t] = bias; });
-    for_each_dendrite<T, Tile, FanIn, false, Column>(
+    for_each_dendrite<T, Tile, Whole, false, Column>(
         net, call, x, net.soma_ptr[s], net.soma_ptr[s + 1],
         [&](int64_t r, const vec<T>* u) DK_LAMBDA {
           if (signs.words) store_signs<T, V>(signs, r, u);
@@ -213,7 +212,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
 }
 
 // The same where an order mixes the dendrites of somas s0..s1-1, whose sums live in y meanwhile.
-template <class T, int Tile, int FanIn, class Column, class E>
+template <class T, int Tile, bool Whole, class Column, class E>
 __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
                                              int64_t s0, int64_t s1, const SignWords& signs, T* y) {
@@ -225,7 +224,7 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { store(y + (s - s0) * Tile + t * L, bias); });
   }
-  for_each_dendrite<T, Tile, FanIn, true, Column>(
+  for_each_dendrite<T, Tile, Whole, true, Column>(
       net, call, x, net.soma_ptr[s0], net.soma_ptr[s1], [&](int64_t p, const vec<T>* u) DK_LAMBDA {
         if (signs.words) store_signs<T, V>(signs, net.order[p], u);
         const vec<T> c = splat(call.cable[net.order[p]]);
@@ -239,14 +238,14 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
 }
 
 // Rows r0..r1-1 of one strip, no soma stage -> u[row - r0][tile]
-template <class T, int Tile, int FanIn, bool Ordered, class Column, class E>
+template <class T, int Tile, bool Whole, bool Ordered, class Column, class E>
 __attribute__((noinline)) void forward_rows(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                             const E* x, int strip, int64_t r0, int64_t r1,
                                             const SignWords&, T* y) {
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
-  for_each_dendrite<T, Tile, FanIn, Ordered, Column>(
+  for_each_dendrite<T, Tile, Whole, Ordered, Column>(
       net, call, x, r0, r1, [&](int64_t r, const vec<T>* u) DK_LAMBDA {
         T* out = y + ((Ordered ? net.order[r] : r) - r0) * Tile;
         unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, u[t]); });
@@ -257,29 +256,21 @@ template <class T, class E>
 using ForwardKernel = void (*)(const dk::Topology&, const dk::ForwardCall<T>&, const E*, int,
                                int64_t, int64_t, const SignWords&, T*);
 
-template <class T, int Tile, class E, int FanIn, class Column>
+template <class T, int Tile, class E, bool Whole, class Column>
 ForwardKernel<T, E> pick_stage(const dk::Topology& net, bool somas) {
   if (!somas)
-    return net.order ? forward_rows<T, Tile, FanIn, true, Column, E>
-                     : forward_rows<T, Tile, FanIn, false, Column, E>;
-  return net.order ? forward_mixed<T, Tile, FanIn, Column, E>
-                   : forward_somas<T, Tile, FanIn, Column, E>;
+    return net.order ? forward_rows<T, Tile, Whole, true, Column, E>
+                     : forward_rows<T, Tile, Whole, false, Column, E>;
+  return net.order ? forward_mixed<T, Tile, Whole, Column, E>
+                   : forward_somas<T, Tile, Whole, Column, E>;
 }
 
 template <class T, int Tile, class E, class Column>
 ForwardKernel<T, E> pick_forward(const dk::Topology& net, bool somas) {
-  switch (net.fan_in) {
-    case 8:
-      return pick_stage<T, Tile, E, 8, Column>(net, somas);
-    case 16:
-      return pick_stage<T, Tile, E, 16, Column>(net, somas);
-    case 32:
-      return pick_stage<T, Tile, E, 32, Column>(net, somas);
-    case 48:
-      return pick_stage<T, Tile, E, 48, Column>(net, somas);
-    default:
-      return pick_stage<T, Tile, E, 0, Column>(net, somas);
-  }
+  if constexpr (sizeof(Column) == 2)
+    if (net.fan_in > 0 && net.fan_in % kBlockLanes<T> == 0 && net.fan_in <= kChain)
+      return pick_stage<T, Tile, E, true, Column>(net, somas);
+  return pick_stage<T, Tile, E, false, Column>(net, somas);
 }
 
 // Work is the line (tile 0, all outputs), (tile 1, all outputs), ...; every thread takes an equal

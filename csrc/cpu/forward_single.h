@@ -120,9 +120,11 @@ auto pick_single_stage(bool somas) {
 
 template <class T, class Column>
 auto pick_single(const dk::Topology& net, bool somas) {
-  if (net.fan_in == 16) return pick_single_stage<T, 16, Column>(somas);
-  if (net.fan_in == 32) return pick_single_stage<T, 32, Column>(somas);
-  if (net.fan_in == 48) return pick_single_stage<T, 48, Column>(somas);
+  if constexpr (sizeof(Column) == 2) {
+    if (net.fan_in == 16) return pick_single_stage<T, 16, Column>(somas);
+    if (net.fan_in == 32) return pick_single_stage<T, 32, Column>(somas);
+    if (net.fan_in == 48) return pick_single_stage<T, 48, Column>(somas);
+  }
   return pick_single_stage<T, 0, Column>(somas);
 }
 

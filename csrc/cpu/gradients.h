@@ -66,58 +66,38 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
                           T* G0, const Visit& visit) {
   constexpr int L = kLanes<T>, kTile = V * L;
   SumStream<T> sums(G0 + p0, first);
-  const auto emit = [&](int64_t p, const vec<T>* q) DK_LAMBDA {
+  const int64_t sample = tile * kTile, last_word = (call.batch - 1) / 32;
+  if (!soma_grad)
+    tile_in<T, V>(call.storage, call.grad, sample, min64(kTile, call.batch - sample), net.rows, p0,
+                  p1, buffer);
+  const vec<T> slope = splat(call.slope);
+  int64_t s = soma_grad && !net.order ? soma_of(net, p0) : 0;
+  for (int64_t p = p0; p < p1; ++p) {
+    // One way for all kinds of calls: `visit` is long, and would be compiled once for each.
+    const int64_t r = dendrite_at(net, p);
+    if (soma_grad && net.order) s = net.soma[p];
+    while (soma_grad && net.soma_ptr[s + 1] <= r) ++s;
+    const T* grad = soma_grad ? soma_grad + s * kTile : buffer + (p - p0) * kTile;
+    vec<T> active[V], inactive[V], q[V];
+    unroll<V>([&](auto t) DK_LAMBDA {
+      active[t] = load(grad + t * L);
+      inactive[t] = slope * active[t];
+    });
+    const auto signs =
+        [&](int64_t b) DK_LAMBDA {  // of samples b..b+31; all set where there is none
+          const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
+          return soma_grad ? call.signs[word * net.rows + r] >> (b % 32) : ~uint32_t(0);
+        };
+    if constexpr (V > 4 && kTile <= 32)  // short vectors: the whole tile lies in one word
+      select_bits<T, V>(signs(sample), active, inactive, q);
+    else
+      unroll<V>([&](auto t) DK_LAMBDA {
+        q[t] = select_bits<T>(signs(sample + t * L), active[t], inactive[t]);
+      });
     vec<T> sum = q[0];
     unroll<V - 1>([&](auto t) DK_LAMBDA { sum += q[t + 1]; });
     sums.push(sum);
     visit(p, q);
-  };
-  const int64_t sample = tile * kTile;
-  if (!soma_grad) {
-    tile_in<T, V>(call.storage, call.grad, sample, min64(kTile, call.batch - sample), net.rows, p0,
-                  p1, buffer);
-    for (int64_t r = p0; r < p1; ++r) {
-      vec<T> q[V];
-      unroll<V>([&](auto t) DK_LAMBDA { q[t] = load(buffer + (r - p0) * kTile + t * L); });
-      emit(r, q);
-    }
-    sums.finish();
-    return;
-  }
-  const int64_t last_word = (call.batch - 1) / 32;
-  const vec<T> slope = splat(call.slope);
-  vec<T> active[V], inactive[V];
-  const auto enter_soma = [&](int64_t s) DK_LAMBDA {
-    unroll<V>([&](auto t) DK_LAMBDA {
-      active[t] = load(soma_grad + s * kTile + t * L);
-      inactive[t] = slope * active[t];
-    });
-  };
-  const auto dendrite = [&](int64_t p, int64_t r) DK_LAMBDA {
-    vec<T> q[V];
-    if constexpr (V > 4 && kTile <= 32) {  // short vectors: the whole tile lies in one word
-      const uint32_t bits = call.signs[sample / 32 * net.rows + r] >> (sample % 32);
-      select_bits<T, V>(bits, active, inactive, q);
-    } else {
-      unroll<V>([&](auto t) DK_LAMBDA {
-        const int64_t b = sample + t * L;
-        const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
-        const uint32_t bits = call.signs[word * net.rows + r] >> (b % 32);
-        q[t] = select_bits<T>(bits, active[t], inactive[t]);
-      });
-    }
-    emit(p, q);
-  };
-  if (net.order) {
-    for (int64_t p = p0; p < p1; ++p) {
-      enter_soma(net.soma[p]);
-      dendrite(p, net.order[p]);
-    }
-  } else {
-    for (int64_t r = p0, s = soma_of(net, p0); r < p1; ++s) {
-      enter_soma(s);
-      for (const int64_t end = min64(p1, net.soma_ptr[s + 1]); r < end; ++r) dendrite(r, r);
-    }
   }
   sums.finish();
 }
@@ -178,10 +158,12 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
   const int64_t sample = tile * kTile, S = net.somas;
   with_storage<T>(call.storage, [&](auto* type) DK_LAMBDA {
     using Stored = std::remove_pointer_t<decltype(type)>;
-    const Stored *grad = static_cast<const Stored*>(call.grad) + sample * S,
-                 *y = static_cast<const Stored*>(call.y) + sample * S;
-    const SomaGradient<T, Stored> source{grad, y, S, call.slope};
-    transpose_in<T, V>(source, min64(kTile, call.batch - sample), s0, s1, out);
+    const auto rows = [&](const void* data) DK_LAMBDA {
+      return Rows<T, Stored>{static_cast<const Stored*>(data) + sample * S, S};
+    };
+    const SomaGradient<T, Stored> source{rows(call.grad), rows(call.y), call.slope};
+    constexpr bool kPlain = std::is_same_v<Stored, T>;
+    transpose_in<T>(source, min64(kTile, call.batch - sample), s0, s1, width<V, kPlain>(), out);
   });
   SumStream<T> sums(dsoma_bias, first);
   for (int64_t s = s0; s < s1; ++s) {

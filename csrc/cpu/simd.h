@@ -19,6 +19,12 @@
 #endif
 
 #define DK_INLINE inline __attribute__((always_inline))
+// A function of its own, and one only: GCC would make copies for arguments that it knows.
+#if defined(__clang__)
+#define DK_COMPILED_ONCE __attribute__((noinline))
+#else
+#define DK_COMPILED_ONCE __attribute__((noinline, noclone))
+#endif
 // For lambdas of a kernel: a call would spill the vectors that they capture.
 #define DK_LAMBDA __attribute__((always_inline))
 
@@ -194,9 +200,7 @@ DK_INLINE vec<T> gather(const T* base, const Index* index) {
     return (vec<T>)_mm256_mask_i32gather_pd(_mm256_setzero_pd(), base, at, (__m256d)all, 8);
   }
 #else
-  vec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = base[index[i]];
-  return v;
+  return gather_part(base, index, kLanes<T>);
 #endif
 }
 

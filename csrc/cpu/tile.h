@@ -93,6 +93,22 @@ struct Rows {
   DK_INLINE T scalar(int64_t row, int64_t column) const {
     return load_sample(data + row * stride + column);
   }
+  // The source whose first sample is this one's at (row, column). It needs kLanes rows of as many;
+  // of them `present` exist, and if those are too few, it is a copy that zeros follow.
+  struct Room {
+    S rows[kLanes<T> * kLanes<T>];
+  };
+  DK_INLINE Rows block(int64_t row, int64_t column, int64_t present, Room& room) const {
+    constexpr int L = kLanes<T>;
+    const S* from = data + row * stride + column;
+    if (present >= L) return {from, stride};
+    for (int64_t i = 0; i < L; ++i)
+      if (i < present)
+        memcpy(room.rows + i * L, from + i * stride, L * sizeof(S));
+      else
+        memset(room.rows + i * L, 0, L * sizeof(S));
+    return {room.rows, L};
+  }
 };
 
 // A source whose numbers are rounded to bfloat16.
@@ -105,21 +121,31 @@ struct Rounded {
   DK_INLINE float scalar(int64_t row, int64_t column) const {
     return widen(narrow(source.scalar(row, column), bf16{}));
   }
+  using Room = typename Source::Room;
+  DK_INLINE Rounded block(int64_t row, int64_t column, int64_t present, Room& room) const {
+    return {source.block(row, column, present, room)};
+  }
 };
 
 // grad * phi'(v), where the sign of y tells the sign of v (slope >= 0).
 template <class T, class S>
 struct SomaGradient {
-  const S *grad, *y;
-  int64_t stride;
+  Rows<T, S> grad, y;
   T slope;
   DK_INLINE vec<T> vector(int64_t row, int64_t column) const {
-    const vec<T> g = load_samples(grad + row * stride + column);
-    return load_samples(y + row * stride + column) > vec<T>{} ? g : g * splat(slope);
+    const vec<T> g = grad.vector(row, column);
+    return y.vector(row, column) > vec<T>{} ? g : g * splat(slope);
   }
   DK_INLINE T scalar(int64_t row, int64_t column) const {
-    const T g = load_sample(grad + row * stride + column);
-    return load_sample(y + row * stride + column) > 0 ? g : g * slope;
+    const T g = grad.scalar(row, column);
+    return y.scalar(row, column) > 0 ? g : g * slope;
+  }
+  struct Room {
+    typename Rows<T, S>::Room grad, y;
+  };
+  DK_INLINE SomaGradient block(int64_t row, int64_t column, int64_t present, Room& room) const {
+    return {grad.block(row, column, present, room.grad), y.block(row, column, present, room.y),
+            slope};
   }
 };
 
@@ -151,59 +177,64 @@ DK_INLINE void for_each_vector(const Pair* row, const F& f) {
 
 // The transpose of kLanes columns from c of rows t * kLanes..., of which `samples` exist.
 template <class T, class Source>
-DK_INLINE void transposed_block(const Source& source, int64_t samples, int64_t c, int t,
+DK_INLINE void transposed_block(const Source& source, int64_t samples, int64_t c, int64_t t,
                                 vec<T>* r) {
   constexpr int L = kLanes<T>;
-  const int64_t present = samples - t * L;
-  if (present >= L)
-    unroll<L>([&](auto i) DK_LAMBDA { r[i] = source.vector(t * L + i, c); });
-  else
-    unroll<L>([&](auto i)
-                  DK_LAMBDA { r[i] = i < present ? source.vector(t * L + i, c) : vec<T>{}; });
+  typename Source::Room room;
+  const Source block = source.block(t * L, c, samples - t * L, room);
+  unroll<L>([&](auto i) DK_LAMBDA { r[i] = block.vector(i, 0); });
   transpose<T>(r);
 }
 
+// V: a constant where numbers are stored as they are computed with, which makes transposes up to
+// 1.8 times as fast. Else a number, lest too many of them be compiled.
+template <int V, bool Constant>
+DK_INLINE auto width() {
+  if constexpr (Constant)
+    return std::integral_constant<int, V>{};
+  else
+    return V;
+}
+
 // source rows 0..samples-1, columns c0..c1-1 -> tile[c - c0][V * kLanes]
-template <class T, int V, class Source>
-__attribute__((noinline)) void transpose_in(const Source& source, int64_t samples, int64_t c0,
-                                            int64_t c1, T* tile) {
-  constexpr int L = kLanes<T>, kTile = V * L;
-  int64_t c = c0;
-  const auto block = [&](int t) DK_LAMBDA {
-    vec<T> r[L];
-    transposed_block<T>(source, samples, c, t, r);
-    T* out = tile + (c - c0) * kTile + t * L;
-    unroll<L>([&](auto i) DK_LAMBDA { store(out + i * kTile, r[i]); });
-  };
+template <class T, class Source, class Width>
+DK_COMPILED_ONCE void transpose_in(const Source& source, int64_t samples, int64_t c0, int64_t c1,
+                                   Width V, T* tile) {
+  constexpr int L = kLanes<T>;
+  const int64_t kTile = V * L, whole = (c1 - c0) / L;
   // Of a wide tile's rows kLanes at a time: all of them at once are spread over so many pages that
   // it takes longer where x comes from memory (backward of F without dx 1 to 4 %).
-  if constexpr (V > kTileVectors)
-    for (int t = 0; t < V; ++t)
-      for (c = c0; c + L <= c1; c += L) block(t);
-  else
-    for (; c + L <= c1; c += L)
-      for (int t = 0; t < V; ++t) block(t);
-  for (; c < c1; ++c)
-    for (int b = 0; b < kTile; ++b)
+  const int at_once = V > kTileVectors ? 1 : V;
+  for (int first = 0; first < V; first += at_once)
+    for (int64_t block = 0; block < whole; ++block)
+      for (int t = first; t < first + at_once; ++t) {
+        vec<T> r[L];
+        transposed_block<T>(source, samples, c0 + block * L, t, r);
+        T* out = tile + block * L * kTile + t * L;
+        unroll<L>([&](auto i) DK_LAMBDA { store(out + i * kTile, r[i]); });
+      }
+  for (int64_t c = c0 + whole * L; c < c1; ++c)
+    for (int64_t b = 0; b < kTile; ++b)
       tile[(c - c0) * kTile + b] = b < samples ? source.scalar(b, c) : T(0);
 }
 
 // The same, rounded to bfloat16.
-template <class T, int V, class Source>
-__attribute__((noinline)) void transpose_in(const Source& source, int64_t samples, int64_t c0,
-                                            int64_t c1, Pair* tile) {
-  constexpr int L = kLanes<float>, kWords = V / 2 * L;
+template <class T, class Source, class Width>
+DK_COMPILED_ONCE void transpose_in(const Source& source, int64_t samples, int64_t c0, int64_t c1,
+                                   Width V, Pair* tile) {
+  constexpr int L = kLanes<float>;
+  const int64_t words = V / 2 * L;
   int64_t c = c0;
   for (; c + L <= c1; c += L) {
     for (int t = 0; t < V; t += 2) {
       vec<float> low[L], high[L];
       transposed_block<float>(source, samples, c, t, low);
       transposed_block<float>(source, samples, c, t + 1, high);
-      float* out = reinterpret_cast<float*>(tile + (c - c0) * kWords + t / 2 * L);
+      float* out = reinterpret_cast<float*>(tile + (c - c0) * words + t / 2 * L);
       unroll<L>([&](auto i) DK_LAMBDA {
         const Unsigned first = round_to_bf16(low[i]) >> 16,
                        second = round_to_bf16(high[i]) & 0xffff0000;
-        store(out + i * kWords, (vec<float>)(first | second));
+        store(out + i * words, (vec<float>)(first | second));
       });
     }
   }
@@ -211,25 +242,26 @@ __attribute__((noinline)) void transpose_in(const Source& source, int64_t sample
     return b < samples ? narrow(source.scalar(b, c), bf16{}).bits : 0;
   };
   for (; c < c1; ++c)
-    for (int word = 0; word < kWords; ++word) {
+    for (int64_t word = 0; word < words; ++word) {
       const int64_t b = word / L * 2 * L + word % L;
-      tile[(c - c0) * kWords + word] = {bits(b) | bits(b + L) << 16};
+      tile[(c - c0) * words + word] = {bits(b) | bits(b + L) << 16};
     }
 }
 
 // tile[c][V * kLanes], c < columns -> out rows 0..samples-1 of row length `stride`
-template <class T, int V, class S>
-__attribute__((noinline)) void transpose_out(const T* tile, int64_t columns, int64_t samples,
-                                             S* out, int64_t stride) {
-  constexpr int L = kLanes<T>, kTile = V * L;
+template <class T, class S, class Width>
+DK_COMPILED_ONCE void transpose_out(const T* tile, int64_t columns, int64_t samples, Width V,
+                                    S* out, int64_t stride) {
+  constexpr int L = kLanes<T>;
+  const int64_t kTile = V * L;
   int64_t c = 0;
   for (; c + L <= columns; c += L) {
-    for (int t = 0; t < V && t * L < samples; ++t) {
+    for (int64_t t = 0; t < V && t * L < samples; ++t) {
       vec<T> r[L];
       unroll<L>([&](auto i) DK_LAMBDA { r[i] = load(tile + (c + i) * kTile + t * L); });
       transpose<T>(r);
       const int64_t present = samples - t * L;
-      S* rows = out + int64_t(t) * L * stride + c;
+      S* rows = out + t * L * stride + c;
       if (present >= L)
         unroll<L>([&](auto i) DK_LAMBDA { store_samples(rows + i * stride, r[i]); });
       else
@@ -243,16 +275,27 @@ __attribute__((noinline)) void transpose_out(const T* tile, int64_t columns, int
       store_sample(out + b * stride + c, tile[c * kTile + b]);
 }
 
+// f(rows of `data` from `first` on, rounded if so, as a source of the type that they have).
+template <class T, class F>
+DK_INLINE void with_rows(dk::Storage storage, bool round, const void* data, int64_t first,
+                         int64_t stride, const F& f) {
+  with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const Rows<T, S> rows{static_cast<const S*>(data) + first * stride, stride};
+    if constexpr (sizeof(T) == 4 && !std::is_same_v<S, bf16>)
+      if (round) return f(Rounded<Rows<T, S>>{rows});
+    f(rows);
+  });
+}
+
 // Rows of x or of a gradient [B, columns] from `first` on, in whatever they are stored as.
 template <class T, int V, class E>
 void tile_in(dk::Storage storage, const void* data, int64_t first, int64_t samples, int64_t stride,
              int64_t c0, int64_t c1, E* tile, bool round = false) {
-  with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
-    using S = std::remove_pointer_t<decltype(type)>;
-    const Rows<T, S> rows{static_cast<const S*>(data) + first * stride, stride};
-    if constexpr (sizeof(T) == 4 && !std::is_same_v<E, Pair>)  // pairs are rounded anyway
-      if (round) return transpose_in<T, V>(Rounded<Rows<T, S>>{rows}, samples, c0, c1, tile);
-    transpose_in<T, V>(rows, samples, c0, c1, tile);
+  const bool pairs = std::is_same_v<E, Pair>;  // they are rounded anyway
+  with_rows<T>(storage, round && !pairs, data, first, stride, [&](const auto& rows) DK_LAMBDA {
+    constexpr bool kPlain = std::is_same_v<decltype(rows), const Rows<T, T>&>;
+    transpose_in<T>(rows, samples, c0, c1, width<V, kPlain>(), tile);
   });
 }
 
@@ -263,7 +306,7 @@ void tile_out(dk::Storage storage, const T* tile, int64_t columns, int64_t sampl
   with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
     using S = std::remove_pointer_t<decltype(type)>;
     S* out = static_cast<S*>(data) + first * stride + c0;
-    transpose_out<T, V>(tile, columns, samples, out, stride);
+    transpose_out<T>(tile, columns, samples, width<V, std::is_same_v<S, T>>(), out, stride);
   });
 }
 
@@ -273,17 +316,10 @@ void tile_out(dk::Storage storage, const T* tile, int64_t columns, int64_t sampl
 template <class T>
 const T* row_in(dk::Storage storage, const void* data, int64_t n, T* room, bool round = false) {
   if (storage == dk::Storage::full && !round) return static_cast<const T*>(data);
-  const auto copy = [&](const auto& source) {
+  with_rows<T>(storage, round, data, 0, n, [&](const auto& source) {
     int64_t c = 0;
     for (; c + kLanes<T> <= n; c += kLanes<T>) store(room + c, source.vector(0, c));
     for (; c < n; ++c) room[c] = source.scalar(0, c);
-  };
-  with_storage<T>(storage, [&](auto* type) DK_LAMBDA {
-    using S = std::remove_pointer_t<decltype(type)>;
-    const Rows<T, S> rows{static_cast<const S*>(data), n};
-    if constexpr (sizeof(T) == 4)
-      if (round) return copy(Rounded<Rows<T, S>>{rows});
-    copy(rows);
   });
   return room;
 }
