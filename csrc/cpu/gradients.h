@@ -72,17 +72,27 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
                   p1, buffer);
   const vec<T> slope = splat(call.slope);
   int64_t s = soma_grad && !net.order ? soma_of(net, p0) : 0;
+  vec<T> active[V], inactive[V];
+  unroll<V>([&](auto t) DK_LAMBDA { active[t] = inactive[t] = vec<T>{}; });
+  const T* previous = nullptr;
   for (int64_t p = p0; p < p1; ++p) {
     // One way for all kinds of calls: `visit` is long, and would be compiled once for each.
     const int64_t r = dendrite_at(net, p);
-    if (soma_grad && net.order) s = net.soma[p];
-    while (soma_grad && net.soma_ptr[s + 1] <= r) ++s;
+    if (soma_grad) {
+      if (net.order)
+        s = net.soma[p];
+      else
+        while (net.soma_ptr[s + 1] <= r) ++s;
+    }
     const T* grad = soma_grad ? soma_grad + s * kTile : buffer + (p - p0) * kTile;
-    vec<T> active[V], inactive[V], q[V];
-    unroll<V>([&](auto t) DK_LAMBDA {
-      active[t] = load(grad + t * L);
-      inactive[t] = slope * active[t];
-    });
+    if (grad != previous) {
+      unroll<V>([&](auto t) DK_LAMBDA {
+        active[t] = load(grad + t * L);
+        inactive[t] = slope * active[t];
+      });
+      previous = grad;
+    }
+    vec<T> q[V];
     const auto signs =
         [&](int64_t b) DK_LAMBDA {  // of samples b..b+31; all set where there is none
           const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
