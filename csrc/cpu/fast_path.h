@@ -9,7 +9,8 @@
 
 namespace dk {
 
-// Objects and functions of torch, besides its exchange table; set once by configure(), kept forever.
+// Objects and functions of torch, besides its exchange table; set once by configure(), kept
+// forever.
 struct Torch {
   // Classes whose objects are nothing but tensors: subclasses may intercept what is done to them.
   PyTypeObject *tensor_class, *parameter_class;
