@@ -519,6 +519,7 @@ def is_a_mistake(name: str, good: Tensor, bad: Any) -> bool:
     return bad.shape[-1:] != good.shape[-1:] if name == "x" else bad.shape != good.shape
 
 
+@pytest.mark.parametrize("backend", ["cpp", "numba"], indirect=True)  # compared with "reference"
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzz(backend: str, seed: int) -> None:
     fuzz(seed, 100)
