@@ -238,7 +238,12 @@ def _train_shared(model: nn.Module, steps: int, backend: str) -> None:
             step(model, optimizer)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+# A spawned process imports everything anew, which takes seconds: once for each kind of kernel.
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [("cpp", "fork"), ("numba", "fork"), ("reference", "fork"), ("cpp", "spawn"), ("numba", "spawn")],
+    indirect=["backend"],
+)
 def test_processes_train_a_shared_model(backend: str, method: str) -> None:
     """Hogwild: every process writes into the same memory."""
     model = nn.Sequential(layer(), nn.Linear(10, 4)).share_memory()
@@ -270,7 +275,11 @@ class Encoded(Dataset[torch.Tensor]):
         return y
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [("cpp", "fork"), ("numba", "fork"), ("reference", "fork"), ("cpp", "spawn")],
+    indirect=["backend"],
+)
 def test_data_loader_workers(backend: str, method: str) -> None:
     encoder = layer()
     expected = encoder(data()[0]).detach()
