@@ -241,7 +241,13 @@ def _train_shared(model: nn.Module, steps: int, backend: str) -> None:
 # A spawned process imports everything anew, which takes seconds: once for each kind of kernel.
 @pytest.mark.parametrize(
     ("backend", "method"),
-    [("cpp", "fork"), ("numba", "fork"), ("reference", "fork"), ("cpp", "spawn"), ("numba", "spawn")],
+    [
+        ("cpp", "fork"),
+        ("numba", "fork"),
+        ("reference", "fork"),
+        ("cpp", "spawn"),
+        ("numba", "spawn"),
+    ],
     indirect=["backend"],
 )
 def test_processes_train_a_shared_model(backend: str, method: str) -> None:
