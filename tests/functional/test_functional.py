@@ -62,7 +62,7 @@ FEW = {
     "blocks of many slots": (0, 2, 128),
 }
 F32, F64 = torch.float32, torch.float64
-# Sizes, tails and tiles do not depend on the dtype: test_errors.py draws both at random.
+# Sizes, tails and tiles do not depend on the dtype: test_fuzz.py draws both at random.
 CASES = [(name, b, F32) for name in NETWORKS for b in FEW.get(name, BATCHES)]
 CASES += [(name, b, F64) for name in NETWORKS for b in FEW.get(name, (2, 33, 128))[1:]]
 every_case = pytest.mark.parametrize(
