@@ -64,6 +64,22 @@ def errors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
     return [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
 
 
+_ALIKE = {torch.float64: 1e-14, torch.float32: 1e-6}
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor, backend: str) -> bool:
+    """The same bits from a kernel; within rounding where torch multiplies matrices ("reference").
+
+    Kernels give the same bits at any address. A matrix product of torch need not: its library
+    chooses among kernels by address, shape and processor.
+    """
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    if backend != "reference":
+        return torch.equal(actual, expected)
+    allowed = _ALIKE.get(actual.dtype, torch.finfo(actual.dtype).eps)
+    return relative_error(actual, expected) <= allowed
+
+
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal numbers, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)

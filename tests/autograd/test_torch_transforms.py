@@ -137,10 +137,16 @@ def function(case: Case) -> Callable[..., torch.Tensor]:
     return lambda *t: functional.sparse_linear(*t, case.c)
 
 
+# "reference" is torch all the way, slow to check, and compared with the oracle above.
+kernels = pytest.mark.parametrize("backend", ["cpp", "numba"], indirect=True)
+
+
+@kernels
 def test_gradgradcheck(backend: str, case: Case) -> None:
     assert torch.autograd.gradgradcheck(function(case), leaves(case))
 
 
+@kernels
 def test_gradgradcheck_without_gradient_of_x(backend: str, case: Case) -> None:
     x, *parameters = leaves(case)
     f = function(case)

@@ -34,7 +34,7 @@ for name, make in t.NETWORKS.items():
     expected[name, "float32"] = t.run(c := make(), t.draw(c))
 with multiprocessing.get_context("fork").Pool(2) as pool:
     cases = [*expected, *((name, "float64") for name in t.NETWORKS)]
-    found = dict(zip(cases, pool.map_async(work, cases).get(timeout=200)))
+    found = dict(zip(cases, pool.map_async(work, cases).get(timeout=500)))
 for (name, dtype), results in found.items():
     expected.setdefault((name, dtype), t.run(c := t.NETWORKS[name](), t.draw(c, dtype=dtype)))
     results = map(torch.from_numpy, results)

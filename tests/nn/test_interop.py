@@ -173,7 +173,8 @@ def test_two_layers_of_a_model_there_and_back(backend: str) -> None:
         from_masked_dense(*to_masked_dense(m)) for m in model if isinstance(m, dk.DendriticLayer)
     ]
     assert len(layers) == 2
-    assert torch.equal(nn.Sequential(*layers, model[-1])(x), model(x))
+    y = nn.Sequential(*layers, model[-1])(x)
+    assert oracle.relative_error(y, model(x)) < 1e-14  # nn.Linear multiplies matrices
 
 
 # Errors

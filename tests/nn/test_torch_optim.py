@@ -137,8 +137,8 @@ def test_gradient_accumulation(backend: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(backend: str, reentrant: bool) -> None:
     second = dk.DendriticLayer(dk.connectivity.random(10, 5, 3, 4, seed=0))
-    model = nn.Sequential(layer(), second, nn.Linear(5, 4))
-    x = data()[0].requires_grad_()
+    model = nn.Sequential(layer(), second, nn.Linear(5, 4)).double()
+    x = data()[0].double().requires_grad_()
     inputs = [x, *model.parameters()]
     plain = torch.autograd.grad(model(x).sum(), inputs)
     for y in (
@@ -152,7 +152,7 @@ def test_gradient_checkpointing(backend: str, reentrant: bool) -> None:
             again: Any = [t.grad for t in inputs]
         else:
             again = torch.autograd.grad(y.sum(), inputs)
-        assert all(torch.equal(a, p) for a, p in zip(again, plain, strict=True))
+        assert max(oracle.errors(again, plain)) < 1e-14  # nn.Linear multiplies matrices
 
 
 def test_saved_tensors_may_leave_the_device(backend: str) -> None:
@@ -162,7 +162,7 @@ def test_saved_tensors_may_leave_the_device(backend: str) -> None:
     with torch.autograd.graph.save_on_cpu():
         y = model(x)
     (moved,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(moved, plain)
+    assert oracle.same(moved, plain, backend)
 
 
 def test_deterministic_algorithms_change_nothing(backend: str) -> None:
@@ -175,7 +175,7 @@ def test_deterministic_algorithms_change_nothing(backend: str) -> None:
         y = model(x)
         results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *model.parameters()])])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(oracle.same(a, b, backend) for a, b in zip(results[0], other, strict=True))
 
 
 def test_an_overwritten_saved_tensor_is_an_error(backend: str) -> None:
@@ -238,7 +238,18 @@ def _train_shared(model: nn.Module, steps: int, backend: str) -> None:
             step(model, optimizer)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+# A spawned process imports everything anew, which takes seconds: once for each kind of kernel.
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [
+        ("cpp", "fork"),
+        ("numba", "fork"),
+        ("reference", "fork"),
+        ("cpp", "spawn"),
+        ("numba", "spawn"),
+    ],
+    indirect=["backend"],
+)
 def test_processes_train_a_shared_model(backend: str, method: str) -> None:
     """Hogwild: every process writes into the same memory."""
     model = nn.Sequential(layer(), nn.Linear(10, 4)).share_memory()
@@ -249,7 +260,7 @@ def test_processes_train_a_shared_model(backend: str, method: str) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(600)
         assert worker.exitcode == 0
     assert (model(x) - target).square().mean().item() < before
 
@@ -270,7 +281,11 @@ class Encoded(Dataset[torch.Tensor]):
         return y
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [("cpp", "fork"), ("numba", "fork"), ("reference", "fork"), ("cpp", "spawn")],
+    indirect=["backend"],
+)
 def test_data_loader_workers(backend: str, method: str) -> None:
     encoder = layer()
     expected = encoder(data()[0]).detach()
