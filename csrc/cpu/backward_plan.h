@@ -36,7 +36,7 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
     count = 0;
   };
   // Columns of few synapses make large blocks, whose q leave little of L2 to x and dx: those are
-  // asked for some columns ahead, which would take 1 to 5 % longer elsewhere.
+  // prefetched some columns ahead, which would take 1 to 5 % longer elsewhere.
   constexpr int64_t kManyBytes = 1 << 19;
   const bool far = net.block_rows * kTile * int64_t(sizeof(T)) > kManyBytes;
   int64_t next = 0;  // dx rows before this one are written

@@ -95,7 +95,7 @@ __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E
 }
 
 // Pre-activations u of the ND dendrites at position r and after it. Where they have an order, their
-// columns lie in it and their weights do not: those are asked for some dendrites ahead, since no
+// columns lie in it and their weights do not: those are prefetched some dendrites ahead, since no
 // prefetcher sees a pattern.
 template <class T, int Tile, bool Whole, bool Ordered, int ND, class Column, class E>
 DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call, const E* x,
