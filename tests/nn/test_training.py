@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ from tests import oracle
 
 MNIST_MINI = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist_mini.npz"
 STEPS, BATCH, CLASSES = 50, 33, 5  # a batch that fills no tile
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps of microseconds: two threads would wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class MaskedDense(nn.Module):
