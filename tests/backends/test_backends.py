@@ -230,8 +230,10 @@ def test_backward_on_another_backend(forward: str, backward: str, dtype: torch.d
             pytest.skip(f"backend {name} is unavailable")
     c = dk.connectivity.random(50, 70, 4, 9, seed=0)
     x = torch.randn(75, 50, dtype=dtype)
+    x[::3] = 0  # where the bias is 0, too, u is, which counts as inactive
     grad = torch.randn(75, 70, dtype=dtype) + 1
     leaves = [x, *(p.detach() for p in dk.DendriticLayer(c, dtype=dtype).parameters())]
+    leaves[2][::2] = 0
     leaves = [leaf.requires_grad_() for leaf in leaves]
     function: Any = dk.functional.dendritic_layer
     with dk.use_backend(forward):
