@@ -89,6 +89,12 @@ TRANSFORMS: dict[str, Callable[[Network, State, torch.Tensor], Any]] = {
     "hessian": lambda f, s, x: hessian(scalar(f), argnums=(0, 1))(s, x),
     "jacrev of jacrev": lambda f, s, x: jacrev(jacrev(scalar(f)))(s, x),
     "jacfwd of jacfwd": lambda f, s, x: jacfwd(jacfwd(scalar(f)))(s, x),
+    "gradients of gradients": lambda f, s, x: grad(
+        lambda s, x: sum(
+            g.square().sum() for g in tree_leaves(grad(scalar(f), argnums=(0, 1))(s, x))
+        ),
+        argnums=(0, 1),
+    )(s, x),
     "third": lambda f, s, x: grad(
         lambda x: grad(lambda x: grad(lambda x: f(s, x).sum())(x).sum())(x).sum()
     )(x),
