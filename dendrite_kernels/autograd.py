@@ -102,7 +102,7 @@ def _operator(*args: Any) -> operators.Two:
     if _needs_grad(*args[:5]):
         recorded: operators.Two = _Operator.apply(*args)
         return recorded
-    fast = fast_path.operator(*args)  # so do compiled programs, whose calls record nothing
+    fast = fast_path.operator(*args)  # a compiled program calls the operator, and records nothing
     return operators.forward(*args) if fast is None else fast
 
 
@@ -113,7 +113,7 @@ operators.library.impl("forward", _operator, "Autograd")
 
 
 class _Fast(torch.autograd.Function):
-    """Recorded at once by C++, which has accepted the operands."""
+    """A call of the C++ kernels, which have accepted the operands."""
 
     @staticmethod
     def forward(

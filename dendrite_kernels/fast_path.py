@@ -8,7 +8,6 @@ Connectivity, go through the operators.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
 
 from . import backends, operators
+from .activations import check_slope
 from .backends import cpp
 from .backends.protocol import Maybe
 from .structure import Connectivity
@@ -61,10 +61,11 @@ def operator(
     round_x: bool = False,
 ) -> operators.Two | None:
     """What the operator `forward` returns, or None where the fast path does not serve."""
+    check_slope(negative_slope)
     connectivity = operators.known_connectivity(crow_indices, col_indices, soma_ptr)
     topology = topology_of(connectivity, cable_weight is not None)
     tensors = x, synapse_weight, dendrite_bias, cable_weight, soma_bias
-    if topology is None or round_x or not 0 <= negative_slope < math.inf:
+    if topology is None or round_x:
         return None
     if (cable_weight is None and soma_bias is not None) or topology.accepts(*tensors) is None:
         return None

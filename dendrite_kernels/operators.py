@@ -179,11 +179,8 @@ def _backward(
         raise ValueError("Expected y and signs with cable_weight, got None")
     else:
         _check_sample("y", y, x)
-        y = _samples(backend, y)
-        words = (
-            signs if signs.dim() == 2 else signs.reshape(-1, operands.connectivity.num_dendrites)
-        )
-        signs = _plain(words)
+        y, rows = _samples(backend, y), operands.connectivity.num_dendrites
+        signs = _plain(signs if signs.dim() == 2 else signs.reshape(-1, rows))
     gradients = backend.backward(
         _samples(backend, grad), _samples(backend, x), y, signs, operands, need_x
     )
@@ -203,7 +200,7 @@ _backward_op = torch.ops.dendrite_kernels.backward.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def observed(x: torch.Tensor, *others: Maybe) -> bool:
+def _observed(*tensors: Maybe) -> bool:
     """Whether a compiler, mode, transform, profiler or tensor subclass must see the operator.
 
     If not, a call skips the dispatcher, whose way into Python costs as much as a small kernel.
@@ -215,26 +212,26 @@ def observed(x: torch.Tensor, *others: Maybe) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return True
-    for tensor in others:
-        if tensor is not None and type(tensor) not in _PLAIN:
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
             return True
-    return type(x) not in _PLAIN or x.is_meta
+    return False
 
 
-def forward(x: torch.Tensor, synapse_weight: torch.Tensor, *rest: Any) -> Two:
+def forward(*args: Any) -> Two:
     """The operator `forward`, below autograd. Arguments as in its schema."""
-    if not observed(x, synapse_weight):
-        return _forward(x, synapse_weight, *rest)
+    if not _observed(*args[:5]):
+        return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        both: Two = _forward_op(x, synapse_weight, *rest)
+        both: Two = _forward_op(*args)
     return both
 
 
-def backward(grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> Gradients:
+def backward(*args: Any) -> Gradients:
     """The operator `backward`, which records nothing. Arguments as in its schema."""
-    if not observed(grad, x):
-        return _backward(grad, x, *rest)
-    gradients: Gradients = _backward_op(grad, x, *rest)
+    if not _observed(*args[:7]):
+        return _backward(*args)
+    gradients: Gradients = _backward_op(*args)
     return gradients
 
 

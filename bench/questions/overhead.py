@@ -3,7 +3,7 @@
     python -m bench.questions.overhead [numba]
 
 Times are CPU time of the calling thread, so that other work on the machine counts little, and
-minima over rounds that visit every case in turn. The second table takes an eager call apart.
+minima over rounds that visit every case in turn. For C++ a second table takes an eager call apart.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def parts() -> dict[str, Run]:
     backward, indices = (x, y, signs, w, dendrite_bias, cable), operators.index_tensors(c)
     record = autograd._record
     return {
-        "does anybody watch": lambda: fast_path.topology_of(c, True),
+        "does anything observe the call": lambda: fast_path.topology_of(c, True),
         "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
         "forward": lambda: topology.forward(*operands, 0.1, False),
         "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
@@ -144,6 +144,8 @@ def main() -> None:
         print(f"{name:>26}" + "".join(row))
     limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
     print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
+    if backend != "cpp":
+        return
     print("\nus of the parts of dendritic_layer")
     for name, time_of_part in measure(parts()).items():
         print(f"{time_of_part:8.1f}  {name}")

@@ -8,7 +8,7 @@
 namespace dk {
 
 // CSR connectivity and, for the input gradient, its blocked transpose (TransposedPlan in
-// topology.py says what each field means).
+// transposed.py says what each field means).
 struct Topology {
   int64_t in_features, rows, somas, nnz;
   int64_t fan_in;           // constant number of synapses per dendrite, 0 if it varies

@@ -15,7 +15,7 @@ from .protocol import Gradients, Maybe, Operands
 STORES_LOW = True
 ROUNDS_X = True
 
-FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what serves calls at once
+FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what the fast path asks
 
 # What compiled programs allocate with: half the time of torch.empty.
 empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The Numba backend as its own users meet it: numpy arrays, threads, mistakes.
+"""The Numba backend by itself: exact numbers, threads, mistakes.
 
 What it computes is tested with the other backends, by parametrisation; forks and its cache in
 `test_numba_processes.py`.

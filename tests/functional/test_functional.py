@@ -175,8 +175,6 @@ LONG_SUMS = {
     "rows of 400": lambda: dk.connectivity.random(784, 256, 4, 392, seed=0),
     "columns of 4096": lambda: dk.connectivity.random(16, 1024, 16, 4, seed=0),
 }
-# The library may add up in blocks of any size: a sum this exact is exact enough.
-LONG_FLOOR = 4e-7
 
 
 @cache
@@ -201,7 +199,7 @@ def test_long_sums_round_off_no_more_than_plain_torch(
     """Thousands of products added up one by one would have five times its error."""
     c, tensors, grad, exact, plain = long_sums(network, batch, False)
     ours = gradients(lambda *t: dk.functional.sparse_linear(*t, c), tensors, grad)
-    assert_as_exact_as_torch(ours, plain, exact, floor=LONG_FLOOR)
+    assert_as_exact_as_torch(ours, plain, exact, floor=0)
 
 
 @kernels
@@ -209,7 +207,7 @@ def test_long_sums_round_off_no_more_than_plain_torch(
 def test_cable_gradients_of_long_rows(backend: str, batch: int) -> None:
     c, tensors, grad, exact, plain = long_sums("rows of 5000", batch, True)
     ours = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
-    assert_as_exact_as_torch(ours, plain, exact, floor=LONG_FLOOR)
+    assert_as_exact_as_torch(ours, plain, exact, floor=0)
 
 
 @kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
+from torch.utils._pytree import tree_map_only
 
 import dendrite_kernels as dk
 from dendrite_kernels import operators
@@ -261,6 +262,48 @@ def test_meta_construction_and_materialisation(backend: str) -> None:
     assigned.load_state_dict(layer.state_dict(), assign=True)
     x = torch.randn(3, 61)
     assert torch.equal(assigned(x), layer(x))
+
+
+class Wrapper(torch.Tensor):
+    """Holds its numbers in another tensor: it has no memory of its own that a kernel could read."""
+
+    inner: torch.Tensor
+    called: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, dtype=inner.dtype, requires_grad=False
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        cls.called.append(str(function))
+        args, kwargs = tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_any_operand_may_be_a_subclass_without_memory(backend: str, which: int) -> None:
+    """Both operators go through the dispatcher, which takes it apart; no pointer of it is read."""
+    c = NETWORKS["ragged"]()
+    sizes = (3, 61), (c.nnz,), (c.num_dendrites,), (c.num_dendrites,), (c.num_somas,)
+    operands = [torch.randn(size, requires_grad=True) for size in sizes]
+    y = functional.dendritic_layer(*operands, c)
+    expected = [y, *torch.autograd.grad(y.sum(), operands)]
+    operands[which] = Wrapper(operands[which].detach()).requires_grad_()
+    Wrapper.called.clear()
+    y = functional.dendritic_layer(*operands, c)
+    found = [y, *torch.autograd.grad(y.sum(), operands)]
+    assert all(oracle.same(a, b, backend) for a, b in zip(found, expected, strict=True))
+    # soma_bias is no operand of backward
+    wanted = ["forward"] if which == 4 else ["forward", "backward"]
+    ours = [name for name in Wrapper.called if name.startswith("dendrite_kernels")]
+    assert ours == [f"dendrite_kernels.{name}.default" for name in wanted]
 
 
 def test_a_profile_shows_the_operators(backend: str) -> None:

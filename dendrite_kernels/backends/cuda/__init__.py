@@ -212,9 +212,9 @@ def backward(
     weight, dendrite_bias, cable, _, connectivity, slope = operands
     batch, inputs = x.shape
     if batch == 0:  # no sample, no kernel: gradients are zero
-        rows, somas_ = connectivity.num_dendrites, connectivity.num_somas
-        sizes = weight.shape, rows, *((0, 0) if cable is None else (rows, somas_))
-        dw, dbd, dc, dbs = (weight.new_zeros(size) for size in sizes)
+        rows = connectivity.num_dendrites
+        of_somas = (0, 0) if cable is None else (rows, connectivity.num_somas)
+        dw, dbd, dc, dbs = (weight.new_zeros(n) for n in (connectivity.nnz, rows, *of_somas))
         return x.new_empty((0, inputs)), dw, dbd, dc, dbs
     rows, outputs = connectivity.num_dendrites, grad.shape[1]
     extension, device, stream = _load()[0], x.device, _stream(x.device)
