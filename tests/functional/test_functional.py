@@ -170,46 +170,6 @@ def test_sparse_linear_is_exact(backend: str, network: str, batch: int, dtype: t
     assert_as_exact_as_torch(ours, plain, exact)
 
 
-LONG_SUMS = {
-    "rows of 5000": lambda: dk.connectivity.random(8000, 16, 4, 5000, seed=0),
-    "rows of 400": lambda: dk.connectivity.random(784, 256, 4, 392, seed=0),
-    "columns of 4096": lambda: dk.connectivity.random(16, 1024, 16, 4, seed=0),
-}
-
-
-@cache
-def long_sums(network: str, batch: int, somas: bool) -> tuple[Any, ...]:
-    torch.manual_seed(0)
-    c = LONG_SUMS[network]()
-    if somas:
-        tensors, grad = draw(c, batch, F32, somas), draw_grad(batch, c.num_somas, F32)
-    else:
-        sizes = (batch, c.in_features), (c.nnz,), (c.num_dendrites,)
-        tensors = [torch.randn(size) for size in sizes]
-        grad = torch.randn(batch, c.num_dendrites)
-    return c, tensors, grad, *references(c, tensors, grad, somas)
-
-
-@kernels  # "reference" is plain torch
-@pytest.mark.parametrize("batch", [1, 4, 64])
-@pytest.mark.parametrize("network", LONG_SUMS)
-def test_long_sums_round_off_no_more_than_plain_torch(
-    backend: str, network: str, batch: int
-) -> None:
-    """Thousands of products added up one by one would have five times its error."""
-    c, tensors, grad, exact, plain = long_sums(network, batch, False)
-    ours = gradients(lambda *t: dk.functional.sparse_linear(*t, c), tensors, grad)
-    assert_as_exact_as_torch(ours, plain, exact, floor=0)
-
-
-@kernels
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_cable_gradients_of_long_rows(backend: str, batch: int) -> None:
-    c, tensors, grad, exact, plain = long_sums("rows of 5000", batch, True)
-    ours = gradients(lambda *t: dk.functional.dendritic_layer(*t, c), tensors, grad)
-    assert_as_exact_as_torch(ours, plain, exact, floor=0)
-
-
 @kernels
 @pytest.mark.parametrize(
     ("sizes", "batch"),
