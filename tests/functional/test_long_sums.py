@@ -14,7 +14,14 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
 from tests import oracle
-from tests.functional.test_functional import draw, draw_grad, gradients, kernels
+from tests.functional.test_functional import (
+    NAMES,
+    draw,
+    draw_grad,
+    exact_gradients,
+    gradients,
+    kernels,
+)
 
 CHAIN = 128
 ROUNDOFF = 2.0**-24
@@ -24,7 +31,6 @@ NETWORKS = {
     "rows of 400": lambda: dk.connectivity.random(784, 256, 4, 392, seed=0),
     "columns of 4096": lambda: dk.connectivity.random(16, 1024, 16, 4, seed=0),
 }
-NAMES = ["output", "x", "weight", "bias", "cable", "soma bias"]
 Tensors = list[torch.Tensor]
 
 
@@ -105,13 +111,7 @@ def case(
         sizes = (batch, c.in_features), (c.nnz,), (c.num_dendrites,)
         tensors = [torch.randn(size) for size in sizes]
         grad = torch.randn(batch, c.num_dendrites)
-    wide = [t.double() for t in tensors]
-    function = (
-        (lambda *t: oracle.dendritic_layer(*t, c, SLOPE))
-        if somas
-        else (lambda *t: oracle.sparse_linear(*t, c))
-    )
-    exact = gradients(function, wide, grad)
+    exact = exact_gradients(c, tensors, grad)
     return c, tensors, grad, exact, oracle.errors(judged(tensors, grad, c), exact)
 
 
