@@ -10,6 +10,7 @@ Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 
 from . import backends, connectivity, functional, interop, models, reference
 from .backends import BackendUnavailable, backend_info, use_backend
+from .files import load, save
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 
@@ -25,7 +26,9 @@ __all__ = [
     "connectivity",
     "functional",
     "interop",
+    "load",
     "models",
     "reference",
+    "save",
     "use_backend",
 ]

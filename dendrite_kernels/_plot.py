@@ -27,10 +27,23 @@ _FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e4
 class Fields(NamedTuple):
     """What is drawn of a Connectivity."""
 
-    in_shape: tuple[int, ...] | None  # (H, W) or (H, W, C)
+    in_shape: tuple[int, ...] | None  # (H, W), (H, W, C) or, channels first, (C, H, W)
+    channels_first: bool
     crow: Array  # [R + 1]
     columns: Array  # [nnz]
     soma_ptr: Array  # [S + 1]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(H, W)."""
+        shape = self.in_shape or ()
+        return shape[1:] if self.channels_first else shape[:2]
+
+    def pixels(self, columns: Array) -> Array:
+        """The pixel, row * W + column, of each input."""
+        if self.channels_first:
+            return columns % math.prod(self.size)
+        return columns // math.prod((self.in_shape or ())[2:])
 
 
 def plot(fields: Fields, somas: Iterable[int] | None, image: Any, figure: Figure | None) -> Figure:
@@ -43,7 +56,7 @@ def plot(fields: Fields, somas: Iterable[int] | None, image: Any, figure: Figure
         ) from error
     if fields.in_shape is None:
         raise ValueError("Expected a connectivity with in_shape, got in_shape=None")
-    height, width = fields.in_shape[:2]
+    height, width = fields.size
     count = len(fields.soma_ptr) - 1
     chosen = list(range(min(8, count))) if somas is None else list(somas)
     for soma in chosen:
@@ -101,9 +114,8 @@ def _pixels(fields: Fields, first: int, end: int) -> tuple[Array, Array]:
     crow = fields.crow[first : end + 1]
     columns = fields.columns[crow[0] : crow[-1]]
     dendrites = np.repeat(np.arange(end - first), np.diff(crow))
-    channels = math.prod((fields.in_shape or ())[2:])
     count = max(end - first, 1)
-    return np.divmod(np.unique(columns // channels * np.int64(count) + dendrites), count)
+    return np.divmod(np.unique(fields.pixels(columns) * np.int64(count) + dendrites), count)
 
 
 def _marks(pixels: Array, width: int) -> Array:

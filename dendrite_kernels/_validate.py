@@ -89,14 +89,18 @@ def constant_step(pointer: Array) -> int | None:
     return step if (np.diff(pointer) == step).all() else None
 
 
-def image_shape(shape: Sequence[int] | None, in_features: int) -> tuple[int, ...] | None:
+def image_shape(
+    shape: Sequence[int] | None, in_features: int, channels_first: bool
+) -> tuple[int, ...] | None:
     if shape is None:
+        if channels_first:
+            raise ValueError("Expected in_shape (C, H, W) with channels_first, got None")
         return None
     sizes = tuple(check_size("every size in in_shape", size) for size in shape)
-    if len(sizes) not in (2, 3) or np.prod(sizes, dtype=np.int64) != in_features:
-        raise ValueError(
-            f"Expected in_shape (H, W) or (H, W, C) with product {in_features}, got {sizes}"
-        )
+    allowed = (3,) if channels_first else (2, 3)
+    if len(sizes) not in allowed or np.prod(sizes, dtype=np.int64) != in_features:
+        expected = "(C, H, W)" if channels_first else "(H, W) or (H, W, C)"
+        raise ValueError(f"Expected in_shape {expected} with product {in_features}, got {sizes}")
     return sizes
 
 

@@ -75,6 +75,7 @@ def local_receptive_fields(
     synapses: int,
     *,
     channels: int = 1,
+    channels_first: bool = False,
     seed: Seed = None,
 ) -> Connectivity:
     """Local receptive fields (dANN-LRF): each dendrite has its own place in the image.
@@ -89,6 +90,7 @@ def local_receptive_fields(
         dendrites: D, for each soma.
         synapses: K pixels for each dendrite; in all `channels` of them, so K * channels synapses.
         channels: the input is [H, W, channels] flattened, channels last.
+        channels_first: it is [channels, H, W] flattened, as torch stores images.
         seed: see the module.
 
     Returns:
@@ -105,7 +107,7 @@ def local_receptive_fields(
     rng = np.random.default_rng(seed)
     centres = rng.integers(pixels, size=rows)
     fields = _around(rng, centres, (height, width), k)
-    return _tiled(fields, (height, width), channels, dendrites)
+    return _tiled(fields, (height, width), channels, channels_first, dendrites)
 
 
 def global_receptive_fields(
@@ -115,6 +117,7 @@ def global_receptive_fields(
     synapses: int,
     *,
     channels: int = 1,
+    channels_first: bool = False,
     seed: Seed = None,
 ) -> Connectivity:
     """Global receptive fields (dANN-GRF): the dendrites of a soma lie close together.
@@ -131,6 +134,7 @@ def global_receptive_fields(
         dendrites: D, for each soma.
         synapses: K pixels for each dendrite; in all `channels` of them, so K * channels synapses.
         channels: the input is [H, W, channels] flattened, channels last.
+        channels_first: it is [channels, H, W] flattened, as torch stores images.
         seed: see the module.
 
     Returns:
@@ -153,7 +157,7 @@ def global_receptive_fields(
     soma_centres = rng.integers(pixels, size=rows // dendrites)
     centres = _around(rng, soma_centres, (height, width), dendrites).ravel()
     fields = _around(rng, centres, (height, width), k)
-    return _tiled(fields, (height, width), channels, dendrites)
+    return _tiled(fields, (height, width), channels, channels_first, dendrites)
 
 
 def all_to_all(in_features: int, somas: int, dendrites: int) -> Connectivity:
@@ -216,12 +220,16 @@ def _check_image(in_shape: Sequence[int], channels: int) -> tuple[int, int, int]
 
 
 def _constant(
-    columns: Array, in_features: int, dendrites: int, in_shape: Sequence[int] | None = None
+    columns: Array,
+    in_features: int,
+    dendrites: int,
+    in_shape: Sequence[int] | None = None,
+    channels_first: bool = False,
 ) -> Connectivity:
     """Connectivity of [R, K] sorted columns."""
     rows, k = columns.shape
-    crow = np.arange(0, rows * k + 1, k)
-    return Connectivity.from_csr(crow, columns.ravel(), in_features, None, dendrites, in_shape)
+    pattern = np.arange(0, rows * k + 1, k), columns.ravel(), in_features
+    return Connectivity.from_csr(*pattern, None, dendrites, in_shape, channels_first)
 
 
 def _distinct(rng: np.random.Generator, n: int, rows: int, k: int) -> Array:
@@ -272,9 +280,19 @@ def _around(rng: np.random.Generator, centres: Array, shape: tuple[int, int], co
     return pixels
 
 
-def _tiled(fields: Array, shape: tuple[int, int], channels: int, dendrites: int) -> Connectivity:
+def _tiled(
+    fields: Array, shape: tuple[int, int], channels: int, channels_first: bool, dendrites: int
+) -> Connectivity:
     """Connectivity of [R, K] sorted pixels, each pixel seen in every channel."""
-    n = shape[0] * shape[1] * channels
-    columns = fields[:, :, None] * np.int32(channels) + np.arange(channels, dtype=np.int32)
-    in_shape = shape if channels == 1 else (*shape, channels)
-    return _constant(columns.reshape(len(fields), -1), n, dendrites, in_shape)
+    rows, pixels = len(fields), shape[0] * shape[1]
+    channel = np.arange(channels, dtype=np.int32)
+    if channels == 1:
+        return _constant(fields, pixels, dendrites, shape)
+    if channels_first:
+        columns = fields[:, None, :] + channel[:, None] * np.int32(pixels)  # [R, C, K]
+        in_shape = (channels, *shape)
+    else:
+        columns = fields[:, :, None] * np.int32(channels) + channel  # [R, K, C]
+        in_shape = (*shape, channels)
+    flat = columns.reshape(rows, -1)
+    return _constant(flat, pixels * channels, dendrites, in_shape, channels_first)

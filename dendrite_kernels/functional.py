@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,31 @@ def _in_float32(
         return function(*(None if t is None else t.float() for t in tensors)).to(dtype)
 
 
+def _without_image(x: Any, c: Connectivity) -> Any:
+    """x [..., N] where x are images [..., *in_shape], or [B, 1, H, W] for an in_shape (H, W).
+
+    Any other x comes back as it is.
+
+    Raises:
+        ValueError: channels are first where the connectivity has them last, or the reverse.
+    """
+    shape = c.in_shape
+    if shape is None or not isinstance(x, torch.Tensor) or x.shape[-1:] == (c.in_features,):
+        return x
+    sizes = tuple(x.shape[-len(shape) :])
+    if sizes == shape:
+        one_channel = len(shape) == 2 and x.dim() == 4 and x.shape[1] == 1
+        return x.flatten(1 if one_channel else -len(shape))
+    other = (*shape[1:], shape[0]) if c.channels_first else (shape[-1], *shape[:-1])
+    if len(shape) == 3 and sizes == other:
+        where = ("first", "last") if c.channels_first else ("last", "first")
+        raise ValueError(
+            f"Expected images {list(shape)}, channels {where[0]}, got {list(sizes)}, channels "
+            f"{where[1]}: draw the connectivity with channels_first={not c.channels_first}"
+        )
+    return x
+
+
 def _flatten(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -142,8 +168,8 @@ def sparse_linear(
     """u = x W^T + bias with W [R, N] sparse: only the synapses that exist are computed.
 
     Args:
-        x: [..., N], any strides; float64, float32, or bfloat16 and float16, whose sums are
-            float32 and are rounded once, as under autocast.
+        x: [..., N] or images (see DendriticLayer), any strides; float64, float32, or bfloat16 and
+            float16, whose sums are float32 and are rounded once, as under autocast.
         weight: [nnz], in the order of connectivity.col_indices.
         bias: [R] or None.
         connectivity: which inputs each of the R rows sees; its somas play no part.
@@ -160,6 +186,7 @@ def sparse_linear(
         if u is not None:
             return u
     _require_connectivity(connectivity)
+    x = _without_image(x, connectivity)
     lengths = connectivity.nnz, connectivity.num_dendrites
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     round_x = precision is not None and _rounds(x, precision)
@@ -204,8 +231,8 @@ def dendritic_layer(
     dendrite and sample; other activations keep u; dense synapses are a matrix product.
 
     Args:
-        x: [..., N], any strides; float64, float32, or bfloat16 and float16, whose sums are
-            float32 and are rounded once, as under autocast.
+        x: [..., N] or images (see DendriticLayer), any strides; float64, float32, or bfloat16 and
+            float16, whose sums are float32 and are rounded once, as under autocast.
         synapse_weight: [nnz], in the order of connectivity.col_indices.
         dendrite_bias: [R] or None.
         cable_weight: [R].
@@ -234,6 +261,7 @@ def dendritic_layer(
         if y is not None:
             return y
     _require_connectivity(connectivity)
+    x = _without_image(x, c)
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)

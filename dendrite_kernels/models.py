@@ -46,6 +46,7 @@ def _synapses(
     rule: str,
     in_shape: tuple[int, int],
     channels: int,
+    channels_first: bool,
     somas: int,
     dendrites: int,
     synapses: int,
@@ -60,7 +61,15 @@ def _synapses(
         "local": connectivity.local_receptive_fields,
         "global": connectivity.global_receptive_fields,
     }[rule]
-    return fields(in_shape, somas, dendrites, synapses, channels=channels, seed=rng)
+    return fields(
+        in_shape,
+        somas,
+        dendrites,
+        synapses,
+        channels=channels,
+        channels_first=channels_first,
+        seed=rng,
+    )
 
 
 def _linear(inputs: int, outputs: int, init: Init) -> nn.Linear:
@@ -111,6 +120,7 @@ def build(
     classes: int,
     *,
     channels: int = 1,
+    channels_first: bool = False,
     layers: int = 1,
     seed: int | np.random.Generator | None = None,
     init: Init = "paper",
@@ -125,6 +135,7 @@ def build(
             pixels: K * channels synapses. Families with dense synapses ignore K.
         classes: number of outputs.
         channels: of the images, channels last.
+        channels_first: they come first, as torch stores images: input c * H * W + row * W + column.
         layers: 1 to 10. From the second on, the somas below form a pseudo-image
             (connectivity.pseudo_image).
         seed: of the connectivity, drawn layer by layer from one generator. Parameters come from
@@ -150,7 +161,9 @@ def build(
     rng = np.random.default_rng(seed)
     modules: list[nn.Module] = []
     for _ in range(layers):
-        drawn = _synapses(synapse_rule, shape, channels, somas, dendrites, synapses, rng)
+        drawn = _synapses(
+            synapse_rule, shape, channels, channels_first, somas, dendrites, synapses, rng
+        )
         modules += _stage(drawn, soma_rule, init, rng)
         shape, channels = connectivity.pseudo_image(somas), 1
     return nn.Sequential(*modules, _linear(somas, classes, init))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 
 from . import functional, operators
+from .packing import difference, pack, unpack
 from .structure import Connectivity
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Init = Literal["fan_in", "paper"]
-_STRUCTURE = ("crow_indices", "col_indices", "soma_ptr")
 
 
 def _check_init(init: str) -> None:
@@ -49,6 +53,10 @@ def _init_rows(weight: torch.Tensor, pointer: torch.Tensor, negative_slope: floa
 class _Sparse(nn.Module):
     """What both layers share: the connectivity, and its place in the state dict."""
 
+    WEIGHT: ClassVar[str]  # the parameter that has one number for each synapse
+    BIAS: ClassVar[str]
+    precision: str | None
+
     def __init__(self, connectivity: Connectivity, init: Init) -> None:
         super().__init__()
         if not isinstance(connectivity, Connectivity):
@@ -69,32 +77,99 @@ class _Sparse(nn.Module):
         """The connectivity that a state dict holds: of the whole layer, where this is a shard."""
         return self.connectivity
 
-    def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """The connectivity, as tensors: weights mean nothing without it.
+    def get_extra_state(self) -> torch.Tensor:
+        """The connectivity as a new uint8 tensor: weights mean nothing without it.
 
-        Copies: torch.distributed.checkpoint reads into the tensors of a state dict.
+        A tensor, so that tools which take tensors only carry it: see dendrite_kernels.packing.
         """
-        c = self.described()
-        state = {name: getattr(c, name).clone() for name in _STRUCTURE}
-        return {**state, "in_features": torch.tensor(c.in_features, device="cpu")}
+        return pack(self.described())
 
-    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
-        """RuntimeError unless `state` describes this layer's connectivity."""
-        saved = Connectivity.from_csr(
-            state["crow_indices"],
-            state["col_indices"],
-            int(state["in_features"]),
-            state["soma_ptr"],
-        )
-        if saved != self.described():
-            raise RuntimeError(f"Expected a state of {self.described()}, got one of {saved}")
+    def set_extra_state(self, state: Any) -> None:
+        """RuntimeError unless `state` is that of a layer of this connectivity."""
+        expected = self.described()
+        try:
+            saved = _saved_connectivity(state, expected.nnz)
+            reason = None if saved == expected else difference(expected, saved)
+        except (TypeError, ValueError, KeyError) as error:
+            reason = str(error)
+        if reason is not None:
+            raise RuntimeError(
+                f"Expected a state of {expected}, got another one. {reason}. "
+                f"{type(self).__name__}.from_state_dict makes a layer with the state's connectivity"
+            )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> Self:
+        """The layer whose state dict this is, on its connectivity.
+
+        Args:
+            state: of a layer, or of a model in which its keys begin with `prefix`, say "0.".
+            prefix: see state.
+            options: what a state does not hold: activation, negative_slope, init, precision.
+                Device, dtype and whether there is a bias are those of the state.
+
+        Raises:
+            ValueError: no such state, or a damaged one.
+        """
+        layer = cls._of_state(state, prefix, options)
+        layer = layer.to_empty(device=state[prefix + cls.WEIGHT].device)
+        keys = [key for key in (*layer._parameters, "_extra_state") if prefix + key in state]
+        try:
+            layer.load_state_dict({key: state[prefix + key] for key in keys})
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        return layer
+
+    @classmethod
+    def _of_state(cls, state: Mapping[str, Any], prefix: str, options: dict[str, Any]) -> Self:
+        """The layer that fits a state, its parameters on the meta device."""
+        names = prefix + cls.WEIGHT, prefix + "_extra_state"
+        weight, packed = map(state.get, names)
+        if not isinstance(weight, torch.Tensor) or packed is None:
+            raise ValueError(f"Expected a state with {list(names)}, got keys {sorted(state)[:8]}")
+        try:
+            connectivity = _saved_connectivity(packed, weight.numel())
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"Expected the state of a {cls.__name__}: {error}") from error
+        make: Any = cls  # each layer has options of its own
+        bias = state.get(prefix + cls.BIAS) is not None
+        layer: Self = make(connectivity, bias=bias, device="meta", dtype=weight.dtype, **options)
+        return layer
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # First the connectivity: a mismatch must leave the parameters untouched.
         key = prefix + "_extra_state"
-        if key in state_dict:
-            self.set_extra_state(state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        try:
+            if key in state_dict:
+                self.set_extra_state(state_dict[key])
+            elif any(prefix + name in state_dict for name in self._parameters):
+                raise RuntimeError(
+                    f"Missing key {key!r}, the connectivity that these weights belong to. If it is "
+                    f"this layer's, say so by state[{key!r}] = layer.get_extra_state()"
+                )
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _saved_connectivity(state: Any, nnz: int) -> Connectivity:
+    """The connectivity in an extra state, also of version 0.1, where it was a dict."""
+    if not isinstance(state, dict):
+        return unpack(state, nnz)
+    size, soma_ptr = int(state["in_features"]), state["soma_ptr"]
+    return Connectivity.from_csr(state["crow_indices"], state["col_indices"], size, soma_ptr)
 
 
 class DendriticLayer(_Sparse):
@@ -116,11 +191,14 @@ class DendriticLayer(_Sparse):
         precision: "bf16" rounds the input to bfloat16, see functional.dendritic_layer.
         device, dtype: of the parameters; with float16 and bfloat16 sums are float32.
 
-    Shape: [..., N] -> [..., S].
+    Shape: [..., N] -> [..., S]; where the connectivity has an in_shape, images [..., *in_shape] too
+        and, for an in_shape (H, W), [B, 1, H, W].
 
     Raises:
         TypeError, ValueError: an argument or an input does not fit.
     """
+
+    WEIGHT, BIAS = "synapse_weight", "dendrite_bias"
 
     def __init__(
         self,
@@ -200,11 +278,13 @@ class SparseLinear(_Sparse):
         precision: "bf16" rounds the input to bfloat16, see functional.dendritic_layer.
         device, dtype: of the parameters; with float16 and bfloat16 sums are float32.
 
-    Shape: [..., N] -> [..., R].
+    Shape: [..., N] -> [..., R]; images as for DendriticLayer.
 
     Raises:
         TypeError, ValueError: an argument or an input does not fit.
     """
+
+    WEIGHT, BIAS = "weight", "bias"
 
     def __init__(
         self,

@@ -192,7 +192,12 @@ def _part_of(whole: Connectivity, part: Part) -> Connectivity:
     soma_ptr = whole.soma_ptr[somas.start : somas.stop + 1]
     columns = whole.col_indices[part["synapse"]]
     return Connectivity(
-        crow - crow[0], columns, soma_ptr - soma_ptr[0], whole.in_features, whole.in_shape
+        crow - crow[0],
+        columns,
+        soma_ptr - soma_ptr[0],
+        whole.in_features,
+        whole.in_shape,
+        whole.channels_first,
     )
 
 

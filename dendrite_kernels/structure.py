@@ -11,16 +11,15 @@ import hashlib
 import os
 import sys
 import threading
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 
+from ._replace import replaced
 from ._validate import (
     SIZE_LIMIT,
     Array,
@@ -58,7 +57,7 @@ class Connectivity:
     Immutable, validated once, inputs copied. Treat the index tensors as read-only too.
 
     Two connectivities are equal (and hash alike) if they connect the same inputs, dendrites and
-    somas. `in_shape` only says how to draw the inputs and takes no part in that.
+    somas. `in_shape` only says which image the inputs are and takes no part in that.
 
     Args:
         crow_indices: [R + 1] integers from 0 to nnz, not decreasing; row r owns
@@ -67,7 +66,9 @@ class Connectivity:
         soma_ptr: [S + 1] integers from 0 to R, not decreasing; soma s owns dendrites
             soma_ptr[s]:soma_ptr[s + 1], possibly none.
         in_features: N.
-        in_shape: (H, W) or (H, W, C), channels last, with product N, if the inputs are an image.
+        in_shape: (H, W) or (H, W, C) with product N, if the inputs are an image.
+        channels_first: in_shape is (C, H, W), as images are in torch: input c * H * W + row * W +
+            column. Otherwise channels come last: input (row * W + column) * C + c.
 
     Raises:
         TypeError: an index array or a size is not of an integer type.
@@ -80,6 +81,7 @@ class Connectivity:
     nnz: int
     density: float  # nnz / (R * N)
     in_shape: tuple[int, ...] | None
+    channels_first: bool
     fan_in: int | None  # synapses of every dendrite, None if that varies
     dendrites_per_soma: int | None  # dendrites of every soma, None if that varies
     is_dense: bool
@@ -96,6 +98,7 @@ class Connectivity:
         soma_ptr: Any,
         in_features: SupportsIndex,
         in_shape: Sequence[int] | None = None,
+        channels_first: bool = False,
     ) -> None:
         n = check_size("in_features", in_features)
         col = integers("col_indices", col_indices)
@@ -111,13 +114,12 @@ class Connectivity:
             "num_somas": somas,
             "nnz": col.size,
             "density": col.size / (rows * n),
-            "in_shape": image_shape(in_shape, n),
+            "in_shape": image_shape(in_shape, n, channels_first),
+            "channels_first": bool(channels_first),
             "fan_in": constant_step(crow),
             "dendrites_per_soma": constant_step(soma),
             "is_dense": col.size == rows * n,
-            "crow_indices": torch.from_numpy(crow),
-            "col_indices": torch.from_numpy(col),
-            "soma_ptr": torch.from_numpy(soma),
+            **dict(zip(_ARRAYS, _tensors(crow, col, soma), strict=True)),
             "derived": {},
             "_lock": threading.RLock(),  # re-entrant: a factory may ask for another cached value
         }
@@ -133,6 +135,7 @@ class Connectivity:
         soma_ptr: Any = None,
         dendrites_per_soma: SupportsIndex | None = None,
         in_shape: Sequence[int] | None = None,
+        channels_first: bool = False,
     ) -> Connectivity:
         """From CSR arrays (lists, numpy arrays or tensors): see the class for shapes and errors.
 
@@ -141,7 +144,7 @@ class Connectivity:
         """
         rows = max(integers("crow_indices", crow).size - 1, 0)
         soma_ptr = soma_pointer(rows, soma_ptr, dendrites_per_soma)
-        return cls(crow, col, soma_ptr, in_features, in_shape)
+        return cls(crow, col, soma_ptr, in_features, in_shape, channels_first)
 
     @classmethod
     def from_scipy(
@@ -150,6 +153,7 @@ class Connectivity:
         soma_ptr: Any = None,
         dendrites_per_soma: SupportsIndex | None = None,
         in_shape: Sequence[int] | None = None,
+        channels_first: bool = False,
     ) -> Connectivity:
         """From the pattern of a scipy.sparse matrix [R, N], whose values are ignored.
 
@@ -169,7 +173,7 @@ class Connectivity:
         if not csr.has_sorted_indices:
             csr = csr.sorted_indices()  # a copy
         pattern = csr.indptr, csr.indices, m.shape[1]
-        return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape)
+        return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape, channels_first)
 
     @classmethod
     def from_mask(
@@ -178,6 +182,7 @@ class Connectivity:
         soma_ptr: Any = None,
         dendrites_per_soma: SupportsIndex | None = None,
         in_shape: Sequence[int] | None = None,
+        channels_first: bool = False,
     ) -> Connectivity:
         """From a boolean mask [R, N] (tensor, numpy array, lists): True where a synapse is."""
         array = as_numpy(mask)
@@ -187,8 +192,8 @@ class Connectivity:
             raise ValueError(f"Expected a mask of shape [R, N], got shape {list(array.shape)}")
         crow = np.zeros(array.shape[0] + 1, np.int64)
         np.cumsum(np.count_nonzero(array, axis=1), out=crow[1:])
-        col = np.nonzero(array)[1]
-        return cls.from_csr(crow, col, array.shape[1], soma_ptr, dendrites_per_soma, in_shape)
+        pattern = crow, np.nonzero(array)[1], array.shape[1]
+        return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape, channels_first)
 
     @staticmethod
     def stack(networks: Iterable[Connectivity]) -> Connectivity:
@@ -203,9 +208,9 @@ class Connectivity:
         sizes = [part.in_features for part in parts]
         if len(set(sizes)) > 1:
             raise ValueError(f"Expected networks with the same in_features, got {sizes}")
-        shapes = {part.in_shape for part in parts}
-        shape = shapes.pop() if len(shapes) == 1 else None
-        return _concatenate(parts, [0] * len(parts), sizes[0], shape)
+        images = {(part.in_shape, part.channels_first) for part in parts}
+        image = images.pop() if len(images) == 1 else (None, False)
+        return _concatenate(parts, [0] * len(parts), sizes[0], image)
 
     @staticmethod
     def block_diagonal(networks: Iterable[Connectivity]) -> Connectivity:
@@ -216,7 +221,7 @@ class Connectivity:
         """
         parts = _networks(networks)
         ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
-        return _concatenate(parts, [0, *ends[:-1]], ends[-1], None)
+        return _concatenate(parts, [0, *ends[:-1]], ends[-1], (None, False))
 
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
@@ -240,26 +245,19 @@ class Connectivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file."""
-        path = Path(path)
         shape = [] if self.in_shape is None else list(self.in_shape)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "xb") as file:
-                np.savez(
-                    file,
-                    format=np.array(_FORMAT),
-                    version=np.array(_FORMAT_VERSION),
-                    in_features=np.array(self.in_features),
-                    in_shape=np.array(shape, np.int64),
-                    crow_indices=self.crow_indices.numpy(),
-                    col_indices=self.columns,
-                    soma_ptr=self.soma_ptr.numpy(),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced(path) as temporary, open(temporary, "xb") as file:
+            np.savez(
+                file,
+                format=np.array(_FORMAT),
+                version=np.array(_FORMAT_VERSION),
+                in_features=np.array(self.in_features),
+                in_shape=np.array(shape, np.int64),
+                channels_first=np.array(self.channels_first),
+                crow_indices=self.crow_indices.numpy(),
+                col_indices=self.columns,
+                soma_ptr=self.soma_ptr.numpy(),
+            )
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Connectivity:
@@ -276,8 +274,8 @@ class Connectivity:
                 if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
                     raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
                 crow, col, soma = (archive[name] for name in _ARRAYS)
-                shape = archive["in_shape"].tolist() or None
-                return Connectivity(crow, col, soma, int(archive["in_features"]), shape)
+                image = archive["in_shape"].tolist() or None, _channels_first(archive)
+                return Connectivity(crow, col, soma, int(archive["in_features"]), *image)
             except _UNREADABLE as error:
                 expected = "Expected a file written by Connectivity.save"
                 raise ValueError(f"{expected}, got {os.fspath(path)}: {error}") from error
@@ -360,15 +358,16 @@ class Connectivity:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arrays = [getattr(self, name).numpy() for name in _ARRAYS]
-        return Connectivity, (*arrays, self.in_features, self.in_shape)
+        # torch.load(weights_only=True) takes no numpy arrays; tensors cost spawned processes files.
+        arrays = [getattr(self, name).numpy().tobytes() for name in _ARRAYS]
+        return _from_bytes, (*arrays, self.in_features, self.in_shape, self.channels_first)
 
     def __repr__(self) -> str:
         return (
             f"Connectivity(in_features={self.in_features}, num_dendrites={self.num_dendrites}, "
             f"num_somas={self.num_somas}, nnz={self.nnz}, density={self.density:.3g}, "
             f"fan_in={self.fan_in}, dendrites_per_soma={self.dendrites_per_soma}, "
-            f"in_shape={self.in_shape})"
+            f"in_shape={self.in_shape}{', channels_first=True' if self.channels_first else ''})"
         )
 
     def plot(
@@ -395,7 +394,24 @@ class Connectivity:
         from ._plot import Fields, plot
 
         arrays = (t.numpy() for t in (self.crow_indices, self.col_indices, self.soma_ptr))
-        return plot(Fields(self.in_shape, *arrays), somas, image, figure)
+        return plot(Fields(self.in_shape, self.channels_first, *arrays), somas, image, figure)
+
+
+def _from_bytes(crow: bytes, col: bytes, soma: bytes, *others: Any) -> Connectivity:
+    """What a pickle calls."""
+    crow_array, col_array, soma_array = (
+        np.frombuffer(data, np.int32) for data in (crow, col, soma)
+    )
+    return Connectivity(crow_array, col_array, soma_array, *others)
+
+
+torch.serialization.add_safe_globals([Connectivity, _from_bytes])  # torch.load(weights_only=True)
+
+
+def _tensors(*arrays: Array) -> list[torch.Tensor]:
+    """Ordinary tensors, under torch.inference_mode too: others may not be saved for backward."""
+    with torch.inference_mode(False):
+        return [torch.from_numpy(array) for array in arrays]
 
 
 def _untraced(factory: Callable[[], T]) -> T:
@@ -411,6 +427,10 @@ def _untraced(factory: Callable[[], T]) -> T:
     return value
 
 
+def _channels_first(archive: Any) -> bool:
+    return "channels_first" in archive and bool(archive["channels_first"])  # older files have none
+
+
 def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
     parts = list(networks)
     if not parts:
@@ -422,7 +442,7 @@ def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
 
 
 def _concatenate(
-    parts: list[Connectivity], column_offsets: list[int], in_features: int, in_shape: Any
+    parts: list[Connectivity], column_offsets: list[int], in_features: int, image: tuple[Any, bool]
 ) -> Connectivity:
     """One network of all dendrites and somas, the columns of each part moved by its offset."""
 
@@ -433,4 +453,4 @@ def _concatenate(
     columns = [part.col_indices.numpy() for part in parts]
     moved = [c + np.int64(offset) for c, offset in zip(columns, column_offsets, strict=True)]
     crow, soma = chain("crow_indices"), chain("soma_ptr")
-    return Connectivity(crow, np.concatenate(moved), soma, in_features, in_shape)
+    return Connectivity(crow, np.concatenate(moved), soma, in_features, *image)

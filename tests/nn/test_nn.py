@@ -1,4 +1,4 @@
-"""Modules: their parameters, how these start, and how they are saved, copied and moved."""
+"""Modules: their parameters, how these start, and how they are copied and moved."""
 
 from __future__ import annotations
 
@@ -249,99 +249,6 @@ def test_repr() -> None:
     assert plain.extra_repr() == f"{c!r}, bias=False, activation=tanh, init=paper"
     assert dk.SparseLinear(c, bias=False).extra_repr() == f"{c!r}, bias=False, init=fan_in"
     assert repr(c) in repr(nn.Sequential(dk.DendriticLayer(c)))
-
-
-# State
-
-
-@LAYERS
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("strict", [True, False])
-def test_state_round_trip(make: Make, bias: bool, strict: bool) -> None:
-    a, b = make(network(), bias=bias), make(network(), bias=bias)
-    state = a.state_dict()
-    assert state.keys() == {*dict(a.named_parameters()), "_extra_state"}
-    result = b.load_state_dict(state, strict=strict)
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert_same(a, b)
-
-
-@LAYERS
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_state_round_trip_through_a_file(backend: str, make: Make, used: bool) -> None:
-    """Also after the layer has worked: what backends attach to it must not reach the file."""
-    a, b, x = make(network()), make(network()), torch.randn(3, 30)
-    if used:
-        a(x).sum().backward()
-    state = through_file(a.state_dict(), weights_only=True)
-    extra = state["_extra_state"]
-    assert all(type(value) is Tensor for value in extra.values())
-    b.load_state_dict(state)
-    assert_same(a, b)
-    assert oracle.same(a(x), b(x), backend)
-
-
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_state_of_a_model_through_a_file(backend: str, used: bool) -> None:
-    a, b = (dk.models.build("dANN-LRF", (6, 6), 9, 2, 4, 3, layers=2, seed=0) for _ in range(2))
-    if used:
-        a(torch.randn(2, 36)).sum().backward()
-    b.load_state_dict(through_file(a.state_dict(), weights_only=True))
-    assert_same(a, b)
-
-
-@LAYERS
-def test_missing_and_unexpected_keys_are_named(make: Make) -> None:
-    layer = make(network())
-    state = layer.state_dict()
-    del state["_extra_state"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
-        make(network()).load_state_dict(state)
-    result = make(network()).load_state_dict(state, strict=False)
-    assert result.missing_keys == ["_extra_state"]
-    without = make(network(), bias=False)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias"):
-        without.load_state_dict(layer.state_dict())
-
-
-@LAYERS
-@pytest.mark.parametrize(
-    "other",
-    [
-        network(seed=1),
-        dk.connectivity.random(30, 10, 4, 7, seed=0),
-        dk.connectivity.random(30, 20, 2, 6, seed=0),
-        dk.connectivity.random(31, 10, 4, 6, seed=0),
-    ],
-    ids=["same sizes", "more synapses", "other somas", "more inputs"],
-)
-@pytest.mark.parametrize("strict", [True, False])
-def test_state_of_another_connectivity_is_refused(
-    make: Make, other: Connectivity, strict: bool
-) -> None:
-    layer = make(network())
-    before = copy.deepcopy(layer)
-    with pytest.raises(RuntimeError) as caught:
-        layer.load_state_dict(make(other).state_dict(), strict=strict)
-    assert repr(layer.connectivity) in str(caught.value)
-    assert repr(other) in str(caught.value)
-    assert_same(layer, before)  # not half loaded
-    assert layer.connectivity == before.connectivity
-
-
-@LAYERS
-def test_state_whose_connectivity_is_damaged_is_refused(make: Make) -> None:
-    layer = make(network())
-    state = copy.deepcopy(layer.state_dict())
-    state["_extra_state"]["col_indices"][0] = 99
-    with pytest.raises(ValueError, match=r"Expected columns in \[0, 30\), got 99"):
-        layer.load_state_dict(state)
-
-
-def test_state_goes_to_another_dtype() -> None:
-    a, b = dk.DendriticLayer(network()), dk.DendriticLayer(network(), dtype=torch.float64)
-    b.load_state_dict(a.state_dict())
-    assert_same(a.double(), b)
 
 
 # Copies

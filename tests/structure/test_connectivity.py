@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
@@ -288,6 +289,18 @@ def test_channels_repeat_the_pattern(rule: Callable[..., Connectivity], channels
     check_sizes(c, 5, 4, 16 * channels)
     expected = grey.to_mask().repeat_interleave(channels, dim=1)
     assert (c.to_mask() == expected).all()
+
+
+@pytest.mark.parametrize("rule", [local, spread])
+def test_channels_first(rule: Callable[..., Connectivity]) -> None:
+    """The same pixels of the same draw, at c * H * W + row * W + column."""
+    last = rule((6, 7), 5, 4, 16, channels=3, seed=9)
+    first = rule((6, 7), 5, 4, 16, channels=3, channels_first=True, seed=9)
+    assert (last.channels_first, first.channels_first) == (False, True)
+    assert (last.in_shape, first.in_shape) == ((6, 7, 3), (3, 6, 7))
+    images = last.to_mask().unflatten(1, (6, 7, 3)).movedim(3, 1)
+    assert torch.equal(images, first.to_mask().unflatten(1, (3, 6, 7)))
+    assert rule((6, 7), 5, 4, 16, channels_first=True, seed=9).in_shape == (6, 7)  # one channel
 
 
 @pytest.mark.parametrize("rule", [local, spread])

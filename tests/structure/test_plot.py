@@ -44,6 +44,15 @@ def test_plot_marks_every_pixel_of_every_dendrite() -> None:
     assert [(round(x), round(y)) for x, y, _, _ in marks(second)] == [(1, 0), (3, 2)]
 
 
+def test_plot_marks_the_same_pixels_with_channels_first() -> None:
+    pytest.importorskip("matplotlib")
+    last = receptive_fields()
+    mask = last.to_mask().unflatten(1, (3, 4, 2)).movedim(3, 1).flatten(1)
+    first = Connectivity.from_mask(mask, [0, 2, 4], in_shape=(2, 3, 4), channels_first=True)
+    for a, b in zip(last.plot().axes, first.plot().axes, strict=True):
+        assert marks(a) == marks(b)
+
+
 @pytest.mark.parametrize("dendrites", [1, 8, 9, 64])
 def test_plot_gives_every_dendrite_its_colour(dendrites: int) -> None:
     pytest.importorskip("matplotlib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 import time
@@ -112,7 +113,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"in_shape": (2, 3)}, ValueError, r"product 4, got \(2, 3\)"),
     ({"in_shape": (4,)}, ValueError, r"in_shape \(H, W\) or \(H, W, C\) .* got \(4,\)"),
     ({"in_shape": (-2, -2)}, ValueError, r"in_shape from 1 .* got -2"),
-]
+    (
+        {"in_shape": (2, 2), "channels_first": True}, ValueError,
+        r"in_shape \(C, H, W\) with product 4, got \(2, 2\)",
+    ),
+    ({"channels_first": True}, ValueError, r"in_shape \(C, H, W\) with channels_first, got None"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
@@ -238,6 +244,10 @@ def test_stack_keeps_a_common_in_shape() -> None:
     assert Connectivity.stack([a, a]).in_shape == (2, 2)
     assert Connectivity.stack([a, b]).in_shape is None
     assert Connectivity.block_diagonal([a, a]).in_shape is None
+    first = Connectivity.from_csr([0, 1], [0], 4, in_shape=(4, 1, 1), channels_first=True)
+    last = Connectivity.from_csr([0, 1], [0], 4, in_shape=(4, 1, 1))
+    assert Connectivity.stack([first, first]).channels_first
+    assert Connectivity.stack([first, last]).in_shape is None
 
 
 def test_block_diagonal() -> None:
@@ -286,6 +296,28 @@ def test_copies_share_the_object() -> None:
     assert copy.deepcopy({"a": [c]})["a"][0] is c
 
 
+def test_torch_loads_it_with_weights_only() -> None:
+    c = Connectivity.from_csr([0, 1], [5], 12, in_shape=(3, 2, 2), channels_first=True)
+    file = io.BytesIO()
+    torch.save({"hyper_parameters": {"connectivity": c}}, file)
+    file.seek(0)
+    back = torch.load(file, weights_only=True)["hyper_parameters"]["connectivity"]
+    assert back == c
+    assert (back.in_shape, back.channels_first) == (c.in_shape, True)
+
+
+def test_index_tensors_are_ordinary_under_inference_mode(tmp_path: Path) -> None:
+    """Others may not be saved for backward, in a training that comes later."""
+    path = tmp_path / "c"
+    with torch.inference_mode():
+        c = Connectivity.from_csr([0, 2, 3], [0, 1, 1], 2)
+        c.save(path)
+        back = Connectivity.load(path)
+    for each in (c, back, pickle.loads(pickle.dumps(c))):
+        tensors = each.crow_indices, each.col_indices, each.soma_ptr
+        assert not any(t.is_inference() for t in tensors)
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle(protocol: int) -> None:
     c = Connectivity.from_csr([0, 2, 4], [0, 2, 1, 3], 4, dendrites_per_soma=2, in_shape=(2, 2))
@@ -304,7 +336,7 @@ def test_pickle(protocol: int) -> None:
 
 def test_repr() -> None:
     text = repr(Connectivity.from_csr([0, 2, 4], [0, 2, 1, 3], 4, in_shape=(2, 2)))
-    for part in ("in_features=4", "num_dendrites=2", "nnz=4", "fan_in=2", "in_shape=(2, 2)"):
+    for part in ("in_features=4", "num_dendrites=2", "nnz=4", "fan_in=2", "in_shape=(2, 2))"):
         assert part in text
     assert "density=0.5" in text
 
@@ -362,11 +394,12 @@ def test_save_and_load(tmp_path: Path) -> None:
         Connectivity.from_csr([0, 2, 2, 5], [1, 3, 0, 1, 2], 4, [0, 0, 3], in_shape=(2, 2, 1)),
         Connectivity.from_csr([0, 0], [], 1),
         Connectivity.from_csr([0, 1], [70_000], 70_001),
+        Connectivity.from_csr([0, 1], [5], 12, in_shape=(3, 2, 2), channels_first=True),
     ):
         c.save(path)  # replaces what is there
         back = Connectivity.load(str(path))
         assert back == c
-        assert back.in_shape == c.in_shape
+        assert (back.in_shape, back.channels_first) == (c.in_shape, c.channels_first)
         assert [p.name for p in tmp_path.iterdir()] == ["network.bin"]
 
 

@@ -1,0 +1,151 @@
+"""Whole networks in one file, rebuilt without the seed; nothing else is ever built from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune
+
+import dendrite_kernels as dk
+from tests.nn.test_nn import assert_same, network, uneven
+
+
+def round_trip(model: nn.Module, path: Path) -> nn.Module:
+    dk.save(model, path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    before = torch.get_rng_state()
+    back = dk.load(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert repr(back) == repr(model)
+    assert_same(back, model)
+    assert back.training == model.training
+    return back
+
+
+@pytest.mark.parametrize("kind", dk.models._KINDS)
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_networks_of_the_paper(kind: str, channels_first: bool, tmp_path: Path) -> None:
+    model = dk.models.build(
+        kind, (6, 5), 6, 3, 5, 3, channels=3, channels_first=channels_first, layers=2, seed=0
+    )
+    x = torch.randn(4, 90)
+    assert torch.equal(round_trip(model, tmp_path / "model")(x), model(x))
+
+
+def test_layers_options_and_structure(tmp_path: Path) -> None:
+    fields = dk.connectivity.local_receptive_fields((6, 5), 4, 3, 5, seed=0)
+    layer = dk.DendriticLayer(
+        fields, bias=False, activation="tanh", init="paper", precision="bf16", dtype=torch.float64
+    )
+    back: Any = round_trip(layer, tmp_path / "layer")
+    assert back.connectivity == fields
+    assert back.connectivity.plot([0]).axes
+    linear = dk.SparseLinear(uneven(), negative_slope=0.3)
+    linear.weight.requires_grad_(False)
+    back = round_trip(linear.eval(), tmp_path / "layer")
+    assert not back.weight.requires_grad
+    assert back.bias.requires_grad
+    assert back.negative_slope == 0.3
+
+
+def test_a_sequential_of_all_that_a_file_may_hold(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(30, 30, bias=False), nn.ReLU(), nn.LeakyReLU(0.3), nn.ELU(0.5),
+        nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.Softplus(2), nn.Dropout(0.25),
+        nn.Identity(), nn.Sequential(dk.DendriticLayer(network()), nn.Sequential()),
+        nn.Softmax(-1), nn.LogSoftmax(1),
+    )  # fmt: skip
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(round_trip(model.eval(), tmp_path / "model")(x), model(x))
+
+
+def test_other_tools_read_the_file(tmp_path: Path) -> None:
+    layer = dk.DendriticLayer(network())
+    dk.save(layer, tmp_path / "layer.safetensors")
+    twin = dk.DendriticLayer(network())
+    twin.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert_same(twin, layer)
+
+
+def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    layer = dk.SparseLinear(network())
+    with pytest.raises(TypeError, match=r"got BatchNorm1d at model\.1\.0: save its state_dict"):
+        dk.save(nn.Sequential(layer, nn.Sequential(nn.BatchNorm1d(3))), path)
+    with pytest.raises(ValueError, match=r"shared parameters, got 0\.weight and 1\.weight"):
+        dk.save(nn.Sequential(layer, layer), path)
+    with pytest.raises(TypeError, match="got Own"):
+        dk.save(type("Own", (dk.SparseLinear,), {})(network()), path)
+    with pytest.raises(ValueError, match=r"Expected a weight of nn\.Linear, got .*weight_mask"):
+        dk.save(prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    dk.save(dk.SparseLinear(network()), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        dk.save(nn.BatchNorm1d(3), path)
+    assert path.read_bytes() == before
+
+
+def header(model: dict[str, Any], **others: Any) -> str:
+    return json.dumps({"version": 1, "training": True, "frozen": [], "model": model} | others)
+
+
+LINEAR = {"type": "Linear", "in_features": 3, "out_features": 2}
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "3",
+        NESTED,
+        header(LINEAR, version=2),
+        header({"type": "BatchNorm1d"}),
+        header({"type": "os.system"}),
+        header(LINEAR | {"in_features": 4}),
+        header(LINEAR | {"in_features": 2**62}),
+        header(LINEAR | {"in_features": "a"}),
+        header(LINEAR | {"device": "cpu"}),
+        header({"type": "Sequential"}),
+        header({"type": "Sequential", "children": [1]}),
+        header({"type": "Sequential", "children": {"a.b": LINEAR}}),
+        header({"type": "DendriticLayer"}),
+        header(LINEAR, frozen=["x"]),
+        header(LINEAR, frozen=3),
+        json.dumps({"version": 1, "model": LINEAR}),
+    ],
+)
+def test_hostile_headers(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    state = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    save_file(state, path, metadata={"dendrite_kernels": text})
+    with pytest.raises(ValueError, match=r"Expected a file written by dendrite_kernels\.save, got"):
+        dk.load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with pytest.raises(FileNotFoundError):
+        dk.load(path)
+    dk.save(dk.SparseLinear(network()), path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"abc", whole[:7], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="Expected a file written by"):
+            dk.load(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="Expected a file written by"):
+        dk.load(path)
