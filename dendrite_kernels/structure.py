@@ -397,11 +397,9 @@ class Connectivity:
         return plot(Fields(self.in_shape, self.channels_first, *arrays), somas, image, figure)
 
 
-def _from_bytes(crow: bytes, col: bytes, soma: bytes, *others: Any) -> Connectivity:
+def _from_bytes(crow: bytes, col: bytes, soma_ptr: bytes, *others: Any) -> Connectivity:
     """What a pickle calls."""
-    crow_array, col_array, soma_array = (
-        np.frombuffer(data, np.int32) for data in (crow, col, soma)
-    )
+    crow_array, col_array, soma_array = (np.frombuffer(b, np.int32) for b in (crow, col, soma_ptr))
     return Connectivity(crow_array, col_array, soma_array, *others)
 
 
