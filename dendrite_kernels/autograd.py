@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import is_grad_enabled
+from torch._C import _get_tracing_state
 
-from . import fast_path, operators, transforms
+from . import backends, fast_path, operators, transforms
 from .backends.protocol import Maybe
 from .structure import Connectivity
 
@@ -46,16 +47,19 @@ def _save(
         y = signs = None
     ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
     ctx.indices, ctx.slope = indices, slope
+    ctx.backend = backends.chosen.get()
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
-    """The gradients of forward's arguments: x, the four parameters, None for what follows."""
+    """The gradients of forward's arguments: x, the four parameters, None for what follows.
+
+    On forward's backend: autograd may call from a thread of its own, where none is chosen.
+    """
+    if ctx.backend != backends.chosen.get():
+        with backends.use_backend(ctx.backend):
+            return _differentiate(ctx, grad)
     x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if cable_weight is not None and signs is None:
-        raise RuntimeError(
-            "Expected a program traced with gradients enabled, got one that saves no signs"
-        )
     gradients: tuple[Maybe, ...]
     if is_grad_enabled() or transforms.active():  # create_graph=True: this pass is recorded in turn
         crow, col, soma_ptr = ctx.indices
@@ -88,9 +92,7 @@ class _Operator(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> operators.Two:
         y, signs = operators.forward(*args)
         x, synapse_weight, dendrite_bias, cable_weight = args[:4]
-        slope, save_signs = args[8:10]
-        saved = signs if save_signs else None
-        _save(ctx, x, y, saved, synapse_weight, dendrite_bias, cable_weight, args[5:8], slope)
+        _save(ctx, x, y, signs, synapse_weight, dendrite_bias, cable_weight, args[5:8], args[8])
         return y, signs
 
     @staticmethod
@@ -100,7 +102,8 @@ class _Operator(torch.autograd.Function):
 
 def _operator(*args: Any) -> operators.Two:
     if _needs_grad(*args[:5]):
-        recorded: operators.Two = _Operator.apply(*args)
+        save_signs = args[3] is not None  # whatever a program says that was traced without grad
+        recorded: operators.Two = _Operator.apply(*args[:9], save_signs, *args[10:])
         return recorded
     fast = fast_path.operator(*args)  # a compiled program calls the operator, and records nothing
     return operators.forward(*args) if fast is None else fast
@@ -193,9 +196,10 @@ def layer(
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     if transforms.active():
         return transforms.layer(x, *parameters, connectivity, slope, round_x)
-    save_signs = cable_weight is not None and _needs_grad(x, *parameters)
+    if _get_tracing_state() is not None:
+        operators.refuse_onnx()
     y: torch.Tensor
     y, _ = torch.ops.dendrite_kernels.forward.default(
-        x, *parameters, *operators.index_tensors(connectivity), slope, save_signs, round_x
+        x, *parameters, *operators.index_tensors(connectivity), slope, False, round_x
     )
     return y

@@ -11,13 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-)
-from torch.autograd import forward_ad, profiler
-from torch.compiler import is_compiling
+from torch._C import _is_any_autocast_enabled
+from torch.autograd import forward_ad
 
 from . import backends, operators
 from .activations import check_slope
@@ -33,13 +28,10 @@ def topology_of(connectivity: Any, has_cable: bool) -> Any:
     object is not made yet. `connectivity` may be of any type.
     """
     if (
-        is_compiling()  # first: the compiler guards whatever it reads before it
-        or _len_torch_dispatch_stack() > 0
-        or _are_functorch_transforms_active()
+        operators.observed()
         or _is_any_autocast_enabled()
-        or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
-        or (backends.chosen is not None and backends.chosen != "cpp")
+        or backends.chosen.get() not in (None, "cpp")
         or type(connectivity) is not Connectivity
         or connectivity.is_dense
     ):

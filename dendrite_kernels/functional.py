@@ -15,6 +15,11 @@ from .structure import Connectivity
 
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = operators.LOW
+_STRIDED = torch.strided
+_TRACERS = (
+    "torch.fx.symbolic_trace takes dendrite_kernels.interop.portable(model); torch.export and "
+    "torch.jit.trace take the model as it is"
+)
 _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 
 
@@ -37,11 +42,6 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"Expected precision None or 'bf16', got {precision!r}")
 
 
-def _require_connectivity(connectivity: Connectivity) -> None:
-    if not isinstance(connectivity, Connectivity):
-        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
-
-
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x, None where it leaves x alone."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
@@ -62,6 +62,8 @@ def _fits(
                 if not is_bias:
                     return False
             elif tensor.dtype is not dtype or tensor.shape != (length,) or tensor.device != device:
+                return False
+            if tensor is not None and tensor.layout is not _STRIDED:
                 return False
             is_bias = not is_bias
         return (
@@ -86,8 +88,6 @@ def _check(
     """
     if _fits(x, connectivity.in_features, parameters, lengths):
         return None
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"Expected x to be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != connectivity.in_features:
         raise ValueError(
             f"Expected x of shape [..., {connectivity.in_features}], got {list(x.shape)}"
@@ -95,11 +95,10 @@ def _check(
     dtype, device = x.dtype, x.device
     check_dtype("x", dtype)
     autocast = _autocast_dtype(x)
-    for name, tensor, length in zip(names, parameters, lengths, strict=True):
-        if tensor is None and name.endswith("bias"):
+    for name, given, length in zip(names, parameters, lengths, strict=True):
+        if given is None and name.endswith("bias"):
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
+        tensor = _require_tensor(name, given)
         if tensor.dim() != 1 or tensor.shape[0] != length:
             raise ValueError(f"Expected {name} of shape [{length}], got {list(tensor.shape)}")
         if tensor.dtype != dtype and (autocast is None or tensor.dtype == torch.float64):
@@ -119,7 +118,27 @@ def _in_float32(
         return function(*(None if t is None else t.float() for t in tensors)).to(dtype)
 
 
-def _without_image(x: Any, c: Connectivity) -> Any:
+def _require_tensor(name: str, tensor: Any) -> torch.Tensor:
+    """The tensor; TypeError unless it is a dense one."""
+    if not isinstance(tensor, torch.Tensor):
+        remedy = f": {_TRACERS}" if isinstance(tensor, torch.fx.Proxy) else ""
+        raise TypeError(
+            f"Expected {name} to be a torch.Tensor, got {type(tensor).__name__}{remedy}"
+        )
+    if tensor.is_nested or tensor.layout is not _STRIDED:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"Expected {name} to be a dense tensor, got {got}")
+    return tensor
+
+
+def _rows_of(x: Any, c: Connectivity) -> torch.Tensor:
+    """What the slow path starts with: x as a dense tensor [..., N], images flattened."""
+    if not isinstance(c, Connectivity):
+        raise TypeError(f"Expected a Connectivity, got {type(c).__name__}")
+    return _without_image(_require_tensor("x", x), c)
+
+
+def _without_image(x: torch.Tensor, c: Connectivity) -> torch.Tensor:
     """x [..., N] where x are images [..., *in_shape], or [B, 1, H, W] for an in_shape (H, W).
 
     Any other x comes back as it is.
@@ -128,7 +147,7 @@ def _without_image(x: Any, c: Connectivity) -> Any:
         ValueError: channels are first where the connectivity has them last, or the reverse.
     """
     shape = c.in_shape
-    if shape is None or not isinstance(x, torch.Tensor) or x.shape[-1:] == (c.in_features,):
+    if shape is None or x.shape[-1:] == (c.in_features,):
         return x
     sizes = tuple(x.shape[-len(shape) :])
     if sizes == shape:
@@ -185,8 +204,7 @@ def sparse_linear(
         u = autograd.fast_layer(x, weight, bias, None, None, connectivity, 1.0)
         if u is not None:
             return u
-    _require_connectivity(connectivity)
-    x = _without_image(x, connectivity)
+    x = _rows_of(x, connectivity)
     lengths = connectivity.nnz, connectivity.num_dendrites
     low = _check(x, connectivity, ("weight", "bias"), (weight, bias), lengths)
     round_x = precision is not None and _rounds(x, precision)
@@ -260,8 +278,7 @@ def dendritic_layer(
         y = autograd.fast_layer(x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope)
         if y is not None:
             return y
-    _require_connectivity(connectivity)
-    x = _without_image(x, c)
+    x = _rows_of(x, c)
     tensors = synapse_weight, dendrite_bias, cable_weight, soma_bias
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)

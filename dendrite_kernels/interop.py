@@ -13,7 +13,7 @@ from torch import nn
 from ._keras import read_dense
 from .activations import function_of
 from .nn import DendriticLayer, SparseLinear
-from .reference import cable_matrix, dense_weight
+from .reference import owners
 from .structure import Connectivity
 
 Maybe = torch.Tensor | None
@@ -103,13 +103,15 @@ def to_masked_dense(
     options = {"device": layer.synapse_weight.device, "dtype": layer.synapse_weight.dtype}
     dendrite = nn.Linear(c.in_features, c.num_dendrites, bias=bias, **options)
     soma = nn.Linear(c.num_dendrites, c.num_somas, bias=bias, **options)
-    dendrite.weight.copy_(dense_weight(layer.synapse_weight, c))
-    soma.weight.copy_(cable_matrix(layer.cable_weight, c))
+    # Row by row, the True places of a mask are in the order of the weights.
+    dendrite_mask = c.to_mask().to(dendrite.weight.device)
+    dendrite.weight.zero_()[dendrite_mask] = layer.synapse_weight
+    owner = owners(c.soma_ptr, soma.weight.device)
+    soma_mask = owner == torch.arange(c.num_somas, device=owner.device)[:, None]
+    soma.weight.zero_()[soma_mask] = layer.cable_weight
     if bias:
         dendrite.bias.copy_(layer.dendrite_bias)  # type: ignore[arg-type]
         soma.bias.copy_(layer.soma_bias)  # type: ignore[arg-type]
-    dendrite_mask = c.to_mask().to(dendrite.weight.device)
-    soma_mask = cable_matrix(torch.ones_like(layer.cable_weight), c) != 0
     return dendrite, dendrite_mask, soma, soma_mask
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
@@ -69,6 +69,12 @@ class _Sparse(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         operators.index_tensors(self.connectivity)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"Expected modules that TorchScript compiles, got {type(self).__name__}: use "
+            "torch.jit.trace, or script dendrite_kernels.interop.portable(model)"
+        )
 
     def _precision_repr(self) -> str:
         return "" if self.precision is None else f", precision={self.precision}"

@@ -8,11 +8,20 @@ torch.export see plain tensors; the `Connectivity` they come from hangs on the c
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import profiler
+from torch.utils.flop_counter import register_flop_formula
 
 from .activations import check_slope
 from .backends import select
@@ -200,17 +209,23 @@ _backward_op = torch.ops.dendrite_kernels.backward.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _observed(*tensors: Maybe) -> bool:
-    """Whether a compiler, mode, transform, profiler or tensor subclass must see the operator.
+def observed() -> bool:
+    """Whether a compiler, tracer, mode, transform or profiler must see the operator."""
+    return (
+        torch.compiler.is_compiling()  # first: the compiler guards whatever it reads before it
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or profiler._is_profiler_enabled
+    )
 
-    If not, a call skips the dispatcher, whose way into Python costs as much as a small kernel.
+
+def _needs_dispatch(*tensors: Maybe) -> bool:
+    """Whether a call must not skip the dispatcher, whose way costs as much as a small kernel:
+    something observes it, or a tensor is of a subclass or without memory.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
+    if observed():
         return True
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
@@ -220,7 +235,7 @@ def _observed(*tensors: Maybe) -> bool:
 
 def forward(*args: Any) -> Two:
     """The operator `forward`, below autograd. Arguments as in its schema."""
-    if not _observed(*args[:5]):
+    if not _needs_dispatch(*args[:5]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         both: Two = _forward_op(*args)
@@ -229,13 +244,23 @@ def forward(*args: Any) -> Two:
 
 def backward(*args: Any) -> Gradients:
     """The operator `backward`, which records nothing. Arguments as in its schema."""
-    if not _observed(*args[:7]):
+    if not _needs_dispatch(*args[:7]):
         return _backward(*args)
     gradients: Gradients = _backward_op(*args)
     return gradients
 
 
 # ---- the shapes that the operators return: for torch.compile, export and meta tensors ----
+
+
+def refuse_onnx() -> None:
+    """RuntimeError in torch.onnx.export, which else says less, and in the words of its own code."""
+    onnx = sys.modules.get("torch.onnx")  # importing it takes half a second
+    if onnx is not None and onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "Expected a model of operators that ONNX has, got dendrite_kernels::forward: "
+            "export dendrite_kernels.interop.portable(model)"
+        )
 
 
 @torch.library.register_fake("dendrite_kernels::forward", lib=library)
@@ -252,6 +277,7 @@ def _fake_forward(
     save_signs: bool,
     round_x: bool = False,
 ) -> Two:
+    refuse_onnx()
     rows = crow_indices.shape[0] - 1
     outputs = rows if cable_weight is None else soma_ptr.shape[0] - 1
     words = (x.shape[0] + 31) // 32 if save_signs and cable_weight is not None else 0
@@ -313,3 +339,21 @@ def _vmap_forward(
 
 torch.library.register_vmap(_forward_op, _vmap_forward, lib=library)
 torch.library.register_vmap(_backward_op, _sample_by_sample(_backward_op), lib=library)
+
+
+# ---- torch.utils.flop_counter: a product and a sum are two, as for nn.Linear ----
+
+
+@register_flop_formula(torch.ops.dendrite_kernels.forward)
+def _forward_flops(x: Any, weight: Any, _: Any, cable: Any, *__: Any, **___: Any) -> int:
+    """One product and sum for each weight and sample. Arguments are shapes."""
+    return 2 * int(x[0] * (weight[0] + (cable[0] if cable else 0)))
+
+
+@register_flop_formula(torch.ops.dendrite_kernels.backward)
+def _backward_flops(
+    _: Any, x: Any, __: Any, ___: Any, weight: Any, ____: Any, cable: Any, *rest: Any, **_____: Any
+) -> int:
+    """One for the gradient of each weight, and one for the gradient that goes through it."""
+    need_x = rest[-1]
+    return 2 * int(x[0] * (weight[0] * (2 if need_x else 1) + (2 * cable[0] if cable else 0)))

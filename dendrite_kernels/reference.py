@@ -1,44 +1,37 @@
-"""The oracle: both operations in plain PyTorch, dense, any dtype and device, differentiable.
+"""The oracle: both operations in plain PyTorch, synapse by synapse, any dtype, differentiable.
 
 Written from the equations (docs/equations.md, sections 1 and 3; Chavlis & Poirazi 2025),
-independently of every kernel. Tests use it in float64. Memory and time are those of a dense layer.
+independently of every kernel. Tests use it in float64. It takes B * nnz numbers of memory.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .activations import function_of
 from .structure import Connectivity
 
 
-def dense_weight(weight: torch.Tensor, connectivity: Connectivity) -> torch.Tensor:
-    """The [R, N] matrix with `weight` [nnz] at the synapses and zero elsewhere."""
-    crow, col = (
-        t.to(weight.device).long() for t in (connectivity.crow_indices, connectivity.col_indices)
-    )
-    rows = torch.repeat_interleave(
-        torch.arange(connectivity.num_dendrites, device=weight.device), crow.diff()
-    )
-    dense = weight.new_zeros((connectivity.num_dendrites, connectivity.in_features))
-    return dense.index_put((rows, col), weight)
+def owners(pointer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Which of the stretches that `pointer` delimits each item is in: [pointer[-1]] integers."""
+    counts = pointer.to(device).long().diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts)
+
+
+def sums(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """values [..., n] -> [..., count]: the sum of what each owner has. NaN stays with its owner."""
+    total = values.new_zeros((*values.shape[:-1], count))
+    return total.index_add(-1, owner, values)
 
 
 def sparse_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
 ) -> torch.Tensor:
     """u = x W^T + bias: x [..., N], weight [nnz], bias [R] or None -> [..., R]."""
-    return F.linear(x, dense_weight(weight, connectivity), bias)
-
-
-def cable_matrix(cable_weight: torch.Tensor, connectivity: Connectivity) -> torch.Tensor:
-    """The [S, R] matrix that holds each dendrite's cable weight [R] in the row of its soma."""
-    somas, rows = connectivity.num_somas, connectivity.num_dendrites
-    soma_ptr = connectivity.soma_ptr.to(cable_weight.device).long()
-    soma = torch.repeat_interleave(torch.arange(somas, device=cable_weight.device), soma_ptr.diff())
-    column = torch.arange(rows, device=cable_weight.device)
-    return cable_weight.new_zeros((somas, rows)).index_put((soma, column), cable_weight)
+    row = owners(connectivity.crow_indices, x.device)
+    column = connectivity.col_indices.to(x.device)
+    u = sums(x.index_select(-1, column) * weight, row, connectivity.num_dendrites)
+    return u if bias is None else u + bias
 
 
 def dendritic_layer(
@@ -55,4 +48,5 @@ def dendritic_layer(
     """y = phi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
     phi = function_of(activation, negative_slope)
     a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))  # [..., R]
-    return phi(F.linear(a, cable_matrix(cable_weight, connectivity), soma_bias))
+    v = sums(a * cable_weight, owners(connectivity.soma_ptr, x.device), connectivity.num_somas)
+    return phi(v if soma_bias is None else v + soma_bias)

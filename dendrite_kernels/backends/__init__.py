@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -43,11 +44,14 @@ def _require(name: str) -> Backend:
     return backend
 
 
-chosen: str | None = None  # by use_backend
+chosen: ContextVar[str | None] = ContextVar("chosen", default=None)  # by use_backend
 
 
 class use_backend:
-    """Choose the backend for all later calls; as a context manager, until its end.
+    """Choose the backend for all later calls of this thread; as a context manager, until its end.
+
+    A context variable: other threads and asyncio tasks choose for themselves, and one that starts
+    later begins with the default. A backward pass runs on the backend of its forward pass.
 
     Args:
         name: "cpp", "cuda", "numba" or "reference"; None: the best one for each tensor's device.
@@ -58,13 +62,12 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        global chosen
         if name is not None:
             if name not in _NAMES:
                 raise ValueError(f"Expected a backend of {list(_NAMES)}, got {name!r}")
             _require(name)
-        self._previous = chosen
-        chosen = name
+        self._previous = chosen.get()
+        chosen.set(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -75,8 +78,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global chosen
-        chosen = self._previous
+        chosen.set(self._previous)
 
 
 # By device, not by its type: the name of a type is made anew each time, in half a microsecond.
@@ -85,10 +87,11 @@ _selected: dict[tuple[str | None, torch.device], Backend] = {}
 
 def select(device: torch.device) -> Backend:
     """The chosen backend, or the best one for the device; raises rather than fall back unasked."""
-    key = chosen, device
+    wanted = chosen.get()
+    key = wanted, device
     found = _selected.get(key)
     if found is None:
-        found = _selected[key] = _select(chosen, device.type)
+        found = _selected[key] = _select(wanted, device.type)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The oracle as a backend: plain dense PyTorch behind the operators' functions."""
+"""The oracle as a backend: plain PyTorch behind the operators' functions, on any device."""
 
 from __future__ import annotations
 
@@ -49,19 +49,22 @@ def forward(
 def backward(
     grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
 ) -> Gradients:
-    weight, bias, cable, _, connectivity, slope = operands
-    bias = weight.new_zeros(connectivity.num_dendrites) if bias is None else bias
-    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    if cable is not None:
-        inputs.append(cable.detach().requires_grad_())
-    with torch.enable_grad():
-        v = reference.sparse_linear(inputs[0], inputs[1], inputs[2], connectivity)
-        if cable is not None:
-            a = torch.nn.functional.leaky_relu(v, slope)
-            v = torch.nn.functional.linear(a, reference.cable_matrix(inputs[3], connectivity))
-    if y is not None:
-        grad = torch.where(y > 0, grad, slope * grad)
-    dx, dw, dbd, *dc = torch.autograd.grad(v, inputs, grad)
-    dx = dx if need_x else x.new_empty((0, x.shape[1]))
+    weight, bias, cable, _, c, slope = operands
+    row = reference.owners(c.crow_indices, x.device)
+    column = c.col_indices.to(x.device)
     none = weight.new_empty(0)
-    return (dx, dw, dbd, dc[0], grad.sum(0)) if dc else (dx, dw, dbd, none, none)
+    dc = dbs = none
+    q = grad  # at the sums of the dendrites [B, R]
+    if cable is not None and y is not None:
+        u = reference.sparse_linear(x, weight, bias, c)
+        grad = torch.where(y > 0, grad, slope * grad)
+        at_dendrite = grad.index_select(1, reference.owners(c.soma_ptr, x.device))
+        dc, dbs = (at_dendrite * torch.where(u > 0, u, slope * u)).sum(0), grad.sum(0)
+        through = at_dendrite * cable
+        q = torch.where(u > 0, through, slope * through)
+    at_synapse = q.index_select(1, row)  # [B, nnz]
+    dw = (at_synapse * x.index_select(1, column)).sum(0)
+    dx = x.new_empty((0, x.shape[1]))
+    if need_x:
+        dx = reference.sums(at_synapse * weight, column, c.in_features)
+    return dx, dw, q.sum(0), dc, dbs

@@ -356,7 +356,6 @@ def test_no_grad_gives_the_same_values(backend: str) -> None:
     assert not quiet[0].requires_grad
 
 
-@kernels  # reference is dense: 0 * NaN
 def test_nan_and_infinity_pass_through(backend: str) -> None:
     c = dk.connectivity.random(30, 10, 4, 6, constant_fan_in=True, seed=0)
     layer = dk.DendriticLayer(c)
@@ -369,6 +368,20 @@ def test_nan_and_infinity_pass_through(backend: str) -> None:
     clean = torch.ones(40, dtype=torch.bool)
     clean[[7, 9]] = False
     assert y[clean].isfinite().all()
+
+
+def test_nan_gradients_reach_connected_inputs_only(backend: str) -> None:
+    c = dk.connectivity.random(30, 10, 4, 6, constant_fan_in=True, seed=0)
+    layer, x = dk.DendriticLayer(c), torch.randn(40, 30, requires_grad=True)
+    grad = torch.ones(40, 10)
+    grad[7, 2] = torch.nan
+    layer(x).backward(grad)
+    sees = c.to_mask().reshape(10, 4, 30).any(1)[2]  # [N]
+    assert x.grad is not None
+    assert torch.equal(x.grad[7].isnan(), sees)
+    assert x.grad[8].isfinite().all()
+    assert layer.cable_weight.grad is not None
+    assert torch.equal(layer.cable_weight.grad.isnan().nonzero()[:, 0], torch.arange(8, 12))
 
 
 def test_backward_keeps_no_activations(backend: str) -> None:

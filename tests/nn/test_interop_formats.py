@@ -87,7 +87,7 @@ def keras_network(cabled: bool) -> tuple[Any, Kernels]:
         elif isinstance(module, dk.SparseLinear):
             plain = nn.Linear(module.connectivity.in_features, module.connectivity.num_dendrites)
             with torch.no_grad():
-                plain.weight.copy_(dk.reference.dense_weight(module.weight, module.connectivity))
+                plain.weight.zero_()[module.connectivity.to_mask()] = module.weight
                 plain.bias.copy_(module.bias)  # type: ignore[arg-type]
             matrices.append(plain)
         elif isinstance(module, nn.Linear):
