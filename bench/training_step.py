@@ -1,4 +1,4 @@
-"""One step of the paper's training, which the benchmarks time as well."""
+"""One training step as in the paper; the benchmarks time it, too."""
 
 from __future__ import annotations
 
