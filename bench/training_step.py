@@ -1,4 +1,4 @@
-"""One training step as in the paper; the benchmarks time it, too."""
+"""One step of the paper's training, which the benchmarks time as well."""
 
 from __future__ import annotations
 

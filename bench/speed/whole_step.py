@@ -28,8 +28,8 @@ def step_of(module: nn.Module, problem: Problem) -> Callable[[], object]:
 def memory_growth(case: str, kind: str, official: bool, threads: int) -> float | None:
     """MiB that making and training the case's layer adds to a process that is ready to train.
 
-    Connectivity, parameters, gradients, optimizer state and activations; not the input, and not
-    memory that only making the layer needs. Call it in a fresh process (`memory.in_fresh_process`).
+    Connectivity, parameters, gradients, optimizer state and activations; not the input, nor what
+    only making the layer needs. To be called in a fresh process (`memory.in_fresh_process`).
     """
     torch.set_num_threads(threads)
     chosen = CASES[case]
