@@ -11,9 +11,8 @@
 struct Format {
   int mantissa, exponent;  // bits of each; the sign is the highest
 
-  int lowest() const {
-    return 2 - (1 << (exponent - 1)) - mantissa;
-  }  // 2^lowest is the smallest positive number
+  // 2^lowest() is the smallest positive number.
+  int lowest() const { return 2 - (1 << (exponent - 1)) - mantissa; }
   uint32_t infinity() const { return ((1u << exponent) - 1) << mantissa; }
 
   double value(uint16_t bits) const {
