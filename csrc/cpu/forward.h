@@ -72,8 +72,8 @@ struct LongRows {
   int64_t count[ND];
 };
 
-// The sums of rows with more than kChain synapses, chain by chain. Not inlined: in the code for
-// short rows it would take registers.
+// The sums of rows with more than kChain synapses, chain by chain. Not inlined: the code for short
+// rows needs all registers.
 template <class T, int Tile, int ND, class Column, class E>
 __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E* x, vec<T>* sum) {
   constexpr int V = kStrip<T, Tile>;
@@ -345,8 +345,8 @@ void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::
       return forward_tiled<T, 32, Pair>(net, call, runtime);
     // Tiles of 64 samples read weights half as often, if they fit half of L2 (5 % faster). They
     // gain more where an order keeps inputs in L1, so that the weights count more (12 %), and where
-    // rows vary in length, since their ends are mispredicted half as often. Padding costs, so not
-    // where it grows much.
+    // rows vary in length, since their ends are mispredicted half as often. They are not used
+    // where they need much more padding.
     const bool roomy = local || fits_l2<T>(net, runtime, net.fan_in ? 96 : 64);
     if (roomy && (local ? 8 : 20) * more_pads_in(64) <= call.batch) {
       const int64_t outputs = call.cable ? net.somas : net.rows;
