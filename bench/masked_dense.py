@@ -1,7 +1,7 @@
 """The official way to train a dANN: dense matrices under 0/1 masks, masked gradients.
 
-The peer every speed, memory and accuracy figure is compared with. Written from the description in
-the paper (Chavlis & Poirazi 2025, Methods), not from its code.
+Speed, memory and accuracy are compared with this layer. Written from the description in the paper
+(Chavlis & Poirazi 2025, Methods), not from its code.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import dendrite_kernels as dk
 class MaskedDendriticLayer(nn.Module):
     """Dense [R, N] under a mask -> LeakyReLU -> dense [S, R] under a mask -> LeakyReLU.
 
-    Biases are never masked. Weights outside the masks are set to 0 here and stay 0 as long as
-    `mask_gradients` runs between backward and the optimizer's step: forward needs no mask. By
-    default the masks have the weights' dtype, the fastest to multiply a gradient by (bool takes
-    three times as long); the official code's are int64.
+    Biases are not masked. Weights outside the masks are set to 0 here and stay 0 if
+    `mask_gradients` is called between backward and the optimizer's step, so forward needs no mask.
+    By default masks have the dtype of the weights: other dtypes must be converted when a gradient
+    is multiplied by them (bool takes three times as long). Those of the official code are int64.
     """
 
     dendrite_mask: Tensor
@@ -51,7 +51,7 @@ class MaskedDendriticLayer(nn.Module):
     def from_layer(
         cls, layer: dk.DendriticLayer, mask_dtype: torch.dtype | None = None
     ) -> MaskedDendriticLayer:
-        """The twin of a sparse layer: same masks, same weights."""
+        """The dense twin of a sparse layer, with the same masks and weights."""
         dendrite, dendrite_mask, soma, soma_mask = dk.interop.to_masked_dense(layer)
         return cls(dendrite, dendrite_mask, soma, soma_mask, layer.negative_slope, mask_dtype)
 
@@ -60,7 +60,7 @@ class MaskedDendriticLayer(nn.Module):
         return F.leaky_relu(self.soma(a), self.negative_slope)  # [..., S]
 
     def mask_gradients(self) -> None:
-        """Keep what does not exist at exactly 0: call between backward and the optimizer."""
+        """Keep weights outside the masks at exactly 0: call before the optimizer step."""
         for linear, mask in ((self.dendrite, self.dendrite_mask), (self.soma, self.soma_mask)):
             if linear.weight.grad is not None:
                 linear.weight.grad.mul_(mask)
@@ -89,12 +89,12 @@ def masked_layers(model: nn.Module) -> list[MaskedDendriticLayer]:
 
 
 def dense_parameters(model: nn.Module) -> int:
-    """Numbers the model stores and its optimizer updates."""
+    """How many numbers the model stores and its optimizer updates."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Numbers that training can change: all but the ones under a mask's zeros."""
+    """How many numbers training can change: all except those that a mask keeps at 0."""
     masks = [
         mask for layer in masked_layers(model) for mask in (layer.dendrite_mask, layer.soma_mask)
     ]

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: resident pages of a fresh process, as Linux counts them."""
+"""Peak memory of a function: resident pages of a fresh process, as Linux counts them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Result = TypeVar("Result")
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `function` in a new interpreter, where no earlier work hides its peak.
+    """Call `function` in a new interpreter, so that earlier peaks do not hide its own.
 
-    Errors come back as they were raised.
+    Exceptions are raised here, too.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 class PeakMemory:
-    """Growth of the peak of resident memory, in MiB; None where the system does not tell.
+    """Growth of the peak of resident memory, in MiB; None where the system does not report it.
 
-    The peak is the kernel's high-water mark of this process (VmHWM), not ru_maxrss: that one
-    survives exec, so a child would start with its parent's peak. Writing 5 to clear_refs resets the
-    mark; where that is not allowed the growth over an older, higher peak is a lower bound.
+    The peak is VmHWM of this process. ru_maxrss would be wrong: it survives exec, so a child would
+    start with the peak of its parent. Writing 5 to clear_refs resets VmHWM. Where that is not
+    allowed, an older peak may be higher, and the growth is a lower bound.
     """
 
     def __init__(self) -> None:
@@ -37,10 +37,10 @@ class PeakMemory:
         self._start = _status_mib("VmRSS")
 
     def forget_peak(self) -> None:
-        """Start a new peak from what is resident now; the start of the growth stays."""
+        """Reset the peak to what is resident now; growth is still counted from the start."""
         gc.collect()
         _return_free_heap()
-        with contextlib.suppress(OSError):  # then growth() is the docstring's lower bound
+        with contextlib.suppress(OSError):  # then growth() is a lower bound
             Path("/proc/self/clear_refs").write_text("5")
 
     def growth(self) -> float | None:
@@ -49,7 +49,7 @@ class PeakMemory:
 
 
 def _return_free_heap() -> None:
-    """Hand freed pages back (glibc), else work that reuses them would seem to need none."""
+    """Return freed pages to the system (glibc), so that reusing them counts as growth."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -27,7 +27,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_sessionstart() -> None:
-    """What DENDRITE_KERNELS_REQUIRE names must be there: a broken build fails the run."""
+    """Backends named in DENDRITE_KERNELS_REQUIRE must work: a broken build fails the run."""
     for extension in REQUIRED:
         dk.use_backend(_BACKEND_OF[extension])
     dk.use_backend(None)
@@ -35,13 +35,13 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def two_threads() -> None:
-    """Enough to run threaded code; more would wait for each other on a shared machine."""
+    """Enough to run threaded code; on a shared machine more would wait for free cores."""
     torch.set_num_threads(2)
 
 
 @pytest.fixture(params=["cpp", "numba", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each backend in turn; skips one that is missing, with its reason."""
+    """Runs the test on every backend; skips missing ones with the reason."""
     name: str = request.param
     entry = dk.backend_info()[name]
     if not entry["available"]:
@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def inductor() -> None:
-    """Skips where torch.compile's own code generator has no C++ compiler, whatever the backend."""
+    """Skips if torch.compile finds no C++ compiler, which it needs for every backend."""
     try:
         cpp_builder.get_cpp_compiler()
     except InvalidCxxCompiler as error:
@@ -69,7 +69,7 @@ def cpp_extension() -> Any:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised tensors are filled with NaN, so that a kernel that leaves a hole is seen."""
+    """Fills uninitialised tensors with NaN, to detect kernels that do not write all results."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     extension = cpp_extension()
     if extension is not None:

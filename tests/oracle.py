@@ -1,7 +1,8 @@
-"""The float64 oracle, written once more from the equations, and the measure of error.
+"""The float64 oracle, written from the equations, and the measure of error.
 
-Independent of dendrite_kernels.reference: synapse by synapse, no dense matrix. Also what tests need
-to run on whichever device is torch's default: tests/gpu runs many of them there.
+Independent of dendrite_kernels.reference: it computes synapse by synapse, without dense matrices.
+Everything here runs on the default device of torch, because tests/gpu imports many tests to run
+them there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def leaky_relu(u: torch.Tensor, slope: float) -> torch.Tensor:
 
 
 def segment_sum(values: torch.Tensor, pointer: torch.Tensor) -> torch.Tensor:
-    """values [B, pointer[-1]] -> [B, segments]: sums of the stretches that `pointer` delimits."""
+    """values [B, pointer[-1]] -> [B, segments]: sums from pointer[i] to pointer[i + 1]."""
     segments = pointer.numel() - 1
     pointer = pointer.to(values.device)
     segment = torch.arange(segments, device=values.device)
@@ -68,10 +69,10 @@ _ALIKE = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor, backend: str) -> bool:
-    """The same bits from a kernel; within rounding where torch multiplies matrices ("reference").
+    """Whether two results of one backend are equal: bit by bit, or for "reference" within rounding.
 
-    Kernels give the same bits at any address. A matrix product of torch need not: its library
-    chooses among kernels by address, shape and processor.
+    Kernels give the same bits at any address. Matrix products of torch may not: their library
+    chooses an algorithm by address, shape and processor.
     """
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
     if backend != "reference":

@@ -1,4 +1,4 @@
-"""Fresh interpreters for tests: on the package as it is, or on a copy of it."""
+"""Fresh interpreters for tests, with the package itself or a copy of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import dendrite_kernels as dk
 
 PACKAGE = Path(dk.__file__).parent
 
-# It would find the original's modules where a copy of the package has none.
+# An editable install would find modules that a copy of the package lacks on purpose.
 NO_EDITABLE_INSTALL = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if getattr(f, "__name__", "") != "_EditableFinder"]
@@ -22,7 +22,7 @@ sys.meta_path = [f for f in sys.meta_path if getattr(f, "__name__", "") != "_Edi
 def run_python(
     script: str, package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script` in a fresh interpreter that imports the package from this folder only."""
+    """Run `script` in a fresh interpreter that imports the package only from this folder."""
     path = os.pathsep.join([str(package.parent), str(Path(__file__).parents[1])])
     clean = {k: v for k, v in os.environ.items() if k != "DENDRITE_KERNELS_ISA"}
     return subprocess.run(
@@ -37,16 +37,16 @@ def run_python(
 
 
 def output(script: str, package: Path = PACKAGE, **environment: str) -> str:
-    """What the script prints; fails with its errors if it does not end well."""
+    """The output of the script; if it fails, the test fails with its errors."""
     done = run_python(script, package, **environment)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 
 
 def copy_package(folder: Path) -> Path:
-    """The Python files only, with what Numba has compiled of them."""
-    keep = ("*.so", "*.pyd", "*.pyc", "_cpu.*")
+    """Copy the Python files and Numba's cache of compiled kernels, without the extensions."""
+    left_out = ("*.so", "*.pyd", "*.pyc", "_cpu.*")
     copied: Path = shutil.copytree(
-        PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns(*keep)
+        PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns(*left_out)
     )
     return copied

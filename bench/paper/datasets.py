@@ -1,9 +1,8 @@
-"""Image data sets by name, from files the user already has, and their split for training.
+"""Image data sets by name, from files of the user, and their split for training.
 
 Nothing is downloaded.
 
-digits          scikit-learn's bundled 8x8 handwritten digits, resized to 28x28: real images that
-                every installation has
+digits          8x8 handwritten digits that come with scikit-learn, resized to 28x28
 mnist fmnist kmnist emnist emnist-{balanced,byclass,bymerge,letters,digits,mnist} cifar10
 any other name  NAME.npz with x_train, y_train, x_test, y_test
 """
@@ -69,18 +68,18 @@ class Split(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """One way in which a data set may lie on disk."""
+    """One way in which a data set may be stored on disk."""
 
-    files: tuple[tuple[Path, ...], ...]  # the files it needs, each under its alternative names
-    read: Callable[[list[Path]], RawImages]  # given one path for each
+    files: tuple[tuple[Path, ...], ...]  # the alternative names of every file
+    read: Callable[[list[Path]], RawImages]  # takes one path for every file
 
 
 def load(name: str = "digits", root: str | Path | None = None) -> ImageData:
     """The data set `name`, read from the files in `root` ("digits" needs none).
 
-    Raises FileNotFoundError naming every file that was looked for, ValueError for a damaged file.
-    EMNIST's IDX images are stored transposed (column by column) and are turned upright here; npz
-    files are taken as they are. EMNIST letters' labels 1..26 become 0..25.
+    Raises FileNotFoundError with the names of all files that were looked for, and ValueError for a
+    damaged file. IDX images of EMNIST are stored column by column and are transposed here; npz
+    files are not changed. Labels 1..26 of EMNIST letters become 0..25.
     """
     if name == "digits":
         return _image_data(name, _read_digits(), DIGITS_SOURCE)
@@ -102,7 +101,7 @@ def load(name: str = "digits", root: str | Path | None = None) -> ImageData:
 
 
 def load_or_exit(name: str, root: str | Path | None) -> ImageData:
-    """`load` for a command: ends the program with the message alone where the data is the cause."""
+    """`load` for a command: errors in the data end the program with a message, no traceback."""
     try:
         return load(name, root)
     except (FileNotFoundError, ValueError) as error:
@@ -119,7 +118,7 @@ def split(data: ImageData, rng: np.random.Generator) -> Split:
 
 
 def _candidates(name: str, root: Path) -> list[_Candidate]:
-    """Every place and format in which `name` may lie, in the order in which they are tried."""
+    """All places and formats of data set `name`, in the order in which they are tried."""
     candidates = [_Candidate(((root / f"{name}.npz",),), lambda paths: read_npz(paths[0]))]
     if name == "cifar10":
         candidates.append(
@@ -137,9 +136,7 @@ def _candidates(name: str, root: Path) -> list[_Candidate]:
         ):
             candidates.append(_Candidate(_idx_files(folder, "train", "t10k"), _read_idx_set))
     elif name.split("-")[0] == "emnist":
-        part = (
-            name.partition("-")[2] or "balanced"
-        )  # the one whose results are published most, the paper's among them
+        part = name.partition("-")[2] or "balanced"  # as in the paper
         if part not in EMNIST_SPLITS:
             raise ValueError(f"Expected emnist-{{{','.join(EMNIST_SPLITS)}}}, got {name!r}")
         reader = _read_emnist_letters if part == "letters" else _read_emnist
@@ -153,7 +150,7 @@ def _candidates(name: str, root: Path) -> list[_Candidate]:
 
 
 def _idx_files(folder: Path, train: str, test: str) -> tuple[tuple[Path, ...], ...]:
-    """The four IDX files under their official and their dotted names, gzipped or not."""
+    """The four IDX files with their official or dotted names, gzipped or not."""
     contents = (("images", 3), ("labels", 1))
     return tuple(
         tuple(

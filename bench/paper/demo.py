@@ -1,4 +1,4 @@
-"""Trains a dANN and its masked-dense twin (same masks, weights and batches) and reports both.
+"""Trains a dANN and its masked-dense twin (same masks, weights and batches) and compares them.
 
     python -m bench.paper.demo [--data digits|mnist|...] [--data-root FOLDER]
 
@@ -18,16 +18,17 @@ from bench.paper import datasets
 from bench.paper.report import draw, print_table, ratios
 from bench.paper.training import Network, Outcome, Schedule, train_network
 
-EPOCHS = {"digits": 60, "cifar10": 3}  # enough to see the curves bend
+EPOCHS = {"digits": 60, "cifar10": 3}  # enough to see where the curves flatten
 OTHER_EPOCHS = 5
 FIRST_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far apart the losses of two trainings are, relative.
+    """Relative differences between the losses of two trainings.
 
-    Float32 rounding differs between the two ways and Adam amplifies it step by step.
+    They are not 0: the two layers round float32 sums differently, and Adam amplifies this in every
+    step.
     """
 
     first_steps: float  # largest difference of one of the first 50 steps

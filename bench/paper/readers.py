@@ -1,8 +1,8 @@
-"""Readers of the file formats image data sets come in: uint8 images, integer labels.
+"""Readers of the file formats of image data sets: uint8 images, integer labels.
 
-A reader raises ValueError "Expected ... got ..." with the file's name when the content is damaged
-or of another format, and FileNotFoundError when a file is missing. Nothing here executes what a
-file contains: npz without pickle, CIFAR-10's pickles through an unpickler that knows only arrays.
+They raise ValueError "Expected ... got ..." with the name of a file that is damaged or has another
+format, and FileNotFoundError for a missing file. No code in a file is executed: npz files are read
+without pickle, and the pickles of CIFAR-10 with an unpickler that accepts only arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class RawImages(NamedTuple):
-    """Images as they lie in the files: x uint8 [n, H, W] or [n, H, W, C], y integers [n]."""
+    """Images as they are in the files: x uint8 [n, H, W] or [n, H, W, C], y integers [n]."""
 
     x_train: NDArray[np.uint8]
     y_train: NDArray[np.integer[Any]]
@@ -43,10 +43,10 @@ def read_npz(path: Path) -> RawImages:
 
 
 def read_jpeg_npz(path: Path) -> RawImages:
-    """Images kept as JPEG bytes: `bytes_`, `offsets_` [n + 1] and `y_` for train and test.
+    """Images stored as JPEG bytes: `bytes_`, `offsets_` [n + 1] and `y_` for train and test.
 
-    Needs Pillow. Decoded in one thread: 60,000 images of 32x32 take 6 s, and threads, which share
-    the interpreter lock for images this small, took 9 s on 4 cores.
+    Needs Pillow. Decoded in one thread: decoding such small images needs the GIL most of the time,
+    so threads only wait for each other (60,000 images of 32x32: 6 s, with 4 threads 9 s).
     """
     keys = [f"{part}_{split}" for split in ("train", "test") for part in ("bytes", "offsets", "y")]
     arrays = _npz_arrays(path, keys)
@@ -103,7 +103,7 @@ def _decode_jpegs(
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, gzipped or not (told by its first bytes, not its name)."""
+    """An IDX file of unsigned bytes; its first bytes, not its name, say whether it is gzipped."""
     content = path.read_bytes()
     try:
         if content[:2] == b"\x1f\x8b":
@@ -129,7 +129,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def read_cifar10(folder: Path) -> RawImages:
-    """CIFAR-10's python batches, data_batch_1 .. data_batch_5 and test_batch, in one folder."""
+    """The Python batches of CIFAR-10 in one folder: data_batch_1 .. data_batch_5, test_batch."""
     parts = [_cifar10_batch(folder / name) for name in CIFAR10_TRAIN]
     x_test, y_test = _cifar10_batch(folder / CIFAR10_TEST)
     x_train = np.concatenate([x for x, _ in parts])

@@ -18,7 +18,7 @@ DRAWN_SOMAS = 4
 
 
 def ratios(sparse: Outcome, twin: Outcome) -> dict[str, float | None]:
-    """Masked dense over sparse: how many times more of it the masked-dense way needs."""
+    """Quantities of the masked-dense twin divided by those of the sparse network."""
     quantities = {
         "stored_parameters": (sparse.dense_parameters, twin.dense_parameters),
         "step_ms": (sparse.step_percentiles().get("p50"), twin.step_percentiles().get("p50")),
@@ -100,7 +100,7 @@ def draw(path: Path, data: ImageData, network: Network, sparse: Outcome, twin: O
 
 
 def _curves(axes: Axes, outcomes: dict[str, Outcome], key: str, scale: float, title: str) -> None:
-    """The twin's curve wide, so that the other one shows on top where the two agree."""
+    """The curve of the twin is wide, so that both are visible where they agree."""
     from matplotlib.ticker import MaxNLocator
 
     widths = (1.4, 5.0)

@@ -27,7 +27,7 @@ WARM_UP_STEPS = 10  # not timed: allocator, thread pool and lazy imports
 
 @dataclass(frozen=True)
 class Network:
-    """What `dk.models.build` needs besides the data set; `twin`: its masked-dense twin."""
+    """Arguments of `dk.models.build` besides the data set; `twin`: build its masked-dense twin."""
 
     kind: str
     somas: int
@@ -61,15 +61,14 @@ class Schedule:
 
 @dataclass
 class Outcome:
-    """What one training gives; losses are means over samples, accuracies fractions."""
+    """Results of one training; losses are means over samples, accuracies fractions."""
 
     trainable_parameters: int
     dense_parameters: int
     step_loss: list[float] = field(default_factory=list)  # of every training step
     step_ms: list[float] = field(default_factory=list)  # of every full batch after the warm-up
-    history: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # per epoch: {train,val,test}_{loss,accuracy}
+    # {train,val,test}_{loss,accuracy} -> one value per epoch
+    history: dict[str, list[float]] = field(default_factory=dict)
     peak_memory_mib: float | None = None
     seconds: float = 0.0
 
@@ -80,7 +79,7 @@ class Outcome:
         return {"p20": float(p20), "p50": float(p50), "p80": float(p80)}
 
     def summary(self) -> dict[str, object]:
-        """The outcome for a JSON file: percentiles and the epochs' curves instead of every step."""
+        """For a JSON file: percentiles and the curves over epochs, not every step."""
         kept = {
             key: value for key, value in asdict(self).items() if key not in ("step_loss", "step_ms")
         }
@@ -92,13 +91,12 @@ def train_network(
     network: Network,
     schedule: Schedule,
     threads: int | None = None,
-    progress: bool = True,
 ) -> Outcome:
-    """Build and train one network, in a process of its own (`memory.in_fresh_process`).
+    """Build and train one network; call it in a fresh process (`memory.in_fresh_process`).
 
-    Its peak memory is what training adds to the process that has the data and torch ready:
-    parameters, masks, gradients, optimizer state, activations. What only building the model needs
-    is left out.
+    Its peak memory is what training adds to a process with data and torch loaded: parameters,
+    masks, gradients, optimizer state, activations. Memory that only building the model needs is
+    not counted.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -108,9 +106,7 @@ def train_network(
     model = network.build(data)
     memory.forget_peak()
     title = "masked dense" if network.twin else network.kind
-    outcome = train(
-        model, prepared, schedule, np.random.default_rng(network.seed), title if progress else None
-    )
+    outcome = train(model, prepared, schedule, np.random.default_rng(network.seed), title)
     outcome.peak_memory_mib = memory.growth()
     return outcome
 
@@ -122,9 +118,9 @@ def train(
     rng: np.random.Generator,
     title: str | None = None,
 ) -> Outcome:
-    """Train `model` in place; batches shuffled by `rng` every epoch, the last partial one kept.
+    """Train `model` in place. `rng` shuffles the samples every epoch; the last batch may be small.
 
-    `title` names the progress bar (shown on a terminal only); None shows none.
+    `title` is that of the progress bar, which appears only on a terminal; None: no bar.
     """
     outcome = Outcome(trainable_parameters(model), dense_parameters(model))
     step = TrainingStep(model, schedule.lr)
@@ -147,7 +143,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> tuple[float, float]:
-    """Mean loss and accuracy, in batches of the training's size to leave the peak to it."""
+    """Mean loss and accuracy, in batches as in training, so that peak memory does not grow."""
     model.eval()
     loss, correct = 0.0, 0
     for xb, yb in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
@@ -193,10 +189,7 @@ def _record(outcome: Outcome, part: str, loss: float, accuracy: float) -> None:
 
 
 def _load_torch_lazily_imported(data: Split) -> None:
-    """One step of a small dense network.
-
-    On its first step torch imports modules (100 MB of them) and starts its threads.
-    """
+    """One step of a small dense network, in which torch imports modules (100 MB)."""
     TrainingStep(nn.Linear(data.x_train.shape[1], int(data.y_train.max()) + 1), 1e-3)(
         data.x_train[:128], data.y_train[:128]
     )

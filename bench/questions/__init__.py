@@ -1,1 +1,1 @@
-"""One file per question that the documentation answers with a figure."""
+"""One command for each question that the documentation answers with a figure."""

@@ -1,11 +1,11 @@
-"""What sharing torch's threads costs: the layer and a matrix product alone, then in turns.
+"""What it costs to share the threads of torch: the layer and a matrix product alone, then in turns.
 
     python -m bench.questions.alternating [--case A] [--threads 4] [--seconds 3]
 
-Medians of one call each. "In turns" calls one after the other all the time, so that each finds the
-threads and the caches as the other left them; the second figure is its ratio to "alone". A 1 x 1
-nn.Linear, forward and backward, in turns with the same product shows what finding Python and
-autograd in cold caches costs whatever is computed.
+Prints medians of single calls. "In turns" alternates between the two, so that each finds the
+threads and the caches in the state that the other left; the second figure is its ratio to "alone".
+The same for a 1 x 1 nn.Linear shows the part that any layer pays: Python and autograd run with cold
+caches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Run = Callable[[], object]
 
 
 def in_turns(runs: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Milliseconds of each, one call of each after the other."""
+    """Median milliseconds of each; the calls alternate."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

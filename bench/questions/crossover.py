@@ -2,10 +2,10 @@
 
     python -m bench.questions.crossover [--inputs 784 4096] [--threads 2] [--seconds 3]
 
-One layer size per number of inputs; K sweeps from 1 % to 90 % of the inputs (constant fan-in,
-random). At each K the results are verified and then the sparse layer, masked dense as the official
-code trains it, and masked dense with a block-sum cable take turns. The crossover is where the ratio
-of their medians crosses 1, interpolated on logarithmic axes.
+For each number of inputs, K goes from 1 % to 90 % of the inputs (random, constant fan-in). At each
+K the results are verified, and then three layers are timed in turns: the sparse one, masked dense
+as the official code trains it, and masked dense with a block-sum cable. The crossover is the
+density where the ratio of medians crosses 1, interpolated on logarithmic axes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SOMAS, DENDRITES = 256, 16
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    path = options.output or RESULTS / f"{options.name}.json"
+    path = options.output
     report: dict[str, Any] = {"environment": describe(options.threads), "sweeps": []}
     refused = False
     for inputs in options.inputs:
@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def crossover(densities: Sequence[float], ratios: Sequence[float]) -> float | None:
-    """Density at which dense over sparse falls to 1; None if it stays above (0: it starts below).
+    """Density at which dense / sparse falls to 1; None if it stays above, 0 if it starts below.
 
-    Between two measured points, linear in the logarithms of both.
+    Interpolated between two measured points, linearly in the logarithms of both.
     """
     if ratios[0] <= 1:
         return 0.0
@@ -124,8 +124,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing per density")
-    parser.add_argument("--name", default="crossover", help="of the file in bench/results")
-    parser.add_argument("--output", type=Path, help="the file, instead of --name")
+    parser.add_argument("--output", type=Path, default=RESULTS / "crossover.json")
     return parser.parse_args(arguments)
 
 

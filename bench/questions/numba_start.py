@@ -1,12 +1,12 @@
-"""What the Numba backend costs before its first result: compiling once, loading in later processes.
+"""How long the first call of the Numba backend takes: it compiles, later processes load a cache.
 
     python -m bench.questions.numba_start [--case A] [--threads 1] [--repeat 3]
 
-Every figure is from a fresh process, with torch and dendrite_kernels imported and the network made:
-the first forward and the first backward of a layer, which import Numba, compile or load what they
-need, and compute. First with an empty cache, then as later processes find it; the smallest of
-`repeat` for both. Processor time says what it takes when others leave the machine alone. Written to
-bench/results/NAME.json.
+Every figure is from a fresh process, which has imported torch and dendrite_kernels and made a
+layer. Timed are its first forward and first backward, which import Numba, compile kernels or load
+them, and compute: once with an empty cache, once with the cache of an earlier process. Both are
+minima of `repeat` runs. Processor time is printed as well, because it depends less on other load.
+Written to bench/results/numba_start.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import dendrite_kernels as dk
 from bench.environment import describe, write_json
 from bench.speed.cases import CASES
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULT = Path(__file__).parents[1] / "results" / "numba_start.json"
 MODES = ("training", "training with dx")  # without and with the gradient of x
 ROWS = ("first call, empty cache", "first call, later process", "second call")
 
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), default="A")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--name", default="numba_start", help="of the file in bench/results")
     parser.add_argument("--one-process", choices=MODES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_process:
@@ -102,7 +101,7 @@ def main() -> None:
         "repeat": options.repeat,
         "seconds": {m: measure(options.case, m, options.threads, options.repeat) for m in MODES},
     }
-    write_json(RESULTS / f"{options.name}.json", report)
+    write_json(RESULT, report)
     print_table(report)
 
 

@@ -1,9 +1,10 @@
-"""What one call costs beside its arithmetic: tiny layers against torch's own, eager and compiled.
+"""The overhead of one call: tiny layers compared with those of torch, eager and compiled.
 
     python -m bench.questions.overhead [numba]
 
-Times are CPU time of the calling thread, so that other work on the machine counts little, and
-minima over rounds that visit every case in turn. For C++ a second table takes an eager call apart.
+Times are CPU times of the calling thread, because they depend little on other load. Each is the
+minimum over rounds that call every case in turn. For C++ a second table has the parts of an eager
+call.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def nothing() -> None:
 
 
 def parts() -> dict[str, Run]:
-    """What `dendritic_layer` does inside, each part alone."""
+    """The parts of a call of `dendritic_layer`, each timed alone."""
     c, x = CONNECTIVITY, torch.randn(BATCH, 16)
     w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
     operands = x, w, dendrite_bias, cable, soma_bias
@@ -93,8 +94,8 @@ def parts() -> dict[str, Run]:
     backward, indices = (x, y, signs, w, dendrite_bias, cable), operators.index_tensors(c)
     record = autograd._record
     return {
-        "does anything observe the call": lambda: fast_path.topology_of(c, True),
-        "are the operands plain, does one need a gradient": lambda: topology.accepts(*operands),
+        "look up the topology": lambda: fast_path.topology_of(c, True),
+        "check the operands": lambda: topology.accepts(*operands),
         "forward": lambda: topology.forward(*operands, 0.1, False),
         "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
         "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),

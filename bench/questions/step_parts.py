@@ -1,12 +1,12 @@
-"""What a whole training step consists of: kernels, and what is between them.
+"""The parts of a whole training step: kernels, and the time between them.
 
     python -m bench.questions.step_parts [--case A] [--kind constant] [--threads 1 2] [--rounds 400]
 
-Minima over rounds that visit every part in turn. "kernels" is the sum of the layer's two kernels,
-the loss's and Adam's, each called alone; what a step takes beyond it is Python, autograd and
-allocations, of the layer (forward and backward beyond its kernels) and of torch (the rest). The
-kernels leave the caches cold, so Python takes two or three times what `overhead` says;
-a tiny nn.Linear, forward and backward, shows what torch itself takes there.
+Minima over rounds that call every part in turn. "kernels" is the sum of the kernels of the layer,
+the loss and Adam, each called alone. The rest of a step is Python, autograd and allocations: of the
+layer (forward and backward minus its kernels) and of torch (all else). Kernels fill the caches with
+their data, so Python takes two or three times as long as in `overhead`. The 1 x 1 nn.Linear shows
+how long torch alone takes under these conditions.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What measures speed and memory: cases, peers, timing, reports."""
+"""Measures speed and memory: cases, peers, timing, reports."""

@@ -2,11 +2,10 @@
 
     python -m bench.speed.gpu [--only build test citizen memcheck ...] [--output bench/results]
 
-Builds the extension for this machine's GPU, runs tests/gpu (where missing CUDA is an error; those
-of the kernels first), compute-sanitizer's memcheck and racecheck, the timing table and the memory
-search, each in a process of its own and in its share of the time, and writes one JSON for the
-device. Needs the repository's files, a CUDA build of torch, nvcc, pybind11, setuptools and pytest;
-no network.
+Builds the extension for the GPU of this machine, then runs tests/gpu (kernels first; missing CUDA
+is an error), memcheck and racecheck of compute-sanitizer, the timing table and the memory search.
+Every stage is a process with a time limit. The results are one JSON file per device. Needs a
+checkout, a CUDA build of torch, nvcc, pybind11, setuptools and pytest, but no network.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def stages(folder: Path) -> list[Stage]:
 
 
 def run(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """The stage's end, its last lines and what it wrote."""
+    """How the stage ended, its last lines of output and the results that it wrote."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -108,7 +107,7 @@ def device_name() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed.gpu", description=__doc__)
-    names = ["build", "test", "memcheck", "racecheck", "time", "memory", "citizen"]
+    names = [stage.name for stage in stages(Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--seconds", type=float, default=580, help="for everything")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
@@ -127,7 +126,7 @@ def main() -> int:
                 results["stages"][stage.name] = {"ending": "no time left"}
                 continue
             results["stages"][stage.name] = run(stage, Path(name), left)
-            target.write_text(json.dumps(results, indent=2) + "\n")  # what is known so far
+            target.write_text(json.dumps(results, indent=2) + "\n")  # later stages may not finish
             if stage.name == "build" and results["stages"]["build"]["ending"] != "passed":
                 break
     endings = {name: entry["ending"] for name, entry in results["stages"].items()}

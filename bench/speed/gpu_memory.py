@@ -1,9 +1,10 @@
-"""Training under tight GPU memory: the largest layer in a budget, and the layer of 33.5 M synapses.
+"""Training with little GPU memory: the largest layer in a budget, and a layer of 33.5 M synapses.
 
     python -m bench.speed.gpu_memory --output memory.json [--budget-gb 1]
 
-The budget is all that a training step allocates beyond its input: parameters, optimizer state,
-gradients, activations, workspaces. Ours steps the optimizer in backward.
+The budget is for everything that a training step allocates besides its input: parameters, optimizer
+state, gradients, activations, workspaces. Our layer runs the optimizer during backward
+(StepInBackward), so not all gradients exist at the same time.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def ours(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object
 
 
 def masked_dense(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
-    """Two matrices and their masks, made in place: no copy of a sparse twin is alive."""
+    """Two matrices and their masks, made directly, so that no sparse layer takes memory, too."""
     rows = case.somas * case.dendrites
     mask = torch.zeros(rows, case.inputs, device="cuda")
-    mask[:, : case.synapses] = 1  # which entries does not matter to time and memory
+    mask[:, : case.synapses] = 1  # time and memory do not depend on which entries
     soma_mask = torch.zeros(case.somas, rows, device="cuda")
     soma_mask.view(case.somas, case.somas, case.dendrites).diagonal().fill_(1)
     with torch.device("cuda"):
@@ -69,7 +70,7 @@ def bytes_of_training(make: Make, case: Case) -> int:
 
 
 def largest(make: Make, budget: int) -> dict[str, int]:
-    """The widest square layer (N = S) whose training fits, to one part in sixteen."""
+    """The widest square layer (N = S) whose training fits, within one sixteenth."""
     found: dict[int, int] = {0: 0}
 
     def fits(width: int) -> bool:
@@ -93,7 +94,7 @@ def largest(make: Make, budget: int) -> dict[str, int]:
 
 
 def wide_layer() -> dict[str, Any]:
-    """Case G with B = 512: dense it would hold 275 GB."""
+    """Case G with B = 512: its weights as a dense matrix would take 275 GB."""
     case = CASES["G"]
     used = bytes_of_training(ours, case)
     x = torch.randn(case.batch, case.inputs, device="cuda")

@@ -1,4 +1,4 @@
-"""The workloads of the GPU figures, and what else a user could run them with."""
+"""The workloads of the GPU figures, and other ways to compute them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class BlockSum(nn.Module):
-    """Some way to compute u [R, B] from x^T [N, B], then bias, cable and soma block by block."""
+    """u [R, B] from x^T [N, B] by `synapses`, then bias, cable and soma block by block."""
 
     def __init__(self, layer: dk.DendriticLayer) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class BlockSum(nn.Module):
         layer = self.source
         assert layer.dendrite_bias is not None
         assert layer.soma_bias is not None
-        a = F.leaky_relu(self.synapses(x.t().contiguous()) + layer.dendrite_bias[:, None], 0.1)
-        a = a.unflatten(0, self.blocks)  # [S, D, B]
+        u = self.synapses(x.t().contiguous()) + layer.dendrite_bias[:, None]
+        a = F.leaky_relu(u, self.slope).unflatten(0, self.blocks)  # [S, D, B]
         v = (a * layer.cable_weight.view(self.blocks)[:, :, None]).sum(1)
         return F.leaky_relu(v + layer.soma_bias[:, None], self.slope).t()
 
@@ -111,13 +111,13 @@ class Gather(BlockSum):
         return (features[self.columns.view(self.shape[0], -1)] * weight).sum(1)
 
 
-# Those that decide come first, in case the time runs out.
+# The most important ones are timed first, since time may run out.
 DENSE = ("masked dense fp32", "masked dense tf32", "masked dense bf16")
 OTHERS = ("torch csr", "embedding_bag", "gather, compiled")
 
 
 def peers(layer: dk.DendriticLayer) -> dict[str, Callable[[], nn.Module]]:
-    """Makers of modules that compute what `layer` does; each may run out of memory."""
+    """Functions that make modules equal to `layer`; each may run out of memory."""
 
     def dense() -> nn.Module:
         return MaskedDendriticLayer.from_layer(layer)

@@ -1,9 +1,9 @@
-"""Times the CUDA backend on one GPU against its limits and its peers.
+"""Times the CUDA backend on one GPU and compares it with hardware limits and peers.
 
     python -m bench.speed.gpu_timing --output timing.json [--cases A B C D G] [--seconds 150]
 
-Every result is compared with float64 first; what differs is not timed. Times are of CUDA events,
-medians with the 20th and 80th percentile; a peer that fails is reported with its error.
+Results are compared with float64 first; a wrong one is not timed. Times are measured with CUDA
+events: medians with the 20th and 80th percentile. A peer that fails is reported with its error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLES = 50
 
 
 def milliseconds(run: Step, limit: float = 3.0) -> dict[str, float]:
-    """Of one call on the current stream."""
+    """Percentiles of the time of one call on the current stream."""
     run()
     run()
     torch.cuda.synchronize()
@@ -49,7 +49,7 @@ def milliseconds(run: Step, limit: float = 3.0) -> dict[str, float]:
 
 
 def replayed(run: Step) -> Step:
-    """The call as a CUDA graph: no launch gaps."""
+    """The call as a CUDA graph, without gaps between launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -98,7 +98,7 @@ def error_of(module: nn.Module, x: Tensor, wanted: Tensor) -> float:
 
 
 def float64(layer: dk.DendriticLayer, x: Tensor) -> Tensor:
-    """y on the CPU by the reference's equations, synapse by synapse."""
+    """y on the CPU in float64, synapse by synapse."""
     c = layer.connectivity
     leaves = {name: p.detach().double().cpu() for name, p in layer.named_parameters()}
     gathered = x.double().cpu()[:, c.col_indices.long()] * leaves["synapse_weight"]
@@ -127,7 +127,7 @@ def measure_ours(case: Case, layer: dk.DendriticLayer, x: Tensor, grad: Tensor) 
         "step": training_step(layer, adam(layer), x, grad),
     }
     if case.inputs * case.batch > 2**24:
-        del runs["backward"]  # of G, a first layer: its input needs no gradient
+        del runs["backward"]  # G is a first layer: its input needs no gradient
     found: dict[str, Any] = {name: milliseconds(run) for name, run in runs.items()}
     for name, run in runs.items():
         found[f"{name}, graph"] = milliseconds(replayed(run))
@@ -191,7 +191,7 @@ def measure_peers(case: Case, names: Sequence[str], deadline: float) -> dict[str
             if time.monotonic() > deadline:
                 raise TimeoutError("no time left")
             found[name] = measure_peer(name, makers[name], x, grad, wanted)
-        except Exception as fault:  # out of memory, unsupported: part of the answer
+        except Exception as fault:  # out of memory or unsupported: reported
             found[name] = {"error": f"{type(fault).__name__}: {fault}"[:200]}
         torch.cuda.empty_cache()
     return found

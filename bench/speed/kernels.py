@@ -1,4 +1,4 @@
-"""A backend's forward and backward alone: no autograd, no dispatch. What a roofline is held to."""
+"""Forward and backward of a backend without autograd and dispatch, to compare with a roofline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KERNELS = ("forward", "backward without dx", "backward")
 
 
 class Kernels:
-    """The operations of backend `name` on what training hands to them; round_x: bfloat16 x."""
+    """The kernels of backend `name`, called as in training; round_x: round x to bfloat16."""
 
     def __init__(self, name: str, problem: Problem, round_x: bool = False) -> None:
         p, backend = problem, importlib.import_module(f"dendrite_kernels.backends.{name}")
@@ -34,7 +34,7 @@ class Kernels:
         return backward(*saved, kernel == "backward")
 
     def results(self, kernel: str) -> dict[str, Tensor]:
-        """By the names of the oracle's."""
+        """Results with the names that the oracle uses."""
         if kernel == "forward":
             return {"y": self.run(kernel)[0]}
         dx, dw, dbd, dc, dbs = self.run(kernel)

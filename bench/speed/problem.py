@@ -1,9 +1,9 @@
-"""One layer with its input, and the float64 oracle's answer to it, soma by soma in chunks.
+"""One layer with its input, and the results of the float64 oracle, computed in chunks of somas.
 
-x, the synapses' weights and the dendrites' biases are drawn from grids on which every dendrite's
-sum is exact in float32 and never 0, and no gradient meets a soma whose sum is nearly 0. Otherwise
-two correct ways could disagree on the side of a kink, in a few of millions of values, and by more
-than any useful tolerance.
+A sum near 0 may get either sign by rounding, and LeakyReLU has a kink at 0. Two correct results
+could then differ by more than any useful tolerance, in a few of millions of values. So x, synapse
+weights and dendrite biases are multiples of fixed steps: the sums of dendrites are exact in float32
+and never 0. Somas whose sums are nearly 0 get a gradient of 0.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Problem:
 
     @cached_property
     def dense(self) -> DenseForm:
-        """Made once: the matrices of large layers take gigabytes."""
+        """Cached, because the matrices of large layers take gigabytes."""
         return DenseForm(*dk.interop.to_masked_dense(self.layer()))
 
     @cached_property

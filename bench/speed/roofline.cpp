@@ -1,9 +1,10 @@
-// Gather-FMA roofline: what a core reaches on the memory accesses of a sparse layer and nothing
-// else. Every thread owns a tile x[N][tile] of floats; for each synapse one random row of it is
-// multiplied by a weight that is broadcast, and added to its dendrite's accumulators. Either one
-// dendrite after the other, whose FMAs wait for each other in a narrow tile, or neighbours
-// interleaved so that eight accumulators hide that latency. L1 holds some of a small tile. What the
-// second-level cache alone gives is one load per FMA, in order, of a quarter of it.
+// Gather-FMA roofline: the speed of the memory accesses and FMAs of a sparse layer and nothing
+// else. Every thread has a tile x[N][tile] of floats. Each synapse multiplies a random row of it by
+// a broadcast weight and adds the products to the accumulators of its dendrite. This is measured in
+// two ways: one dendrite after another, where FMAs of a narrow tile wait for each other, and
+// several interleaved, where eight accumulators hide that latency. The L2 figure is for FMAs that
+// read a quarter of the second-level cache in order; tiles can be faster, since some rows come from
+// L1.
 //
 //   roofline INPUTS SYNAPSES THREADS MILLISECONDS
 //   -> for each tile width a line "WIDTH GFLOP/s one by one GFLOP/s interleaved", then "L2 GFLOP/s"
@@ -95,8 +96,8 @@ static Floats filled(int64_t count) {
   return data;
 }
 
-// GFLOP/s of threads that run together, at each one's median time of a pass of `flops`; prepare(t)
-// is the pass of thread t, which writes a vector.
+// GFLOP/s of threads that run together, from the median time of a pass of `flops` in each thread.
+// prepare(t) returns the pass of thread t, which writes a vector.
 template <class Prepare>
 double measure(int threads, double seconds, double flops, const Prepare& prepare) {
   std::atomic<int> waiting{threads};

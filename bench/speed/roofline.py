@@ -1,8 +1,9 @@
-"""The gather-FMA roofline of a layer's working set, measured by roofline.cpp.
+"""The gather-FMA roofline of a layer, measured by roofline.cpp.
 
-The most that random rows of a batch-inner tile of the input allow, whatever is computed with them:
-forward does 2 flops per synapse and sample, backward 4 (the gradients of weights and input). Beside
-it, what loads from the second-level cache alone allow: L1 serves some of the rows of a small tile.
+The highest rate at which FMAs can read random rows of a tile of the input, with nothing else to do.
+Forward does 2 flops per synapse and sample, backward 4 (gradients of weights and input). Also
+measured: FMAs that read only the second-level cache. Small tiles can be faster, since some of their
+rows come from L1.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ MAX_INPUTS = 1 << 16
 
 
 class Unavailable(RuntimeError):
-    """No roofline can be measured here; says why."""
+    """No roofline can be measured here; the message is the reason."""
 
 
 @functools.cache
 def _program() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    """Compiled once in a process, for this processor; lives as long as the process."""
+    """Compiled once per process, for this processor; deleted when the process ends."""
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         raise Unavailable(f"no C++ compiler ({compiler[0]}); set CXX")
@@ -47,8 +48,8 @@ def _program() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
 
 @dataclass(frozen=True)
 class Roof:
-    """GFLOP/s by tile width: dendrites one by one, and interleaved to hide the FMA's latency; and
-    of one load per FMA, in order, from the second-level cache."""
+    """GFLOP/s by tile width, for dendrites one by one and interleaved (which hides the latency of
+    FMAs), and GFLOP/s of FMAs that read the second-level cache in order."""
 
     one_by_one: dict[int, float]
     interleaved: dict[int, float]
@@ -65,7 +66,7 @@ class Roof:
 
     @property
     def gflops(self) -> float:
-        """The roof: of whichever tile width is best."""
+        """The roof: the highest rate of all tile widths."""
         return max(*self.one_by_one.values(), *self.interleaved.values())
 
 
@@ -74,9 +75,9 @@ def _highest(rates: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def measure(inputs: int, synapses: int, threads: int) -> Roof:
-    """What `threads` threads reach together, each with a tile of its own.
+    """Rates of `threads` threads together; each has its own tile.
 
-    Raises Unavailable without a compiler, or for more inputs than its 16-bit columns can name.
+    Raises Unavailable without a compiler, or for more inputs than 16-bit columns can number.
     """
     if inputs > MAX_INPUTS:
         raise Unavailable(f"Expected at most {MAX_INPUTS} inputs, got {inputs}")

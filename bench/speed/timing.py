@@ -1,4 +1,4 @@
-"""Times several candidates in one run so that another load on the machine meets all of them."""
+"""Times several candidates in turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 ROUNDS = 10
 MIN_SAMPLES = 3
 MAX_SAMPLES = 2000
-SLOW = 2.0  # seconds: one sample beyond the estimate is enough
-QUICK = 0.02  # seconds: caches are warmed up before each block of samples
+SLOW = 2.0  # seconds: of slower tasks one sample is enough
+QUICK = 0.02  # seconds: faster tasks run once before each block of samples, to warm the caches
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Task:
 
 
 def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:
-    """Fill the tasks' samples: about `seconds` in all, an equal share of it for each task.
+    """Measure samples of all tasks, about `seconds` in all, an equal share for each task.
 
-    Every task must have run before. Its samples are spread over rounds of blocks, in another order
-    in every round; a task much slower than its share takes part in some of the rounds only.
+    Every task must have run before. The samples are measured in rounds; each round has a block of
+    samples of every task, in random order. Tasks with few samples are not in every round.
     """
     share = seconds / max(1, len(tasks))
     estimates = []

@@ -18,8 +18,8 @@ __attribute__((noinline)) void make_q(const dk::Topology& net, const dk::Backwar
                    });
 }
 
-// One block of dendrites on one tile. G in slot order. clear_dx: dx holds nothing yet, so rows
-// without synapses are zeroed.
+// One block of dendrites on one tile. G is in slot order. clear_dx: dx is uninitialised, so rows
+// without synapses are set to zero.
 template <class T, int V, int Group, class Column>
 __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t block, const T* weight,
                                             const T* q, const T* x, bool clear_dx, bool first,
@@ -35,8 +35,9 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
     G += L;
     count = 0;
   };
-  // Columns of few synapses make large blocks, whose q leave little of L2 to x and dx: those are
-  // prefetched some columns ahead, which would take 1 to 5 % longer elsewhere.
+  // Where columns have few synapses, blocks are large and their q fill much of L2. Rows of x and dx
+  // then miss L2, so they are prefetched. Elsewhere they hit, and a prefetch is only one more
+  // instruction (1 to 5 % slower).
   constexpr int64_t kManyBytes = 1 << 19;
   const bool far = net.block_rows * kTile * int64_t(sizeof(T)) > kManyBytes;
   int64_t next = 0;  // dx rows before this one are written
@@ -84,12 +85,13 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
       weight += Group;
       row += Group;
     }
-    // What other blocks gave comes last: a sum of their sums rounds off less than one long chain.
+    // The sums of other blocks are added last: a sum of short sums has smaller rounding errors than
+    // one long chain.
     if (!clear_dx) unroll<V>([&](auto t) DK_LAMBDA { acc[t] += load(dx + n * kTile + t * L); });
     unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
   }
   if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
-  if (count > 0) {  // a block's slots are padded to whole vectors, so the last store stays inside
+  if (count > 0) {  // blocks are padded to whole vectors, so the last store stays inside G
     if constexpr (Group == 4) {
       for (int i = count; i < kGroups; ++i) folded[i] = vec<T>{};
       flush(fold_groups<T>(folded));
@@ -100,8 +102,8 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
   }
 }
 
-// w c of one block in slot order; a pad's is zero. In CSR order first, in `products`: numbers are
-// gathered twice as fast as they are scattered.
+// w c of one block in slot order, zero in padding. Products are computed in CSR order into
+// `products` and then gathered: scattered stores would each miss L1.
 template <class T, class Index>
 __attribute__((noinline)) void fill_weights(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
@@ -114,7 +116,7 @@ __attribute__((noinline)) void fill_weights(const dk::Topology& net,
     int64_t j = net.crow[r];
     const int64_t end = net.crow[r + 1];
     for (; j + L <= end; j += L) store(products + (j - begin), load(call.weight + j) * c);
-    if (j < end)  // what lies past the end is written over by the next row
+    if (j < end)  // the next row overwrites what this stores past the end
       store(products + (j - begin), load_part(call.weight + j, int(end - j)) * c);
   }
   products[net.crow[r1] - begin] = 0;
@@ -123,9 +125,9 @@ __attribute__((noinline)) void fill_weights(const dk::Topology& net,
   for (int64_t i = 0; i < slots; i += L) store(out + i, gather(products, synapse + i));
 }
 
-// The parameters' gradients of a block, whose G is in slot order; with copies > 1, G and G0 are
-// sums of that many partial arrays, G's `stride` apart. As many dendrites at a time as a vector has
-// lanes.
+// The gradients of the parameters of a block, from G (in slot order) and G0. With copies > 1 both
+// are sums of that many partial arrays; those of G are `stride` apart. One vector of dendrites at a
+// time.
 template <class T, class Index>
 __attribute__((noinline)) void finish_block(const dk::Topology& net,
                                             const dk::BackwardCall<T>& call, int64_t block,
@@ -159,7 +161,7 @@ auto pick_gather(const dk::Topology& net) {
   return net.narrow ? pick_gather<T, V, uint16_t>(net) : pick_gather<T, V, int32_t>(net);
 }
 
-// The blocks of the transposed plan: w c and G of each are kept in the order of its slots.
+// The blocks of the transposed plan. w c and G of a block are in slot order.
 template <class T>
 class PlanBlocks {
  public:
@@ -170,7 +172,7 @@ class PlanBlocks {
   int64_t start(int64_t block) const { return net_.plan_slot_ptr[block]; }
   int64_t slots() const { return start(net_.blocks); }
   int64_t most_slots() const { return most_slots_; }
-  // For one thread: room for the q of a block, or for what `weigh` needs, before there is any q.
+  // Scratch of one thread: first the products of `weigh`, later the q of a block.
   int64_t scratch(int64_t tile) const {
     return max64(net_.block_rows * tile, most_slots_ + kLanes<T>);
   }
@@ -193,9 +195,9 @@ class PlanBlocks {
   int64_t most_slots_ = 0;
 };
 
-// Threads own blocks of dendrites; dx is private and added up while it is transposed back.
-// block_outer keeps a block's weights, plan and G hot over all tiles while x fits the cache; else
-// tiles go outside.
+// Threads own blocks of dendrites. Each thread has its own dx; the copies are added up when dx is
+// transposed back. Where x fits the cache, the outer loop is over blocks, so that the weights, the
+// plan and G of a block stay in the cache for all tiles. Else the outer loop is over tiles.
 template <class T, int V>
 void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call,
                         const dk::Runtime& runtime) {
@@ -219,7 +221,7 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
   parallel(runtime, threads, [&](int64_t i) {
     const int64_t b0 = net.blocks * i / threads, b1 = net.blocks * (i + 1) / threads;
     T *q = carver.at<T>(q_at) + i * blocks.scratch(kTile), *own = dx + i * tiles * N * kTile;
-    // Where blocks go outside, those of a thread take turns in one place, which stays in L2.
+    // With blocks outside, all blocks of a thread use the same memory, which stays in L2.
     const auto at = [&](int64_t array, int64_t block) {
       return carver.at<T>(array) + (block_outer ? i * blocks.most_slots() : blocks.start(block));
     };
@@ -248,7 +250,8 @@ void backward_by_blocks(const dk::Topology& net, const dk::BackwardCall<T>& call
   finish_dx<T, V>(net, call, runtime, threads, dx);
 }
 
-// Threads own batch tiles: x, dx and q are private and small, G is private and added up at the end.
+// Threads own tiles of the batch. Each thread has its own x, dx and q, which are small, and its own
+// G. The copies of G are added up at the end.
 template <class T, int V>
 void backward_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                        const dk::Runtime& runtime) {

@@ -1,5 +1,5 @@
-// Backward without the plan: rows of x are gathered in CSR order. For calls that want no dx, and
-// for small batches.
+// Backward without the transposed plan: rows of x are gathered in CSR order. For calls without dx
+// and for small batches.
 #pragma once
 
 #include "samples.h"
@@ -8,20 +8,20 @@ namespace {
 
 constexpr int64_t kRowBlock = 128;  // dendrites whose q and G stay in L1
 
-// Whether rows fill their vectors.
+// Whether the synapses of every row are a whole number of vectors.
 template <class T>
 DK_INLINE bool whole_rows(const dk::Topology& net) {
   return net.fan_in > 0 && net.fan_in % kLanes<T> == 0;
 }
 
-// Room for G of the dendrite at a position in gather_rows: it ends in a whole vector.
+// Size of G of the dendrite at position p, padded to whole vectors.
 template <class T>
 DK_INLINE int64_t padded_row(const dk::Topology& net, int64_t p) {
   const int64_t r = dendrite_at(net, p);
   return ceil_div(net.crow[r + 1] - net.crow[r], kLanes<T>) * kLanes<T>;
 }
 
-// Room for those of positions p0..p1-1, or a little more.
+// An upper bound of that size for positions p0..p1-1 together.
 template <class T>
 DK_INLINE int64_t padded_rows(const dk::Topology& net, int64_t p0, int64_t p1) {
   const int32_t* crow = net.order ? net.ordered_crow : net.crow;
@@ -29,9 +29,9 @@ DK_INLINE int64_t padded_rows(const dk::Topology& net, int64_t p0, int64_t p1) {
   return crow[p1] - crow[p0] + pads;
 }
 
-// G of positions p0..p1-1 on one tile, one padded row after the other; returns the end of them.
-// WithInput: dx += w c q, too. Whole: every row has net.fan_in synapses and fills its vectors (5 %
-// faster: nothing has to be asked of a row).
+// G of positions p0..p1-1 on one tile, one padded row after the other; returns their end.
+// WithInput: also dx += w c q. Whole: every row has net.fan_in synapses, a whole number of vectors,
+// so that the loop reads no row lengths and has no remainder (5 % faster).
 template <class T, int V, class Column, bool WithInput, bool Whole>
 __attribute__((noinline)) T* gather_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                          int64_t p0, int64_t p1, int64_t tile, const T* soma_grad,
@@ -89,8 +89,8 @@ auto pick_gather_rows(const dk::Topology& net) {
                     : gather_rows<T, V, int32_t, WithInput, false>;
 }
 
-// The parameters' gradients of positions p0..p1-1 from G, one padded row after the other, and G0.
-// As many dendrites at a time as a vector has lanes.
+// The gradients of the parameters of positions p0..p1-1, from G (padded rows) and G0. One vector of
+// dendrites at a time.
 template <class T>
 __attribute__((noinline)) void finish_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                            int64_t p0, int64_t p1, const T* G, const T* G0) {
@@ -107,8 +107,9 @@ __attribute__((noinline)) void finish_rows(const dk::Topology& net, const dk::Ba
   }
 }
 
-// Threads own blocks of dendrites, whose G stays small and private. WithInput, for a batch of one
-// tile: what the plan saves there is less than its weights and sums cost to move.
+// Threads own blocks of dendrites, so G needs no copies. WithInput is for batches of one tile: for
+// so few samples, bringing weights and gradients into the order of the plan and back costs more
+// than the plan saves.
 template <class T, int V, bool WithInput>
 void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
                       const dk::Runtime& runtime) {
@@ -118,17 +119,17 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   const Samples<T, V> samples(net, call, threads, carver);
   const int64_t tiles = samples.tiles(), blocks = ceil_div(R, kRowBlock),
                 share = ceil_div(blocks, threads) * kRowBlock;
-  // A block's q and G stay in L1 over all tiles while x leaves half of L2 free; else each tile of x
-  // stays in L2 over all blocks of the thread.
+  // Where x takes at most half of L2, the outer loop is over blocks: q and G of a block stay in L1
+  // for all tiles. Else it is over tiles: a tile of x stays in L2 for all blocks of the thread.
   const bool block_outer =
       tiles == 1 || call.batch * N * int64_t(sizeof(T)) <= runtime.l2_bytes / 2;
   const int64_t at_once = block_outer ? kRowBlock : share;
-  // G of all blocks may grow where dw will be.
+  // G of all blocks has the size of dw and can be accumulated there.
   const bool in_place = !block_outer && !net.order && whole_rows<T>(net);
-  int64_t widest = 0;  // G of so many dendrites
+  int64_t widest = 0;  // size of the largest G of `at_once` dendrites
   for (int64_t first = 0; first < R && !in_place; first += at_once)
     widest = max64(widest, padded_rows<T>(net, first, min64(R, first + at_once)));
-  // dx of so many dendrites is added up by itself.
+  // After this many dendrites dx starts another sum, so that chains stay short (kStretch).
   const int64_t stretch = max64(1, blocks * kStretch * N / max64(1, net.nnz)) * kRowBlock;
   const int64_t G0_at = carver.reserve<T>(R), G_at = carver.reserve<T>(threads * widest);
   const int64_t q_at = carver.reserve<T>(threads * kRowBlock * kTile),
@@ -167,8 +168,8 @@ void backward_by_rows(const dk::Topology& net, const dk::BackwardCall<T>& call,
   if constexpr (WithInput) finish_dx<T, V>(net, call, runtime, threads, carver.at<T>(dx_at));
 }
 
-// For batches much larger than the network: threads own tiles, and everything is private to them; G
-// is added up at the end.
+// For batches much larger than the network. Threads own tiles and have their own copies of
+// everything; the copies of G are added up at the end.
 template <class T, int V>
 void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& call,
                             const dk::Runtime& runtime) {
@@ -176,7 +177,7 @@ void backward_rows_by_tiles(const dk::Topology& net, const dk::BackwardCall<T>& 
   const int64_t N = net.in_features, S = call.cable ? net.somas : 0, R = net.rows;
   const int64_t tiles = ceil_div(call.batch, kTile), threads = min64(runtime.threads, tiles);
   const auto gather = pick_gather_rows<T, V, false>(net);
-  const auto room = [&](int64_t p0, int64_t p1) {  // for G of these positions
+  const auto room = [&](int64_t p0, int64_t p1) {  // size of G of these positions
     int64_t size = 0;
     for (int64_t p = p0; p < p1; ++p) size += padded_row<T>(net, p);
     return size;

@@ -1,13 +1,13 @@
-// Backward of a batch of one, whose gradients need no sum over samples: dw = c q x, gathered
-// synapse by synapse, and dx = sum w c q, scattered. Visiting dendrites in an order gains nothing
-// here, either.
+// Backward of one sample, whose gradients need no sum over samples: dw = c q x, gathered synapse by
+// synapse, and dx = sum w c q, scattered. Dendrites are visited by number: another order gains
+// nothing for one sample.
 #pragma once
 
 #include "outputs.h"
 
 namespace {
 
-// dw of one dendrite; returns w * x, to be summed over the lanes. WithInput: dx += w c q, too.
+// dw of one dendrite; the lanes of the result add up to <w, x>. WithInput: also dx += w c q.
 template <class T, class Column, bool WithInput>
 DK_INLINE vec<T> single_dendrite(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                  const T* x, int64_t r, T cable_q, T* dx) {
@@ -28,7 +28,7 @@ DK_INLINE vec<T> single_dendrite(const dk::Topology& net, const dk::BackwardCall
   return sum.sum();
 }
 
-// Dendrites r..r+count-1, given their q in the first lanes.
+// Gradients of dendrites r..r+count-1; their q are in the first lanes.
 template <class T, class Column, bool WithInput>
 DK_INLINE void single_dendrites(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                 const T* x, int64_t r, int count, vec<T> q, T* dx) {
@@ -46,14 +46,13 @@ DK_INLINE void single_dendrites(const dk::Topology& net, const dk::BackwardCall<
   store_part(call.dcable + r, u * q, count);
 }
 
-// The sample, its gradient and its output as numbers to compute with; y null: a sparse linear
-// layer.
+// The sample, its gradient and its output, widened to T. y is null for a sparse linear layer.
 template <class T>
 struct SingleSample {
   const T *x, *grad, *y;
 };
 
-// Somas (or, without cable, rows) o0..o1-1.
+// Gradients of somas (or, without cable, rows) o0..o1-1.
 template <class T, class Column, bool WithInput>
 __attribute__((noinline)) void single_outputs(const dk::Topology& net,
                                               const dk::BackwardCall<T>& call,

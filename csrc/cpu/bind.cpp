@@ -1,5 +1,5 @@
-// Python module _cpu: checks every argument, picks the ISA, runs the kernels on torch's thread pool
-// without the GIL.
+// Python module _cpu: checks every argument, chooses the ISA, and runs the kernels on torch's
+// thread pool without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <unistd.h>
@@ -21,7 +21,7 @@ namespace {
 
 // ---- ISA ----
 
-// The best supported table, or the one that DENDRITE_KERNELS_ISA names (empty counts as unset).
+// The best supported table, or the one named in DENDRITE_KERNELS_ISA (empty means unset).
 const KernelTable* pick_table() {
   const std::vector<const KernelTable*> tables = supported_tables();
   const char* wanted = std::getenv("DENDRITE_KERNELS_ISA");
@@ -72,7 +72,7 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for, uintptr_
         "Expected torch to offer version 1 of the DLPack exchange table, got none");
   exchange = api;
   pool_for = reinterpret_cast<decltype(pool_for)>(parallel_for);
-  const auto kept = [](py::object object) { return object.release().ptr(); };  // torch lives on
+  const auto kept = [](py::object object) { return object.release().ptr(); };  // never freed
   const auto kind = [&](py::object type) { return reinterpret_cast<PyTypeObject*>(kept(type)); };
   torch = {kind(module.attr("Tensor")),
            kind(module.attr("nn").attr("Parameter")),
@@ -91,7 +91,7 @@ void configure(const py::capsule& exchange_api, uintptr_t parallel_for, uintptr_
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Of indices, which are uint16 or int32: whether they are uint16.
+// True for uint16 indices, false for int32.
 bool is_narrow(const py::array& indices, const char* name) {
   if (py::isinstance<Array<uint16_t>>(indices)) return true;
   if (py::isinstance<Array<int32_t>>(indices)) return false;
@@ -99,7 +99,7 @@ bool is_narrow(const py::array& indices, const char* name) {
                        std::string(py::str(indices.dtype())));
 }
 
-// Borrows the arrays of a (validated, immutable) Connectivity and keeps them alive.
+// Pointers into the arrays of a Connectivity (validated, immutable), which it keeps alive.
 class BoundTopology {
  public:
   BoundTopology(int64_t in_features, const Array<int32_t>& crow, const py::array& columns,
@@ -137,7 +137,7 @@ class BoundTopology {
     net.group = group;
     net.blocks = column_ptr.size() - 1;
   }
-  // soma None: the order stays within groups of rows.
+  // soma is None for an order within groups of rows.
   void set_order(const Array<int32_t>& order, const py::object& soma, const Array<int32_t>& crow,
                  const py::array& columns, int64_t group_size) {
     if (is_narrow(columns, "columns") != net.narrow)
@@ -149,7 +149,7 @@ class BoundTopology {
     net.group_size = group_size;
   }
   Topology net{};
-  py::object row_strides, soma_strides;  // of what has a row per sample
+  py::object row_strides, soma_strides;  // of tensors [B, R] and [B, S]
 
  private:
   const void* keep_any(const py::array& array) {
@@ -165,14 +165,14 @@ class BoundTopology {
 
 // ---- calls ----
 
-// How x, y and their gradients are stored; everything else is of the type that sums are.
+// How x, y and their gradients are stored. All other tensors have the type of the sums.
 struct Samples {
   int64_t batch;
   Storage storage;
   Type type;
 };
 
-// What an order says of somas is read with somas only.
+// An order for somas has one entry per dendrite in `soma`; an order for rows has none.
 void check_order(const Topology& net, bool somas) {
   if (net.order && somas != bool(net.soma))
     throw py::value_error(somas ? "Expected an order of dendrites with their somas, got one of rows"
@@ -243,7 +243,7 @@ void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::han
   kernel(net, call, runtime(threads, workspace));
 }
 
-// Runs f(T(), samples) for the dtype and length of x, T being the type of sums.
+// Runs f(T(), samples) for the dtype and batch of x; T is the type of the sums.
 template <class F>
 void dispatch(py::handle x, const F& f) {
   const DLTensorAbi t = borrow(x, "x");
@@ -296,8 +296,8 @@ void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py:
 
 // ---- the fast path ----
 
-// None unless `fast_forward` takes these operands just as they are, else whether one of them
-// requires a gradient; cable None: a sparse linear layer.
+// None if `fast_forward` does not accept these operands, else whether one of them requires a
+// gradient. cable is None for a sparse linear layer.
 py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
                    py::handle dendrite_bias, py::handle cable, py::handle soma_bias) {
   const Topology& net = bound.net;
@@ -318,10 +318,10 @@ py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
   return accepted ? py::object(py::bool_(required)) : py::none();
 }
 
-// y, or y and its signs, of operands that were accepted (and are checked once more).
+// y, or (y, signs), of operands that `accepts` accepted. any_forward checks them again.
 py::object fast_forward(const BoundTopology& bound, py::handle x, py::handle weight,
-                          py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
-                          double slope, bool save_signs) {
+                        py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
+                        double slope, bool save_signs) {
   const DLTensorAbi t = borrow(x, "x");
   if (t.ndim != 2) throw py::value_error("x: Expected 2 dimensions, got " + std::to_string(t.ndim));
   const bool somas = !cable.is_none();
@@ -343,8 +343,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   using namespace dk;
   table = pick_table();
   m.def("configure", &configure,
-        "Hands over torch's DLPack exchange table; the addresses of torch_parallel_for, of "
-        "torch_get_num_threads and of whether this process is a fork; torch; an allocator.");
+        "Takes torch's DLPack exchange table; the addresses of torch_parallel_for, "
+        "torch_get_num_threads and a bool that is true in forked processes; torch; an allocator.");
   m.def("isa", [] { return table->isa; });
   m.def("supported_isas", [] {
     std::vector<const char*> names;
@@ -363,7 +363,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def("forward", &fast_forward);
   m.def(
       "poison_workspaces", [](bool on) { poison_workspaces = on; },
-      "For tests: NaN in every workspace.");
+      "For tests: fill every workspace with NaN.");
   m.def("forward", &any_forward);
   m.def("backward", &any_backward);
 }

@@ -1,6 +1,6 @@
-// The fast path of a small layer: one call from Python says whether tensors fit, a second one
-// allocates what the kernel writes. All of this runs before every call, so it gives no reasons: a
-// call that is refused goes through the operators, which explain what is wrong.
+// The fast path: one call from Python checks whether the tensors fit, a second one allocates the
+// results and runs the kernel. The check must be quick, so it gives no reasons: a call that is
+// refused goes through the operators, whose errors explain what is wrong.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,20 +9,19 @@
 
 namespace dk {
 
-// Objects and functions of torch, besides its exchange table; set once by configure(), kept
-// forever.
+// Objects and functions of torch, set once by configure() and never freed.
 struct Torch {
-  // Classes whose objects are nothing but tensors: subclasses may intercept what is done to them.
+  // The only classes accepted: subclasses may intercept operations on their objects.
   PyTypeObject *tensor_class, *parameter_class;
-  PyObject *is_neg, *requires_grad;  // the method of a tensor; the name of its property
+  PyObject *is_neg, *requires_grad;  // a method of tensors; the name of a property
   PyObject* empty_strided;           // (size, stride, dtype) -> tensor on the CPU
   PyObject *int32, *float32, *float64;
   int32_t (*num_threads)(uint32_t*);
-  const bool* forked;  // a child made by fork() has none of its parent's threads
+  const bool* forked;  // true in a child of fork(), which has none of the parent's threads
 };
 inline Torch torch{};
 
-// As many as kernels may use.
+// The number of threads that kernels may use.
 inline int threads() {
   uint32_t threads = 1;
   if (!*torch.forked && torch.num_threads(&threads))
@@ -30,8 +29,8 @@ inline int threads() {
   return int(threads);
 }
 
-// A tensor's view, unless only Python can tell what is to be done with the object: it is of another
-// class, or its sign is still to be flipped (DLPack does not say).
+// The view of a tensor; false for another class, and for a tensor with the negative bit (a lazy
+// negation, which a DLPack view does not show).
 inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
   PyTypeObject* const kind = Py_TYPE(object.ptr());
   if (kind != torch.tensor_class && kind != torch.parameter_class) return false;
@@ -41,18 +40,17 @@ inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
   }
   PyObject* const pending = PyObject_CallOneArg(torch.is_neg, object.ptr());
   if (!pending) PyErr_Clear();
-  Py_XDECREF(pending);  // a bool: it lives on
+  Py_XDECREF(pending);  // still comparable: Py_False is never freed
   return pending == Py_False;
 }
 
 inline bool requires_grad(pybind11::handle tensor) {
   PyObject* const required = PyObject_GetAttr(tensor.ptr(), torch.requires_grad);
   if (!required) throw pybind11::error_already_set();
-  Py_DECREF(required);  // a bool: it lives on
+  Py_DECREF(required);  // still comparable: Py_True is never freed
   return required == Py_True;
 }
 
-// A pair of numbers as Python has it.
 inline pybind11::object pair(int64_t first, int64_t second) {
   PyObject* const made = PyTuple_New(2);
   if (!made) throw pybind11::error_already_set();

@@ -1,20 +1,21 @@
-// Fused forward: synapses -> dendrites -> cable -> somas, one batch tile of 32 samples (one sign
-// word) at a time; of 16 for small batches and many inputs, of 64 where that pays.
+// Fused forward: synapses -> dendrites -> cable -> somas, one tile of samples at a time. A tile has
+// 32 samples (one sign word), 16 for small batches or many inputs, 64 where that is faster.
 #pragma once
 
 #include "forward_single.h"
 
 namespace {
 
-// A tile is computed in strips of this many vectors: as many accumulators as the registers hold for
-// two dendrites at once.
+// A tile is computed in strips of this many vectors, so that the accumulators of two dendrites fit
+// the registers.
 template <class T, int Tile>
 constexpr int kStrip = Tile / kLanes<T> < kTileVectors ? Tile / kLanes<T> : kTileVectors;
 
-// acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded a
-// 128-bit block at a time and spread by a permutation: broadcasts from memory would take the load
-// ports from the gathered rows. AVX-512's permutations take a port from the FMAs and its rows come
-// from L2 at less than a vector a cycle: there broadcasts are 2 to 9 % faster.
+// acc[d] += sum_k w * x for ND dendrites that have `count` synapses each. Weights are loaded in
+// 128-bit blocks and copied to all lanes by permutations: broadcasts from memory would compete with
+// the gathered rows for load ports. With AVX-512 it is the other way round (broadcasts are 2 to 9 %
+// faster): permutations compete with FMAs for a port, and load ports are free, since rows arrive
+// from L2 at less than one vector per cycle.
 template <class T, int Tile, bool Whole, int ND, class Column, class E>
 DK_INLINE void gather_synapses(const T* const* weight, const Column* const* column, int64_t count,
                                const E* x, vec<T>* acc) {
@@ -44,7 +45,7 @@ DK_INLINE void gather_synapses(const T* const* weight, const Column* const* colu
       unroll<ND>([&](auto d) DK_LAMBDA { synapse(d, k, splat(weight[d][k])); });
 }
 
-// The same for ND rows of count[d] synapses. Whole: all rows have as many, which fill their blocks.
+// The same for ND rows of count[d] synapses. Whole: all counts are equal and a multiple of a block.
 template <class T, int Tile, bool Whole, int ND, class Column, class E>
 DK_INLINE void gather_dendrites(const T* const* weight, const Column* const* column,
                                 const int64_t* count, const E* x, vec<T>* acc) {
@@ -71,8 +72,8 @@ struct LongRows {
   int64_t count[ND];
 };
 
-// The sums of rows of more than a chain of synapses, chain by chain. Not inlined: short rows need
-// the registers.
+// The sums of rows with more than kChain synapses, chain by chain. Not inlined: the code for short
+// rows needs all registers.
 template <class T, int Tile, int ND, class Column, class E>
 __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E* x, vec<T>* sum) {
   constexpr int V = kStrip<T, Tile>;
@@ -94,9 +95,9 @@ __attribute__((noinline)) void gather_long(LongRows<T, Column, ND> rows, const E
   }
 }
 
-// Pre-activations u of the ND dendrites at position r and after it. Where they have an order, their
-// columns lie in it and their weights do not: those are prefetched some dendrites ahead, since no
-// prefetcher sees a pattern.
+// Pre-activations u of ND dendrites from position r on. With an order, columns are stored in that
+// order but weights are not. The addresses of the weights then have no pattern that the hardware
+// prefetcher could follow, so they are prefetched here, some dendrites ahead.
 template <class T, int Tile, bool Whole, bool Ordered, int ND, class Column, class E>
 DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call, const E* x,
                          int64_t r, vec<T>* u) {
@@ -139,10 +140,11 @@ DK_INLINE void dendrites(const dk::Topology& net, const dk::ForwardCall<T>& call
   }
 }
 
-// Where the sign bits of one strip go: dendrite r's first 32 samples into words[r], the next into
-// words[r + next]. Strips of fewer samples share a word, into which their bits go from `byte` on.
+// Where the sign bits of one strip are stored. The bits of dendrite r go to words[r] for its first
+// 32 samples, and to words[r + next] for the next 32. Strips of fewer samples share a word; `byte`
+// is the offset of their bits in it.
 struct SignWords {
-  uint32_t* words;  // null: not wanted
+  uint32_t* words;  // null: do not store signs
   int64_t next;     // 0 where the batch ends before a second word
   int64_t byte;
 };
@@ -150,7 +152,7 @@ struct SignWords {
 template <class T, int V>
 DK_INLINE void store_signs(const SignWords& signs, int64_t r, const vec<T>* u) {
   constexpr int kBits = V * kLanes<T>;
-  if constexpr (kBits > 32) {  // the second word first: where there is none, it is overwritten
+  if constexpr (kBits > 32) {  // the second word first: with next == 0 the first overwrites it
     signs.words[r + signs.next] = positive_bits<T, V / 2>(u + V / 2);
     signs.words[r] = positive_bits<T, V / 2>(u);
   } else if constexpr (kBits == 32) {
@@ -161,10 +163,10 @@ DK_INLINE void store_signs(const SignWords& signs, int64_t r, const vec<T>* u) {
   }
 }
 
-// visit(dendrite, u) for dendrites r0..r1-1 of one strip. Two at a time their accumulators hide
-// each other's latency. But four of AVX-512 hide it alone, and the fewer rows of x are on their way
-// from L2, the better (5 %); and of many dendrites that vary in length branch prediction learns no
-// pattern, and one at a time mispredicts less often.
+// visit(dendrite, u) for dendrites r0..r1-1 of one strip. Two dendrites at a time hide the latency
+// of the FMAs. One at a time is faster in two cases. With four AVX-512 vectors one dendrite hides
+// that latency alone, and fewer rows of x are loaded from L2 at the same time (5 %). And where many
+// dendrites vary in length, ends of rows are mispredicted less often.
 template <class T, int Tile, bool Whole, bool Ordered, class Column, class E, class Visit>
 DK_INLINE void for_each_dendrite(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                  const E* x, int64_t r0, int64_t r1, const Visit& visit) {
@@ -211,7 +213,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
   }
 }
 
-// The same where an order mixes the dendrites of somas s0..s1-1, whose sums live in y meanwhile.
+// The same where an order mixes the dendrites of somas s0..s1-1: their sums are accumulated in y.
 template <class T, int Tile, bool Whole, class Column, class E>
 __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
                                              const dk::ForwardCall<T>& call, const E* x, int strip,
@@ -273,15 +275,15 @@ ForwardKernel<T, E> pick_forward(const dk::Topology& net, bool somas) {
   return pick_stage<T, Tile, E, false, Column>(net, somas);
 }
 
-// Work is the line (tile 0, all outputs), (tile 1, all outputs), ...; every thread takes an equal
-// stretch of it and transposes the tiles that it meets for itself: no barrier, and a small batch
-// still splits over the outputs.
+// The work is the sequence (tile 0, all outputs), (tile 1, all outputs), ... Every thread takes an
+// equal part of it and transposes the tiles of its part itself. This needs no barrier, and a small
+// batch is still divided over the outputs.
 template <class T, int Tile, class E>
 void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
                    const dk::Runtime& runtime) {
   constexpr int kStripSamples = kStrip<T, Tile> * kLanes<T>, kRow = Tile / kSamples<E>;
   const bool somas = call.cable != nullptr;
-  // What an order mixes stays together. Outputs go back in chunks of 16 or more.
+  // Groups that an order mixes are not divided. Outputs are transposed in chunks of 16 or more.
   const int64_t whole = net.order ? net.group_size : 1, chunk = ceil_div(16, whole) * whole;
   const int64_t outputs = somas ? net.somas : net.rows, N = net.in_features;
   const int64_t tiles = ceil_div(call.batch, Tile), cost = work_of(net), total = tiles * cost;
@@ -320,7 +322,7 @@ void forward_tiled(const dk::Topology& net, const dk::ForwardCall<T>& call,
   });
 }
 
-// A tile of x is gathered from L2 and must leave some of it to weights and columns.
+// A tile of x should stay in L2 beside weights and columns: it may take three quarters.
 template <class T>
 bool fits_l2(const dk::Topology& net, const dk::Runtime& runtime, int64_t samples) {
   return net.in_features * samples * int64_t(sizeof(T)) <= runtime.l2_bytes / 4 * 3;
@@ -331,18 +333,20 @@ void forward(const dk::Topology& net, const dk::ForwardCall<T>& call, const dk::
   if (call.batch == 1) return forward_single(net, call, runtime);
   if constexpr (kLanes<T> == 16) {
     const bool local = net.order, rounded = call.round_x || call.storage == dk::Storage::bf16;
-    const auto more_pads_in = [&](int64_t tile) {  // than in tiles of half as many samples
+    // Samples of padding in tiles of this size beyond those in tiles of half the size.
+    const auto more_pads_in = [&](int64_t tile) {
       return (call.batch - 1) % tile < tile / 2 ? tile / 2 : 0;
     };
-    // bfloat16 halves what is gathered: 1.0 to 1.4 times as fast where a tile of x takes much of
-    // L2, else up to 20 % slower. No gain where neighbours share inputs in L1, and a loss without
-    // the registers of AVX-512.
+    // Tiles of bfloat16 halve the bytes that are gathered, but must be widened. Where a tile of x
+    // fills much of L2 this is 1.0 to 1.4 times as fast, else up to 20 % slower. It gains nothing
+    // where neighbours share inputs, which then come from L1, and needs the registers of AVX-512.
     const bool large = !fits_l2<T>(net, runtime, 12 * 32);
     if (rounded && large && !local && 8 * more_pads_in(32) <= call.batch)
       return forward_tiled<T, 32, Pair>(net, call, runtime);
-    // Tiles of 64 samples pay where they take no more than half of L2: half as many weights are
-    // read (5 %); more where gathered inputs lie in L1, as those of ordered fields do (12 %), and
-    // where rows vary: their ends are mispredicted half as often. But for pads.
+    // Tiles of 64 samples read weights half as often, if they fit half of L2 (5 % faster). They
+    // gain more where an order keeps inputs in L1, so that the weights count more (12 %), and where
+    // rows vary in length, since their ends are mispredicted half as often. They are not used
+    // where they need much more padding.
     const bool roomy = local || fits_l2<T>(net, runtime, net.fan_in ? 96 : 64);
     if (roomy && (local ? 8 : 20) * more_pads_in(64) <= call.batch) {
       const int64_t outputs = call.cable ? net.somas : net.rows;

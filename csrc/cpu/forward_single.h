@@ -1,25 +1,25 @@
-// Forward of a batch of one: the lanes of a vector are synapses, whose inputs are gathered one by
-// one. A tile would be nearly all padding; visiting dendrites in an order gains nothing.
+// Forward of one sample: the lanes of a vector are synapses, whose inputs are gathered. A tile of
+// samples would be nearly all padding. Visiting dendrites in another order gains nothing.
 #pragma once
 
 #include "outputs.h"
 
 namespace {
 
-// w * x of fewer synapses than a vector has lanes, to be summed over the lanes.
+// For fewer synapses than a vector has lanes: the lanes of the result add up to <w, x>.
 template <class T, class Column>
 DK_INLINE vec<T> products_part(const T* weight, const T* x, const Column* column, int count) {
 #if defined(__AVX512F__)
   return load_part(weight, count) * gather_part(x, column, count);
-#else  // where lanes have no masks, putting numbers into them takes longer than adding them up
+#else  // without masked loads it is faster to add scalars than to insert them into lanes
   vec<T> sum{};
   for (int i = 0; i < count; ++i) sum[0] += weight[i] * x[column[i]];
   return sum;
 #endif
 }
 
-// w * x of dendrite r, to be summed over the lanes. FanIn > 0 is a number of whole vectors of
-// synapses.
+// The lanes of the result add up to <w, x> of dendrite r. FanIn: 0, or the synapses of every
+// dendrite, a multiple of the lanes.
 template <class T, int FanIn, class Column>
 DK_INLINE vec<T> gathered_products(const dk::Topology& net, const T* weight, const T* x,
                                    int64_t r) {
@@ -60,7 +60,7 @@ DK_INLINE vec<T> gathered_dendrites(const dk::Topology& net, const dk::ForwardCa
   return call.dendrite_bias ? u + load_part(call.dendrite_bias + r, count) : u;
 }
 
-// The sign bits of the only sample in the words of as many dendrites.
+// The sign bits of the only sample, one word per dendrite.
 template <class T>
 DK_INLINE void store_sign_words(uint32_t* words, vec<T> u, int count) {
   if (sizeof(T) == sizeof(*words) && count == kLanes<T>) {
@@ -72,7 +72,7 @@ DK_INLINE void store_sign_words(uint32_t* words, vec<T> u, int count) {
   }
 }
 
-// Somas s0..s1-1 of the only sample.
+// Somas s0..s1-1. A vector of dendrites may span several somas: their lanes are added one by one.
 template <class T, int FanIn, class Column>
 __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                             const T* x, int64_t s0, int64_t s1, T* y) {
@@ -103,7 +103,7 @@ __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::F
   while (s < s1) leave_soma();  // somas without dendrites
 }
 
-// Rows r0..r1-1 of the only sample, no soma stage.
+// Rows r0..r1-1, no soma stage.
 template <class T, int FanIn, class Column>
 __attribute__((noinline)) void single_rows(const dk::Topology& net, const dk::ForwardCall<T>& call,
                                            const T* x, int64_t r0, int64_t r1, T* y) {

@@ -1,8 +1,11 @@
-// Fused backward. With q[b, r] = (gradient at the soma) * (derivative of the dendrite, from its
-// sign bit) and G[r, k] = sum_b q * x, G0[r] = sum_b q:   dw = c G,   dbd = c G0,   dc = <w_r, G_r>
-// + bd G0,   dx = sum w c q. A sparse linear layer is the same with q = incoming gradient and c
-// = 1. u and a are never needed. Here: what the ways of going backward share. In all of them
-// threads own dendrites or tiles of the batch, and partial sums are added up in their order,
+// Fused backward: what its algorithms share. With
+//   q[b, r] = (gradient at the soma) * (derivative of the dendrite, from its sign bit),
+//   G[r, k] = sum_b q * x,   G0[r] = sum_b q
+// the gradients are
+//   dw = c G,   dbd = c G0,   dc = <w_r, G_r> + bd G0,   dx = sum w c q.
+// A sparse linear layer is the same with q = incoming gradient and c = 1. u and a are not needed.
+//
+// Threads own dendrites or tiles of the batch, and partial sums are added up in a fixed order,
 // without atomics: results are the same in every run with the same number of threads.
 #pragma once
 
@@ -28,7 +31,8 @@ DK_INLINE int64_t soma_of(const dk::Topology& net, int64_t r) {
   return lo;
 }
 
-// Adds (or, the first time, writes) the lane sums of a stream of vectors to consecutive numbers.
+// Takes vectors one by one and adds the lane sum of each to the next element of `out`; with `first`
+// it writes instead of adding.
 template <class T>
 class SumStream {
  public:
@@ -57,9 +61,9 @@ class SumStream {
   int count_ = 0;
 };
 
-// visit(position, q) for positions p0..p1-1 on one tile, q being V vectors;
-// G0[position] += sum_b q. soma_grad[soma][tile] is the gradient at the somas; null: q is the
-// incoming gradient itself, transposed into `buffer` first.
+// visit(position, q) for positions p0..p1-1 on one tile, where q is V vectors. Also
+// G0[position] += sum_b q. soma_grad[soma][tile] is the gradient at the somas. If it is null, q is
+// the incoming gradient, which is transposed into `buffer` first.
 template <class T, int V, class Visit>
 DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p0,
                           int64_t p1, int64_t tile, const T* soma_grad, bool first, T* buffer,
@@ -76,7 +80,8 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   unroll<V>([&](auto t) DK_LAMBDA { active[t] = inactive[t] = vec<T>{}; });
   const T* previous = nullptr;
   for (int64_t p = p0; p < p1; ++p) {
-    // One way for all kinds of calls: `visit` is long, and would be compiled once for each.
+    // Branches here, not one loop per kind of call: each loop would contain a copy of `visit`,
+    // which is long.
     const int64_t r = dendrite_at(net, p);
     if (soma_grad) {
       if (net.order)
@@ -94,11 +99,11 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
     }
     vec<T> q[V];
     const auto signs =
-        [&](int64_t b) DK_LAMBDA {  // of samples b..b+31; all set where there is none
+        [&](int64_t b) DK_LAMBDA {  // of samples b..b+31; all ones without a soma stage
           const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
           return soma_grad ? call.signs[word * net.rows + r] >> (b % 32) : ~uint32_t(0);
         };
-    if constexpr (V > 4 && kTile <= 32)  // short vectors: the whole tile lies in one word
+    if constexpr (V > 4 && kTile <= 32)  // one word holds the bits of the whole tile
       select_bits<T, V>(signs(sample), active, inactive, q);
     else
       unroll<V>([&](auto t) DK_LAMBDA {
@@ -112,8 +117,8 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
   sums.finish();
 }
 
-// The gradient of dendrite r's weights; the lanes of the result add up to <w_r, G_r>. G(k, n): the
-// n numbers of G from the dendrite's k-th synapse on, n at most one vector.
+// Writes the gradients of the weights of dendrite r; the lanes of the result add up to <w_r, G_r>.
+// G(k, n) returns n elements of G (at most one vector), from the k-th synapse of the dendrite on.
 template <class T, class Source>
 DK_INLINE vec<T> weight_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call,
                                  int64_t r, const Source& G) {
@@ -137,8 +142,8 @@ DK_INLINE vec<T> weight_gradient(const dk::Topology& net, const dk::BackwardCall
   return dots.sum();
 }
 
-// The other gradients of the dendrites at positions p..p+count-1, at most a vector of them, from
-// what weight_gradient returned and G0.
+// The other gradients of the dendrites at positions p..p+count-1 (at most one vector), from `dots`,
+// which weight_gradient returned, and G0.
 template <class T>
 DK_INLINE void finish_dendrites(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t p,
                                 int count, const vec<T>* dots, vec<T> G0) {
@@ -159,8 +164,8 @@ DK_INLINE void finish_dendrites(const dk::Topology& net, const dk::BackwardCall<
   if (call.dcable) store_part(call.dcable + p, dot + own(call.dendrite_bias, 0) * G0, count);
 }
 
-// Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]; dsoma_bias[soma - s0] += its
-// sums.
+// Gradient at the somas [s0, s1) of one tile -> out[soma - s0][tile]. Also adds its sums over the
+// samples to dsoma_bias[soma - s0].
 template <class T, int V>
 void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int64_t tile,
                    int64_t s0, int64_t s1, bool first, T* out, T* dsoma_bias) {
@@ -184,24 +189,25 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
   sums.finish();
 }
 
-// While all of x is smaller than this, blocks go outside and tiles inside: measured.
+// If all of x is at most this large, it stays in the cache, and the outer loop is over blocks of
+// dendrites. Larger x: the outer loop is over tiles. The limit was found by measuring.
 constexpr int64_t kHotBytes = 3 << 19;
 
-// Whole vectors of [0, n) for part `i` of `parts`.
+// Start of part `i` when [0, n) is divided into `parts` of whole vectors.
 template <class T>
 DK_INLINE int64_t split(int64_t n, int64_t i, int64_t parts) {
   const int64_t L = kLanes<T>;
   return min64(n, ceil_div(n, L) * i / parts * L);
 }
 
-// sum += part, both of n numbers: whole vectors.
+// sum += part; n is a multiple of the lanes.
 template <class T>
 DK_INLINE void add_to(int64_t n, const T* part, T* sum) {
   for (int64_t e = 0; e < n; e += kLanes<T>) store(sum + e, load(sum + e) + load(part + e));
 }
 
-// The sum of the threads' dx [threads][tiles][N][tile] -> the rows of dx. Every thread adds up its
-// columns in its own copy, which is still in its cache, and reads all copies at a time.
+// Adds up the copies of dx, [threads][tiles][N][tile], and transposes the sum into the rows of dx.
+// Every thread sums some of the columns into its own copy, which is still in its cache.
 template <class T, int V>
 void finish_dx(const dk::Topology& net, const dk::BackwardCall<T>& call, const dk::Runtime& runtime,
                int64_t threads, T* dx) {

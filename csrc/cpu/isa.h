@@ -1,4 +1,4 @@
-// Which kernel tables this machine can run.
+// The kernel tables that this machine can run.
 #pragma once
 
 #include <vector>
@@ -20,7 +20,7 @@ inline std::vector<const KernelTable*> supported_tables() {
   if (avx2) tables.push_back(&kernels_avx2);
   if (avx512) tables.push_back(&kernels_avx512);
 #elif defined(__aarch64__)
-  tables.push_back(&kernels_neon);  // every such machine has Advanced SIMD
+  tables.push_back(&kernels_neon);  // every aarch64 CPU has NEON
 #endif
   return tables;
 }

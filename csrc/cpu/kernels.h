@@ -1,14 +1,14 @@
-// What the binding hands to the kernels: raw pointers and sizes, no torch, no Python. B samples, N
-// inputs, R dendrites (rows), S somas. One table of functions per ISA unit; the binding picks a
-// table once, at import.
+// The interface between binding and kernels: raw pointers and sizes, no torch, no Python. B
+// samples, N inputs, R dendrites (rows), S somas. Every ISA has a table of functions; the binding
+// chooses one at import.
 #pragma once
 
 #include <stdint.h>
 
 namespace dk {
 
-// CSR connectivity and, for the input gradient, its blocked transpose (TransposedPlan in
-// transposed.py says what each field means).
+// CSR connectivity and, for the gradient of the input, its blocked transpose. TransposedPlan in
+// transposed.py explains the plan_ fields.
 struct Topology {
   int64_t in_features, rows, somas, nnz;
   int64_t fan_in;           // constant number of synapses per dendrite, 0 if it varies
@@ -16,9 +16,9 @@ struct Topology {
   const int32_t* soma_ptr;  // [S + 1]
   const void* columns;      // [nnz] uint16 if in_features <= 65536, else int32
   bool narrow;              // columns (and plan_column) are uint16
-  // The order in which dendrites are visited, null for that of their numbers. Neighbours in it
-  // share inputs; results do not depend on it. It stays within groups: of somas, for calls with
-  // somas that want no dx, or of rows, for forward without.
+  // The order in which dendrites are visited; null: by number. Neighbours in it share inputs, which
+  // then come from the cache. It permutes dendrites only within groups: groups of somas for forward
+  // and for backward without dx, groups of rows for forward without a soma stage.
   const int32_t* order;         // [R] position -> dendrite
   const int32_t* soma;          // [R] position -> soma; null: groups of rows
   const int32_t* ordered_crow;  // [R + 1] crow and columns of the dendrites in that order
@@ -35,8 +35,7 @@ struct Topology {
   bool plan_narrow;
 };
 
-// Threads and memory come from the caller, so that the kernels share torch's pool and allocate
-// nothing themselves.
+// Threads and memory come from the caller: kernels use torch's pool and allocate nothing.
 struct Runtime {
   int threads;
   int64_t l2_bytes;  // second-level cache of one core
@@ -47,8 +46,8 @@ struct Runtime {
   void* workspace_context;
 };
 
-// What x, y and their gradients are stored as: float32 or float64 as T says, or 16-bit numbers that
-// are widened to float32. Parameters and their gradients are always T.
+// How x, y and their gradients are stored: `full` as T, the others as 16-bit numbers, which kernels
+// widen to float32. Parameters and their gradients are always T.
 enum class Storage { full, bf16, f16 };
 
 // cable == nullptr: no soma stage, y is u [B, R] (a sparse linear layer).
@@ -56,7 +55,7 @@ template <class T>
 struct ForwardCall {
   int64_t batch;
   Storage storage;
-  bool round_x;   // to bfloat16 on its way into the synapses (float32 only)
+  bool round_x;   // round x to bfloat16 when it is read (float32 only)
   const void* x;  // [B, N]
   const T *weight, *dendrite_bias, *cable, *soma_bias;  // biases may be null
   void* y;                                              // [B, S] or [B, R]

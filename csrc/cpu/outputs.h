@@ -1,4 +1,5 @@
-// What every way of computing forward does to its outputs, and how threads divide them.
+// The activation, and how threads divide the outputs: shared by the algorithms for one sample and
+// for many.
 #pragma once
 
 #include "tile.h"
@@ -10,8 +11,8 @@ DK_INLINE vec<T> leaky_relu(vec<T> u, vec<T> slope) {
   return u > vec<T>{} ? u : u * slope;
 }
 
-// First soma (or row), of those that are multiples of `whole`, whose share of the work starts at or
-// after `target`; a dendrite costs its synapses and 4 more.
+// The first soma (or row) that is a multiple of `whole` and whose work starts at or after `target`.
+// The work of a dendrite is its number of synapses plus 4.
 DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outputs, int64_t whole,
                               int64_t target) {
   int64_t lo = 0, hi = ceil_div(outputs, whole);
@@ -25,16 +26,16 @@ DK_INLINE int64_t find_output(const dk::Topology& net, bool somas, int64_t outpu
   return min64(lo * whole, outputs);
 }
 
-// What all dendrites cost.
+// The work of all dendrites.
 DK_INLINE int64_t work_of(const dk::Topology& net) { return net.nnz + 4 * net.rows; }
 
-// Somas (or rows) [first, last) of part i of `parts` equal shares of the work.
+// Somas (or rows) [first, last): part i of the work, divided into `parts` of equal size.
 struct Share {
   int64_t first, last;
 };
 DK_INLINE Share share_of(const dk::Topology& net, bool somas, int64_t i, int64_t parts) {
   const int64_t work = work_of(net), outputs = somas ? net.somas : net.rows;
-  const auto start = [&](int64_t part) {  // the last share has the somas without dendrites
+  const auto start = [&](int64_t part) {  // the last share includes somas without dendrites
     return part == parts ? outputs : find_output(net, somas, outputs, 1, work * part / parts);
   };
   return {start(i), start(i + 1)};

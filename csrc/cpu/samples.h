@@ -1,12 +1,12 @@
-// What threads that own dendrites need of all samples.
+// The inputs of backward for threads that own dendrites: they need all samples.
 #pragma once
 
 #include "gradients.h"
 
 namespace {
 
-// x and the gradients at the somas, tile by tile. Where x is small every thread makes what it needs
-// for itself: that takes less than fetching from other cores' caches what their threads wrote.
+// x and the gradients at the somas, transposed into tiles. Where x is small, every thread makes its
+// own copies: fetching tiles from the caches of other cores would take longer.
 template <class T, int V>
 class Samples {
  public:
@@ -18,7 +18,7 @@ class Samples {
         somas_(call.cable ? net.somas : 0),
         group_(net.order ? net.group_size : 1),
         own_(call.batch * net.in_features * int64_t(sizeof(T)) <= kOwnBytes) {
-    // Two threads may need the same group of somas: each has room for one more than there are.
+    // Two threads may both need the group of somas at their border: one more group per thread.
     room_ = somas_ + (own_ && somas_ ? threads * group_ : 0);
     x_at_ = carver.reserve<T>((own_ ? threads : 1) * tiles_ * net.in_features * kTile);
     soma_at_ = carver.reserve<T>(tiles_ * room_ * kTile);
@@ -26,7 +26,7 @@ class Samples {
   }
   int64_t tiles() const { return tiles_; }
 
-  // Once the carver has its memory: by all threads together, unless each does it for itself.
+  // Called after carver.allocate: all threads fill the tiles together, unless each has copies.
   void share(const dk::Runtime& runtime) const {
     if (own_) return;
     const int64_t N = net_.in_features, parts = runtime.threads;
@@ -36,21 +36,22 @@ class Samples {
       soma_gradients(s0, split<T>(somas_, i + 1, parts), 0, call_.dsoma_bias + s0);
     });
   }
-  // By thread i, if so. It owns the dendrites at positions p0..p1-1, the next one those from p1 on.
+  // Called by thread i, which owns the dendrites at positions p0..p1-1: fills its copies, if any.
   void take(int64_t i, int64_t p0, int64_t p1) const {
     if (!own_) return;
     transpose_inputs(0, net_.in_features, i);
     if (!somas_) return;
+    // Thread i - 1 adds up dsoma_bias of the group that both need; these sums are not used.
     const int64_t needed = i ? first_soma_of(p0) : 0, s0 = i ? first_soma_from(p0) : 0;
-    soma_gradients(needed, s0, i, carver_.at<T>(counted_at_) + i * group_);  // by thread i - 1
+    soma_gradients(needed, s0, i, carver_.at<T>(counted_at_) + i * group_);
     soma_gradients(s0, first_soma_from(p1), i, call_.dsoma_bias + s0);
   }
 
-  // Of thread i.
+  // The tile that thread i reads.
   T* x(int64_t i, int64_t tile) const {
     return carver_.at<T>(x_at_) + (own_ ? i * tiles_ + tile : tile) * net_.in_features * kTile;
   }
-  T* soma(int64_t i, int64_t tile) const {  // [soma][samples]; null: there are none
+  T* soma(int64_t i, int64_t tile) const {  // [soma][samples]; null without a soma stage
     return somas_ ? carver_.at<T>(soma_at_) + (tile * room_ + shift(i)) * kTile : nullptr;
   }
 
@@ -58,12 +59,12 @@ class Samples {
   static constexpr int64_t kTile = V * kLanes<T>, kOwnBytes = 1 << 19;
 
   int64_t shift(int64_t i) const { return own_ ? i * group_ : 0; }
-  // Of the group that a position lies in.
+  // The first soma of the group of the dendrite at position p.
   int64_t first_soma_of(int64_t p) const {
     if (p >= net_.rows) return somas_;
     return net_.order ? net_.soma[p] / group_ * group_ : soma_of(net_, p);
   }
-  // Of the first group with no dendrite before p.
+  // The first soma of the first group that has no dendrite before position p.
   int64_t first_soma_from(int64_t p) const {
     const int64_t s = first_soma_of(p);
     return net_.soma_ptr[s] < p && p < net_.rows ? min64(somas_, s + group_) : s;

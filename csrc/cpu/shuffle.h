@@ -1,4 +1,4 @@
-// Vectors whose lanes change places: broadcasts of lanes, sums of lanes, transposes.
+// Operations across the lanes of vectors: broadcasts, sums, transposes.
 #pragma once
 
 #include "simd.h"
@@ -37,8 +37,8 @@ DK_INLINE vec<T> shuffle(vec<T> a, vec<T> b, F f) {
   return shuffle_impl(a, b, f, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// kBlockLanes numbers, repeated in every 128-bit block: with `splat_lane` one load serves several
-// broadcasts. (Intrinsics, since GCC 12 builds the generic shuffle from scalars.)
+// kBlockLanes numbers, repeated in every 128-bit block: with `splat_lane` one load is enough for
+// several broadcasts. Intrinsics, because GCC 12 compiles the generic shuffle to scalar code.
 template <class T>
 DK_INLINE vec<T> load_block(const T* p) {
 #if defined(__AVX512F__)
@@ -100,8 +100,8 @@ DK_INLINE vec<T> fold_group(const vec<T>* v) {
     return fold_units<T, 1>(v[0], v[1]);
 #endif
 }
-// Finishes kLanes / kBlockLanes group folds: lane i of the result is the whole sum of the i-th
-// vector.
+// Combines the results of kLanes / kBlockLanes calls of fold_group: lane i of the result is the sum
+// of the lanes of the i-th vector.
 template <class T>
 DK_INLINE vec<T> fold_groups(const vec<T>* g) {
   constexpr int kGroups = kLanes<T> / kBlockLanes<T>;
@@ -137,8 +137,7 @@ DK_INLINE T lane_sum(vec<T> v) {
 #endif
 }
 
-// In-register transpose of a kLanes x kLanes matrix: 128-bit blocks inside, then the blocks among
-// themselves.
+// Transposes a kLanes x kLanes matrix in registers: first inside 128-bit blocks, then whole blocks.
 template <class T>
 DK_INLINE void transpose(vec<T>* r) {
   constexpr int L = kBlockLanes<T>, kGroups = kLanes<T> / L;

@@ -1,10 +1,10 @@
-// Vectors of one ISA: GCC/Clang vector types, so one source serves x86 and ARM. Intrinsics are for
-// what compilers do not find by themselves: bits of comparisons, broadcasts of lanes, sums of
-// lanes. Everything sits in an unnamed namespace: each ISA unit gets its own copy and no weak
-// symbol can leak from one unit into another.
+// Vectors of one ISA. GCC/Clang vector types let one source serve x86 and ARM. Intrinsics are used
+// where compilers generate poor code from them: bits of comparisons, broadcasts and sums of lanes.
+// Everything is in an unnamed namespace, so that each ISA unit has its own copy: a function shared
+// between units could be linked with instructions that this CPU does not have.
 //
-// Which ISA follows from the unit's compiler flags; only NEON, which no flag tells from the
-// portable code since every aarch64 CPU has it, is asked for with DK_NEON.
+// The compiler flags of a unit select its ISA. NEON is selected by DK_NEON, because every aarch64
+// CPU has it and no flag distinguishes it from the portable code.
 #pragma once
 
 #include <stdint.h>
@@ -19,13 +19,13 @@
 #endif
 
 #define DK_INLINE inline __attribute__((always_inline))
-// A function of its own, and one only: GCC would make copies for arguments that it knows.
+// Neither inlined nor cloned: GCC would compile copies for constant arguments.
 #if defined(__clang__)
 #define DK_COMPILED_ONCE __attribute__((noinline))
 #else
 #define DK_COMPILED_ONCE __attribute__((noinline, noclone))
 #endif
-// For lambdas of a kernel: a call would spill the vectors that they capture.
+// For lambdas of a kernel: in a call the vectors that they capture would be spilled to memory.
 #define DK_LAMBDA __attribute__((always_inline))
 
 namespace {
@@ -37,16 +37,16 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-// Vectors of samples that a kernel works on at once: forward those of two dendrites, backward those
-// of x, of dx and of q. Twice as many need the 32 registers, and pay where a vector is short.
+// Vectors of samples that a kernel holds in registers: forward this many for each of two dendrites,
+// backward for x, dx and q. NEON has 32 registers and short vectors, so it uses twice as many.
 #if defined(DK_NEON)
 constexpr int kTileVectors = 8;
 #else
 constexpr int kTileVectors = 4;
 #endif
 
-// Vectors alias numbers of their own type only: after a store that may alias anything, kernels
-// would read every pointer and size again (5 % of forward).
+// Vectors alias only numbers of their own type. A store that may alias anything could change a
+// pointer or a size, so the compiler would reload them all after each store (5 % of forward).
 template <class T>
 struct Simd;
 template <>
@@ -65,12 +65,12 @@ template <class T>
 using vec = typename Simd<T>::vec;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
+// Lanes of a 128-bit block: shuffles inside blocks are cheap.
 template <class T>
-constexpr int kBlockLanes =
-    16 / int(sizeof(T));  // lanes of a 128-bit block, the unit of cheap shuffles
+constexpr int kBlockLanes = 16 / int(sizeof(T));
 
-// unroll<N>(f) calls f(constant 0) ... f(constant N-1). A pragma would leave arrays of vectors in
-// memory (GCC 12).
+// unroll<N>(f) calls f(constant 0) ... f(constant N-1). With an unroll pragma GCC 12 keeps arrays
+// of vectors in memory instead of registers.
 template <class F, int... I>
 DK_INLINE void unroll_impl(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -84,7 +84,7 @@ template <class T>
 DK_INLINE vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::unaligned*>(p);
 }
-// A vector that two instructions use: without this GCC loads it from memory once for each of them.
+// Keeps v in a register: where two instructions use it, GCC would load it from memory twice.
 template <class V>
 DK_INLINE V in_register(V v) {
 #if defined(__AVX512F__)
@@ -96,8 +96,8 @@ DK_INLINE V in_register(V v) {
 #endif
   return v;
 }
-// A vector that is computed here and no later: GCC moves such work past a branch, where what it
-// needs is spilled by then. (x86 compilers were seen to leave it alone.)
+// Makes the compiler compute v here. For NEON, GCC moves such work past a branch, and its operands
+// are spilled until then. On x86 this was not seen.
 template <class V>
 DK_INLINE V in_order(V v) {
 #if defined(DK_NEON)
@@ -118,9 +118,10 @@ DK_INLINE vec<T> splat(T x) {
   return splat_impl<T>(x, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// The first `count` lanes; of the others nothing is read or written, and loaded ones are zero.
-// (Masked forms, here and below, also where every lane takes part: GCC 12 warns about the undefined
-// vector of the plain ones, and their result would wait for what that register held before.)
+// Loads or stores the first `count` lanes. Memory of the others is not touched; loaded ones are
+// zero. Here and below, masked intrinsics are used even for whole vectors: the plain ones start
+// from an undefined vector, which GCC 12 warns about and which depends on the old value of the
+// register.
 template <class T>
 DK_INLINE vec<T> load_part(const T* p, int count) {
 #if defined(__AVX512F__)
@@ -150,7 +151,7 @@ DK_INLINE void store_part(T* p, vec<T> v, int count) {
 #endif
 }
 
-// base[index[i]] in lane i < count, zero in the others; an index is an int32 or a uint16.
+// base[index[i]] in lane i < count, zero in the others. Index is int32 or uint16.
 template <class T, class Index>
 DK_INLINE vec<T> gather_part(const T* base, const Index* index, int count) {
 #if defined(__AVX512F__)
@@ -242,11 +243,12 @@ DK_INLINE typename Simd<T>::mask lane_bits() {
   return lane_bits_impl<T>(std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// The same of V vectors, the first in the lowest bits.
+// The same for V vectors; the bits of the first are the lowest.
 template <class T, int V>
 DK_INLINE uint32_t positive_bits(const vec<T>* u) {
 #if defined(DK_NEON)
-  // A lane collects one bit of each vector; adding up the lanes is slow and done once.
+  // Every lane collects one bit of each vector, so that the slow sum over lanes is needed only
+  // once.
   const auto bits = [&](int t) DK_LAMBDA { return (u[t] > vec<T>{}) & lane_bits<T>(); };
   auto collected = bits(V - 1);
   unroll<V - 1>([&](auto i) DK_LAMBDA {
@@ -283,7 +285,7 @@ DK_INLINE vec<T> select_bits(uint32_t bits, vec<T> set, vec<T> clear) {
 #endif
 }
 
-// The same of V vectors that share one word of bits, the first the lowest.
+// The same for V vectors that share one word; the bits of the first are the lowest.
 template <class T, int V>
 DK_INLINE void select_bits(uint32_t bits, const vec<T>* set, const vec<T>* clear, vec<T>* out) {
   using mask = typename Simd<T>::mask;

@@ -1,6 +1,5 @@
-// How samples lie in memory: as what kernels compute in, or as bfloat16 or float16, which are
-// widened when a tile is made and rounded (to nearest even) when results are written. Sums are
-// float32 either way.
+// How samples are stored: in the type that kernels compute with, or as bfloat16 or float16. These
+// are widened to float32 when a tile is made and rounded (to nearest even) when results are stored.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +23,7 @@ typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t HalvesAt __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
-// The nearest bfloat16 in the high half of each lane; the low half is rubbish. NaN stays NaN.
+// The nearest bfloat16 in the high half of each lane; ignore the low half. NaN stays NaN.
 DK_INLINE Unsigned round_to_bf16(vec<float> v) {
   const Unsigned bits = (Unsigned)v;
   const Unsigned rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -44,8 +43,8 @@ DK_INLINE bf16 narrow(float v, bf16) {
   return {uint16_t(bits >> 16)};
 }
 
-// float16 without the instructions of the larger ISAs. Subnormal numbers are 2^-24 times an
-// integer, so a float addition of 2^-1 shifts and rounds them.
+// float16 without special instructions. Subnormal numbers are integers times 2^-24. The last bit of
+// a float32 between 0.5 and 1 is worth 2^-24 too, so adding 0.5 rounds to such an integer.
 DK_INLINE float widen(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   float v;
@@ -83,7 +82,6 @@ DK_INLINE f16 narrow(float v, f16) {
   return {uint16_t(sign | half)};
 }
 
-// A vector of samples from memory, and back.
 template <class T>
 DK_INLINE vec<T> load_samples(const T* p) {
   return load(p);
@@ -139,7 +137,7 @@ DK_INLINE void store_sample(T* p, T v) {
 DK_INLINE void store_sample(bf16* p, float v) { *p = narrow(v, bf16{}); }
 DK_INLINE void store_sample(f16* p, float v) { *p = narrow(v, f16{}); }
 
-// Calls f with a null pointer of the type that samples are stored in.
+// Calls f with a null pointer whose type is that of the stored samples.
 template <class T, class F>
 DK_INLINE void with_storage(dk::Storage storage, const F& f) {
   if constexpr (sizeof(T) == 4) {

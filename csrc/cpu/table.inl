@@ -1,5 +1,5 @@
-// The body of every ISA unit: instantiates all kernels under the unit's compiler flags and names
-// their table.
+// The body of every ISA unit: compiles all kernels with the flags of the unit and defines their
+// table.
 #include "backward.h"
 #include "forward.h"
 

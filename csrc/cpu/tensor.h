@@ -1,6 +1,6 @@
-// Tensors from Python without linking to torch: the few structures of the DLPack exchange ABI
-// (dlpack.org, version 1.x) that borrowing a tensor needs, and the checks that stand between a
-// Python object and a raw pointer.
+// Tensors from Python without linking to torch: the structures of the DLPack exchange ABI
+// (dlpack.org, version 1.x) that are needed to borrow a tensor, and the checks before a raw pointer
+// is used.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,12 +25,12 @@ struct DLExchangeAbi {
   uint32_t major, minor;
   const DLExchangeAbi* previous;
   void *allocate, *from_object, *to_object;
-  int (*borrow)(void* object, DLTensorAbi* out);  // fills a view of a live tensor, owns nothing
+  int (*borrow)(void* object, DLTensorAbi* out);  // a view, valid while the tensor lives
   void* current_stream;
 };
 
 struct Type {
-  uint8_t code, bits;  // DLPack's
+  uint8_t code, bits;  // of DLPack
   const char* name;
 };
 constexpr Type kInt32{0, 32, "int32"}, kFloat32{2, 32, "float32"}, kFloat64{2, 64, "float64"},
@@ -40,7 +40,7 @@ inline bool has_type(const DLTensorAbi& t, Type type) {
   return t.type_code == type.code && t.type_bits == type.bits && t.type_lanes == 1;
 }
 
-// The table that torch.Tensor.__dlpack_c_exchange_api__ publishes; set once by configure().
+// The table behind torch.Tensor.__dlpack_c_exchange_api__, set once by configure().
 inline const DLExchangeAbi* exchange = nullptr;
 
 inline DLTensorAbi borrow(pybind11::handle object, const char* name) {
@@ -50,7 +50,8 @@ inline DLTensorAbi borrow(pybind11::handle object, const char* name) {
   if (!exchange || !PyObject_HasAttrString(object.ptr(), "__dlpack__"))
     throw pybind11::type_error(std::string(name) + ": Expected a torch.Tensor, got " +
                                Py_TYPE(object.ptr())->tp_name);
-  if (exchange->borrow(object.ptr(), &t)) throw pybind11::error_already_set();  // torch's reason
+  if (exchange->borrow(object.ptr(), &t))
+    throw pybind11::error_already_set();  // the error of torch
   return t;
 }
 
@@ -84,7 +85,7 @@ inline bool fits(const DLTensorAbi& t, Type type, std::initializer_list<int64_t>
   return t.device_type == kCpu && has_type(t, type) && has_shape(t, shape) && is_contiguous(t);
 }
 
-// Says why t does not fit.
+// Throws the reason why t does not fit.
 [[noreturn]] inline void refuse(const DLTensorAbi& t, const char* name, Type type,
                                 std::initializer_list<int64_t> shape) {
   if (t.device_type != kCpu)
@@ -100,7 +101,7 @@ inline bool fits(const DLTensorAbi& t, Type type, std::initializer_list<int64_t>
                               ": Expected a contiguous tensor, got a strided one");
 }
 
-// Pointer to a tensor that fits.
+// Pointer to the data of a tensor; throws unless it fits.
 inline void* checked(pybind11::handle object, const char* name, Type type,
                      std::initializer_list<int64_t> shape) {
   const DLTensorAbi t = borrow(object, name);

@@ -1,5 +1,5 @@
-// A batch tile holds V vectors of samples for each feature: tile[feature][V * kLanes]. The batch
-// runs innermost, so one synapse is one broadcast weight times V contiguous vectors. Samples past
+// A tile holds V vectors of samples for each feature: tile[feature][V * kLanes]. Samples are the
+// inner dimension, so a synapse is one broadcast weight times V contiguous vectors. Samples past
 // the end of the batch are zero.
 #pragma once
 
@@ -28,20 +28,21 @@ DK_INLINE void parallel(const dk::Runtime& runtime, int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
-// Threads worth waking for `work` gathered tile rows, each of which takes about a nanosecond.
+// How many threads to use for `work` gathered rows of a tile, about a nanosecond each. Each thread
+// should get much more work than it costs to wake it.
 DK_INLINE int64_t useful_threads(const dk::Runtime& runtime, int64_t work) {
   constexpr int64_t kWorkPerThread = 8192;
   return max64(1, min64(runtime.threads, work / kWorkPerThread));
 }
 
-// Products that are added up in one accumulator. Rounding errors grow with the length of such a
-// chain, so longer sums are sums of chains.
+// The most products that are added up in one accumulator. Rounding errors grow with the length of
+// such a chain, so longer sums are sums of chains.
 constexpr int64_t kChain = 128;
-// Synapses of an input after which dx of a small batch, which has no plan, starts another sum.
+// Without the plan (small batches), dx starts another sum after about this many synapses per input.
 constexpr int64_t kStretch = 2 * kChain;
 
-// Such a sum over the synapses of a row, a vector of them at a time: from the first on, `k` says
-// how many came before.
+// A sum of chains over the synapses of a row, one vector at a time; k is the number of synapses
+// before this vector.
 template <class T>
 class Chains {
  public:
@@ -58,14 +59,14 @@ class Chains {
   vec<T> done_{}, chain_{};
 };
 
-// Cuts one workspace into 64-byte aligned arrays: first add up the sizes, then take the pieces in
-// the same order.
+// Divides one workspace into 64-byte aligned arrays: first reserve all of them, then allocate, then
+// get pointers with `at`.
 class Carver {
  public:
   template <class T>
   int64_t reserve(int64_t count) {
     const int64_t offset = bytes_;
-    // An odd number of cache lines between arrays, lest they all start in the same cache set.
+    // One more cache line: arrays whose sizes are powers of two would start in the same cache set.
     bytes_ += ceil_div(count * int64_t(sizeof(T)), 64) * 64 + 64;
     return offset;
   }
@@ -82,7 +83,7 @@ class Carver {
   int64_t bytes_ = 0;
 };
 
-// Row-major source [rows][stride] of samples stored as S.
+// Rows of samples stored as S, `stride` apart.
 template <class T, class S>
 struct Rows {
   const S* data;
@@ -93,8 +94,8 @@ struct Rows {
   DK_INLINE T scalar(int64_t row, int64_t column) const {
     return load_sample(data + row * stride + column);
   }
-  // The source whose first sample is this one's at (row, column). It needs kLanes rows of as many;
-  // of them `present` exist, and if those are too few, it is a copy that zeros follow.
+  // A source that starts at (row, column) and has kLanes rows. Only `present` rows exist; if these
+  // are fewer than kLanes, they are copied to `room` and followed by rows of zeros.
   struct Room {
     S rows[kLanes<T> * kLanes<T>];
   };
@@ -111,7 +112,7 @@ struct Rows {
   }
 };
 
-// A source whose numbers are rounded to bfloat16.
+// The same numbers, rounded to bfloat16.
 template <class Source>
 struct Rounded {
   Source source;
@@ -127,7 +128,7 @@ struct Rounded {
   }
 };
 
-// grad * phi'(v), where the sign of y tells the sign of v (slope >= 0).
+// grad * phi'(v). y has the sign of v, because slope >= 0.
 template <class T, class S>
 struct SomaGradient {
   Rows<T, S> grad, y;
@@ -149,12 +150,12 @@ struct SomaGradient {
   }
 };
 
-// Two samples of a tile as bfloat16, kLanes apart, so that one load gives two vectors of float32:
-// the first in the low half of each word, the second in the high half.
+// Two samples of a tile as bfloat16, in one word: the sample in the high half is kLanes after that
+// in the low half. One load then gives two vectors of float32.
 struct Pair {
   uint32_t bits;
 };
-// Samples in one element of a tile.
+// Number of samples in one element of a tile.
 template <class E>
 constexpr int kSamples = 1;
 template <>
@@ -175,7 +176,7 @@ DK_INLINE void for_each_vector(const Pair* row, const F& f) {
   });
 }
 
-// The transpose of kLanes columns from c of rows t * kLanes..., of which `samples` exist.
+// The transpose of rows t * kLanes..., columns c..., kLanes of each. The source has `samples` rows.
 template <class T, class Source>
 DK_INLINE void transposed_block(const Source& source, int64_t samples, int64_t c, int64_t t,
                                 vec<T>* r) {
@@ -186,8 +187,8 @@ DK_INLINE void transposed_block(const Source& source, int64_t samples, int64_t c
   transpose<T>(r);
 }
 
-// V: a constant where numbers are stored as they are computed with, which makes transposes up to
-// 1.8 times as fast. Else a number, lest too many of them be compiled.
+// V as a compile-time constant or as a number. Constants let the compiler unroll transposes, which
+// are then up to 1.8 times as fast. 16-bit storage uses numbers, so that fewer copies are compiled.
 template <int V, bool Constant>
 DK_INLINE auto width() {
   if constexpr (Constant)
@@ -202,8 +203,8 @@ DK_COMPILED_ONCE void transpose_in(const Source& source, int64_t samples, int64_
                                    Width V, T* tile) {
   constexpr int L = kLanes<T>;
   const int64_t kTile = V * L, whole = (c1 - c0) / L;
-  // Of a wide tile's rows kLanes at a time: all of them at once are spread over so many pages that
-  // it takes longer where x comes from memory (backward of F without dx 1 to 4 %).
+  // In wide tiles, transpose kLanes rows of x at a time: all rows at once are in so many pages that
+  // x from memory is read more slowly (1 to 4 % of backward without dx on case F).
   const int at_once = V > kTileVectors ? 1 : V;
   for (int first = 0; first < V; first += at_once)
     for (int64_t block = 0; block < whole; ++block)
@@ -275,7 +276,8 @@ DK_COMPILED_ONCE void transpose_out(const T* tile, int64_t columns, int64_t samp
       store_sample(out + b * stride + c, tile[c * kTile + b]);
 }
 
-// f(rows of `data` from `first` on, rounded if so, as a source of the type that they have).
+// Calls f with the rows of `data` from `first` on, as a source of their stored type; round: rounded
+// to bfloat16.
 template <class T, class F>
 DK_INLINE void with_rows(dk::Storage storage, bool round, const void* data, int64_t first,
                          int64_t stride, const F& f) {
@@ -288,18 +290,18 @@ DK_INLINE void with_rows(dk::Storage storage, bool round, const void* data, int6
   });
 }
 
-// Rows of x or of a gradient [B, columns] from `first` on, in whatever they are stored as.
+// Columns c0..c1-1 of rows first..first+samples-1 of x or a gradient [B, stride] -> a tile.
 template <class T, int V, class E>
 void tile_in(dk::Storage storage, const void* data, int64_t first, int64_t samples, int64_t stride,
              int64_t c0, int64_t c1, E* tile, bool round = false) {
-  const bool pairs = std::is_same_v<E, Pair>;  // they are rounded anyway
+  const bool pairs = std::is_same_v<E, Pair>;  // transpose_in rounds these
   with_rows<T>(storage, round && !pairs, data, first, stride, [&](const auto& rows) DK_LAMBDA {
     constexpr bool kPlain = std::is_same_v<decltype(rows), const Rows<T, T>&>;
     transpose_in<T>(rows, samples, c0, c1, width<V, kPlain>(), tile);
   });
 }
 
-// Back again: columns c0, c0 + 1, ... of rows from `first` on.
+// A tile -> columns c0, c0 + 1, ... of rows from `first` on.
 template <class T, int V>
 void tile_out(dk::Storage storage, const T* tile, int64_t columns, int64_t samples, void* data,
               int64_t first, int64_t stride, int64_t c0) {
@@ -312,7 +314,7 @@ void tile_out(dk::Storage storage, const T* tile, int64_t columns, int64_t sampl
 
 // ---- one row by itself ----
 
-// n samples as numbers to compute with: where they lie, or widened or rounded in `room`.
+// n samples as T: `data` itself, or a widened or rounded copy in `room`.
 template <class T>
 const T* row_in(dk::Storage storage, const void* data, int64_t n, T* room, bool round = false) {
   if (storage == dk::Storage::full && !round) return static_cast<const T*>(data);
@@ -324,7 +326,8 @@ const T* row_in(dk::Storage storage, const void* data, int64_t n, T* room, bool 
   return room;
 }
 
-// Where to compute a row of results: where it goes, or in `room`, from which row_out stores it.
+// Where to compute a row of results: in `data` itself, or in `room`, from which row_out converts
+// it.
 template <class T>
 T* row_out_at(dk::Storage storage, void* data, T* room) {
   return storage == dk::Storage::full ? static_cast<T*>(data) : room;

@@ -1,5 +1,5 @@
-// Scratch memory that survives from call to call, so that a training step does not fault in fresh
-// pages every time.
+// Scratch memory that is kept between calls: fresh memory would cause page faults in every training
+// step.
 #pragma once
 
 #include <sys/mman.h>
@@ -18,8 +18,9 @@ struct Buffer {
   int64_t bytes = 0;
 };
 
-// Thread-safe and bounded: it keeps at most kKept bytes in free buffers; a call that finds none big
-// enough replaces the largest one. Every running call holds buffers of its own.
+// Thread-safe and bounded: it keeps at most kKept bytes of free buffers. If no free buffer is large
+// enough, the largest one is freed and replaced. Calls that run at the same time have separate
+// buffers.
 class WorkspacePool {
  public:
   static constexpr int64_t kKept = int64_t(256) << 20;
@@ -66,8 +67,7 @@ class WorkspacePool {
     void* data = std::aligned_alloc(size_t(page), size_t(rounded));
     if (!data) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    // Gathers touch memory at random: huge pages save TLB misses. The advice may be refused;
-    // nothing depends on it.
+    // Gathers read memory at random: huge pages cause fewer TLB misses. Works without them, too.
     if (page == kHugePage) madvise(data, size_t(rounded), MADV_HUGEPAGE);
 #endif
     return {data, rounded};
@@ -80,8 +80,8 @@ class WorkspacePool {
 
 inline WorkspacePool workspace_pool;
 
-// Tests fill every workspace with NaN (all bits set), so that a kernel that reads what it never
-// wrote is seen.
+// Tests fill every workspace with NaN (all bits set), to detect kernels that read uninitialised
+// memory.
 inline bool poison_workspaces = false;
 
 // The workspace of one call.

@@ -1,9 +1,11 @@
-"""The order in which the C++ kernels visit dendrites: invisible in results, visible in time.
+"""The order in which the C++ kernels visit dendrites. It changes the time, not the results.
 
-Local receptive fields: neighbours in the order see the same inputs, which are still in the cache;
-within groups of somas, or of rows where there are none, whose outputs stay in the cache, too.
-Random inputs, and fields that are neighbours already, gain nothing and keep the order of their
-numbers, as does the gather over the transposed plan.
+With local receptive fields, dendrites that see the same inputs are visited one after another, so
+that these inputs are still in the cache. The order only changes places within groups of somas (of
+rows, where there are no somas), so that the outputs of a group stay in the cache, too.
+
+Dendrites are visited by number where an order gains nothing: for random inputs, for fields whose
+neighbours overlap already, and over the transposed plan.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import numpy as np
 from .._validate import Array
 from ..structure import Connectivity
 
-# Dendrites change places within groups of so many. Measured (cases A to D of bench.speed): fewer
-# gain less, and the weights and signs of more are slow to find for backward (6 % on B).
+# Size of the groups. In smaller ones fewer neighbours share inputs; in larger ones backward reads
+# weights and signs from more distant addresses (6 % slower on case B of the benchmarks).
 MIXED_DENDRITES, MOST_SOMAS = 1024, 64
 MIXED_ROWS = 512  # where there are no somas
-_BAND = 4  # rows of an image whose fields are visited before those of the next
-_PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, that a row's length is told from
-_SAMPLE = 4096  # pairs of neighbours that are looked at
-_SHARED = 0.3  # of a dendrite's inputs its neighbour must share for an order to pay
+_BAND = 4  # rows of the image in a band: bands are visited one after another
+_PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, to estimate the length of image rows
+_SAMPLE = 4096  # pairs of neighbours in the estimate of shared inputs
+_SHARED = 0.3  # least share of inputs in common with the next dendrite for an order to gain
 
 
 class Order(NamedTuple):
@@ -34,7 +36,7 @@ class Order(NamedTuple):
 
 
 def by_centre(connectivity: Connectivity) -> Order | None:
-    """For forward and for backward without dx; None: as they come."""
+    """For forward and for backward without dx; None: by number."""
     rank = _rank_along_fields(connectivity)
     if rank is None:
         return None
@@ -46,13 +48,13 @@ def by_centre(connectivity: Connectivity) -> Order | None:
 
 
 def _mixed_somas(connectivity: Connectivity) -> int:
-    """Somas of a group."""
+    """Number of somas in a group."""
     wanted = MIXED_DENDRITES * connectivity.num_somas // connectivity.num_dendrites
     return min(MOST_SOMAS, max(1, wanted))
 
 
 def rows_by_centre(connectivity: Connectivity) -> Order | None:
-    """For forward without somas; None: as they come."""
+    """For forward without somas; None: by number."""
     rank = _rank_along_fields(connectivity)
     if rank is None:
         return None
@@ -61,7 +63,7 @@ def rows_by_centre(connectivity: Connectivity) -> Order | None:
 
 
 def _in_order(connectivity: Connectivity, dendrite: Array) -> tuple[Array, Array]:
-    """crow and columns of the dendrites in this order."""
+    """crow_indices and columns of the dendrites in this order."""
     crow = connectivity.crow_indices.numpy()
     ordered_crow = np.concatenate(([0], np.cumsum(np.diff(crow)[dendrite]))).astype(np.int32)
     return ordered_crow, connectivity.columns[_synapses_of(crow, dendrite)]
@@ -89,10 +91,10 @@ def _along_fields(connectivity: Connectivity) -> Array:
 
 
 def _row_length(connectivity: Connectivity) -> int:
-    """Inputs in a row of the image that the fields look like patches of, if they do.
+    """Inputs per row of the image, if fields are patches of an image.
 
-    Pixels of a patch lie above each other, so that this is the most common distance of two inputs
-    of a dendrite but for those within its rows, which are shorter.
+    Pixels of a patch lie above each other. So this is the most common distance between two inputs
+    of a dendrite, apart from the short distances within a row.
     """
     crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
     inputs = connectivity.in_features
@@ -106,8 +108,9 @@ def _row_length(connectivity: Connectivity) -> int:
 
 
 def _rank_along_fields(connectivity: Connectivity) -> Array | None:
-    """Each dendrite's position [R] along the fields; None unless neighbours share inputs there, and
-    share fewer as they come.
+    """Position [R] of each dendrite in the order along the fields.
+
+    None unless neighbours share inputs in that order, and more than twice as many as by number.
     """
     rows = connectivity.num_dendrites
     if rows < 2 or connectivity.nnz == 0:
@@ -123,7 +126,7 @@ def _rank_along_fields(connectivity: Connectivity) -> Array | None:
 
 
 def _shared(connectivity: Connectivity, one: Array, other: Array) -> float:
-    """Which part of the inputs of dendrites `one` [P] their partners in `other` see as well."""
+    """Share of the inputs of dendrites `one` [P] that their partners `other` [P] have, too."""
     crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
     inputs = connectivity.in_features
     mine, its = (_inputs_of_pairs(crow, col, rows, inputs) for rows in (one, other))

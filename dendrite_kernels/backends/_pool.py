@@ -1,13 +1,13 @@
-"""torch's own thread pool, found at run time so that nothing links against torch.
+"""The thread pool of torch, looked up at run time so that nothing links against torch.
 
-Every CPU kernel of this package runs on the threads torch already has: `torch_parallel_for`, a C
-function that libtorch_cpu exports since torch 2.10. A second pool (another libgomp, a Numba
-threading layer) would fight torch's for the cores, change its settings or die in forked children.
+All CPU kernels of this package run on the threads of torch, through `torch_parallel_for`, a C
+function in libtorch_cpu since torch 2.10. A second pool (another libgomp, a threading layer of
+Numba) would compete with torch for the cores, change its settings or crash in forked children.
 
-Which threads do the work: the caller's and torch's intra-op workers, as many as
-`torch.get_num_threads()` says. The OpenMP runtime keeps one team of workers per calling thread,
-so calls from several Python threads at once are safe; a call from inside a parallel region runs
-serially, as torch's own operators do.
+The work is done by the calling thread and torch's intra-op workers, `torch.get_num_threads()`
+threads in all. The OpenMP runtime has one team of workers for each calling thread, so several
+Python threads may call at the same time. A call from inside a parallel region runs serially, as
+operators of torch do.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
-# A forked child has none of its parent's worker threads, and GNU OpenMP waits for them forever.
-# torch's operators have the same fault; ours run serially in the child instead.
+# A forked child has none of the worker threads, and GNU OpenMP would wait for them forever, as it
+# does in operators of torch. So kernels run serially in the child.
 _forked = ctypes.c_bool(False)
 
 
@@ -41,7 +41,7 @@ def forked() -> bool:
 
 
 def forked_address() -> int:
-    """Where native code finds what `forked` says, a bool."""
+    """Address of the bool behind `forked`, for native code."""
     return ctypes.addressof(_forked)
 
 
@@ -50,8 +50,8 @@ def _library_files() -> list[str]:
         sys.platform, "libtorch_cpu.so"
     )
     beside = Path(torch.__file__).parent / "lib" / name
-    # A distribution may keep torch's libraries elsewhere; torch's own module then leads to them,
-    # since a symbol look-up searches what a library depends on.
+    # Some distributions put torch's libraries elsewhere. Then torch._C leads to them: a symbol is
+    # also looked up in the libraries that a library depends on.
     return [str(beside), str(torch._C.__file__)]
 
 
@@ -69,14 +69,14 @@ def _function(name: str) -> ctypes._NamedFuncPointer:
 
 
 def address(name: str) -> int:
-    """Address of one of the C functions by which torch shows its pool:
+    """Address of one of the C functions of torch's pool:
 
     int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
                                void (*function)(int64_t begin, int64_t end, void* context),
                                void* context)
     int32_t torch_get_num_threads(uint32_t* threads)
 
-    Raises RuntimeError where torch does not have it.
+    Raises RuntimeError if torch does not have it.
     """
     found = ctypes.cast(_function(name), ctypes.c_void_p).value
     assert found is not None
@@ -91,15 +91,15 @@ def _parallel_for() -> ctypes._NamedFuncPointer:
     return function
 
 
-_native = functools.lru_cache(_ENTRY)  # of an address
+_native = functools.lru_cache(_ENTRY)  # address -> callable
 
 
 def run(entry: int, tasks: int, context: int) -> None:
-    """Call the native function at `entry` on [0, tasks), split over torch's threads.
+    """Call the native function at `entry` on [0, tasks), divided over the threads of torch.
 
-    `entry(begin, end, context)` must do its tasks in any order and never wait for another one:
-    with fewer threads than tasks, or in a forked child, one thread does them all in turn.
-    The global interpreter lock is released meanwhile.
+    `entry(begin, end, context)` must accept tasks in any order, and no task may wait for another
+    one: a thread may do several tasks one after another, in a forked child all of them. The GIL is
+    released during the call.
     """
     if tasks == 1 or forked():
         _native(entry)(0, tasks, context)

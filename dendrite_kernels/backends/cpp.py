@@ -1,4 +1,4 @@
-"""The C++ backend: extension module _cpu, compiled per ISA, on torch's own thread pool."""
+"""The C++ backend: extension module _cpu, compiled for several ISAs, on the threads of torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .protocol import Gradients, Maybe, Operands
 STORES_LOW = True
 ROUNDS_X = True
 
-FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # keys of what the fast path asks
+FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # cache keys that the fast path looks up
 
-# What compiled programs allocate with: half the time of torch.empty.
+# The allocator of compiled programs. It parses fewer arguments: half the time of torch.empty.
 empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
-    """The extension and None, or None and the reason. A broken extension raises its own error."""
+    """(extension, None), or (None, reason) if it was not built. A broken one raises its error."""
     try:
         from dendrite_kernels import _cpu  # type: ignore[attr-defined]
     except ImportError:
@@ -134,7 +134,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
     batch, rows = x.shape[0], connectivity.num_dendrites
-    # two numbers: parsed faster than a tuple
+    # sizes as two numbers are parsed faster than as a tuple
     y = x.new_empty(batch, rows if cable is None else connectivity.num_somas)
     signs = x.new_empty((batch + 31) // 32 if save_signs else 0, rows, dtype=torch.int32)
     _load()[0].forward(
@@ -149,7 +149,7 @@ def backward(
 ) -> Gradients:
     weight, dendrite_bias, cable, _, connectivity, slope = operands
     batch, inputs = x.shape
-    new = weight.new_empty if batch else weight.new_zeros  # no sample, no kernel: they are zero
+    new = weight.new_empty if batch else weight.new_zeros  # without samples no kernel runs
     dx = x.new_empty(batch if need_x else 0, inputs)
     dw, dbd = new(connectivity.nnz), new(connectivity.num_dendrites)
     if cable is None:

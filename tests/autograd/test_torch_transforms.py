@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
 from tests import oracle
-from tests.functional.test_functional import ragged
+from tests.networks import ragged
 
 functional: Any = dk.functional
 formula: Any = oracle

@@ -1,4 +1,4 @@
-"""The order in which C++ kernels visit dendrites: when there is one, and that nobody sees it."""
+"""The order in which C++ kernels visit dendrites, and that results do not depend on it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from dendrite_kernels import Connectivity
 from dendrite_kernels.backends import _order, cpp
 from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
+from tests.marks import needs_cpp
 
-needs_cpp = pytest.mark.skipif(
-    not dk.backend_info()["cpp"]["available"], reason="the C++ backend was not built"
-)
 SOMAS = 2 * _order.MOST_SOMAS + 7  # two groups and a piece of one
 
 

@@ -1,8 +1,8 @@
-"""Compiles check.cpp with the CPU kernels and runs it, in an emulator where need be.
+"""Compiles check.cpp with the CPU kernels and runs it, for another processor in an emulator.
 
     python -m tests.cpu_kernels.build neon|sanitize|native
 
-What was compiled from the same sources and flags before is used again.
+Object files are kept and used again for the same sources and flags.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PREFIX = "" if HOST in ("aarch64", "arm64") else "aarch64-linux-gnu-"
 class Target:
     """A machine to compile for."""
 
-    machine: str  # as in UNITS of setup.py
-    prefix: str = ""  # of the names of its compiler and binutils
-    flags: tuple[str, ...] = ()  # besides those of setup.py
+    machine: str  # a key of UNITS in setup.py
+    prefix: str = ""  # of the names of compiler and binutils
+    flags: tuple[str, ...] = ()  # in addition to those of setup.py
     link: tuple[str, ...] = ()
     emulator: str | None = None
 
 
-# Sanitized, -O3 takes GCC more than twice the minutes.
+# -O1, because GCC compiles sanitized code very slowly with -O3.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
 TARGETS = {
     "native": Target(HOST),
@@ -71,7 +71,7 @@ def missing(name: str) -> str | None:
 
 @functools.cache
 def setup_constants() -> dict[str, Any]:
-    """Of setup.py, which is run with nothing to build."""
+    """The constants of setup.py, which runs here without building anything."""
     real, before = setuptools.setup, Path.cwd()
     setuptools.setup = lambda **_: None
     os.chdir(ROOT)
@@ -83,20 +83,20 @@ def setup_constants() -> dict[str, Any]:
 
 
 def units(name: str) -> list[str]:
-    """Sources of the instruction sets of a target, base first."""
+    """Source files for the instruction sets of a target, base first."""
     found: list[str] = setup_constants()["UNITS"].get(TARGETS[name].machine, ["kernels_base.cpp"])
     return found
 
 
 def compile_unit(name: str, unit: str) -> Path:
-    """The object file of one of them, with the flags of setup.py."""
+    """The object file of such a source, compiled with the flags of setup.py."""
     setup = setup_constants()
     flags = [*setup["FLAGS"], "-fPIC", *setup["KERNEL_FLAGS"], *setup["ISA_FLAGS"][unit]]
     return _compile(name, SOURCES / unit, flags)
 
 
 def build(name: str) -> Path:
-    """The program."""
+    """Compile the program if needed; its path."""
     target = TARGETS[name]
     with ThreadPoolExecutor(2) as pool:
         kernels = pool.map(lambda unit: compile_unit(name, unit), units(name))
@@ -110,7 +110,7 @@ def build(name: str) -> Path:
 
 
 def run(name: str) -> subprocess.CompletedProcess[str]:
-    """Compiles and runs it; what it prints is captured."""
+    """Compile and run the program; its output is captured."""
     program = build(name)
     return subprocess.run(
         [*filter(None, [TARGETS[name].emulator]), str(program)], capture_output=True, text=True

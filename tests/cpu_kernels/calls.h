@@ -1,4 +1,4 @@
-// One call of a kernel: its memory, and what it found against what it should have found.
+// One call of a kernel: its memory, and the comparison of its results with the expected ones.
 #pragma once
 
 #include <cstdio>
@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int kThreads = 3;
-std::string running;  // what a failure is reported with
+std::string running;  // the current case, for error messages
 int64_t cases = 0;
 
 // ---- what the kernels need from their caller ----
@@ -23,7 +23,7 @@ void run_on_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* cont
   for (std::thread& thread : threads) thread.join();
 }
 
-// One call's memory, of the size asked for and full of NaN.
+// The memory of one call, of exactly the requested size and full of NaN.
 struct Workspace {
   static void* get(void* self, int64_t bytes) {
     auto& blocks = static_cast<Workspace*>(self)->blocks;
@@ -39,7 +39,7 @@ struct Workspace {
   std::vector<Array<Line>> blocks;
 };
 
-// Of the machine that kernels are told to run on; they choose tiles by it.
+// The L2 size that kernels are told; they choose the width of tiles by it.
 constexpr int64_t kUsualL2 = 1 << 20, kSmallL2 = 1 << 14;
 int64_t l2_bytes = kUsualL2;
 
@@ -64,8 +64,8 @@ double tolerance(const Inputs<T>& in, const Values& values, int64_t i) {
   return in.exact ? 0 : double(values.terms) * std::numeric_limits<T>::epsilon() * values.size[i];
 }
 
-// Rounding is monotonic: what is within the tolerance before it lies between the rounded ends of
-// the tolerance after it.
+// Rounding to the storage type is monotonic. So a result that was within the tolerance before
+// rounding is between the rounded ends of the tolerance after it.
 template <class T>
 void compare(const char* what, const Inputs<T>& in, const Array<T>& found, const Values& values,
              dk::Storage storage = dk::Storage::full) {
@@ -87,7 +87,7 @@ void compare(const char* what, const Inputs<T>& in, const Memory& found, const V
   compare(what, in, numbers_in<T>(found, in.precision.storage), values, in.precision.storage);
 }
 
-// Where rounding could have changed the sign of u, either bit will do.
+// Where rounding could change the sign of u, both bits are correct.
 template <class T>
 void compare_signs(const Network& net, const Inputs<T>& in, const Array<uint32_t>& found,
                    const Values& u) {
@@ -156,7 +156,7 @@ void check_forward(const dk::KernelTable& table, const Network& net, const dk::T
   ++cases;
 }
 
-// A topology without a plan: without dx.
+// With a topology that has no plan, backward runs without dx.
 template <class T>
 void check_backward(const dk::KernelTable& table, const Network& net, const dk::Topology& topology,
                     const Inputs<T>& in, const NaiveBackward& naive, int threads, bool somas) {

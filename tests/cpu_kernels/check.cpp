@@ -1,6 +1,7 @@
-// Runs every CPU kernel of this machine's instruction sets, or of those named as arguments, against
-// loops over their definition. No torch, no Python: it cross-compiles and runs in an emulator.
-// The first mismatch ends it and is named, as is what ran when memory out of bounds was touched.
+// Compares the CPU kernels of all instruction sets of this machine, or of those named as arguments,
+// with loops over their definition. It needs neither torch nor Python, so it can be cross-compiled
+// and run in an emulator. It stops at the first mismatch or access out of bounds and prints the
+// case.
 #include <csignal>
 #include <cstdlib>
 #include <numeric>
@@ -20,7 +21,7 @@ Array<T> draw(Random& random, int64_t count, bool exact) {
   return values;
 }
 
-// x is rounded to whole numbers where they are exact, though it is not given as such.
+// With round_x and `exact`, x is slightly off an integer: rounding to bfloat16 must restore it.
 template <class T>
 void draw_x(Random& random, int64_t count, Inputs<T>& in) {
   Array<T> x = draw<T>(random, count, in.exact);
@@ -77,7 +78,7 @@ struct Subject {
   std::vector<int> threads;
   std::vector<Plan> plans;
   std::vector<Order> orders;
-  std::vector<int64_t> thorough;  // batches for which samples are rounded, too, and orders tried
+  std::vector<int64_t> thorough;  // batches that also run with 16-bit samples and with orders
 };
 
 template <class T>
@@ -102,12 +103,12 @@ void check_inputs(const dk::KernelTable& table, const Subject& subject, int64_t 
         for (const Forward kind : kinds)
           check_forward(table, net, given, in, forward, threads, kind);
         if (!precision.name[0] || subject.threads.size() > 1) return;
-        l2_bytes = kSmallL2;  // samples that take much of it are rounded two to a word
+        l2_bytes = kSmallL2;  // kernels then store tiles of x as pairs of bfloat16
         for (const Forward kind : kinds)
           check_forward(table, net, given, in, forward, threads, kind);
         l2_bytes = kUsualL2;
       };
-      // Backward is not called for a batch of 0 and is given an x that was rounded before.
+      // The package never calls backward with a batch of 0 or with round_x.
       const bool with_backward = batch > 0 && !precision.round_x;
       running = how + "forward";
       const dk::Topology plain = topology(net, nullptr, narrow);
@@ -143,7 +144,7 @@ void check_inputs(const dk::KernelTable& table, const Subject& subject, int64_t 
 const std::vector<int64_t> kBatches{0, 1, 2, 16, 31, 32, 33, 65, 129},
     kThorough{1, 16, 31, 33, 129};
 
-// Too little work for a second thread.
+// Networks with so little work that kernels use one thread.
 Subject small(Network net, std::vector<int64_t> batches = kBatches) {
   const std::vector<int64_t> thorough = batches.size() == 1 ? batches : kThorough;
   Subject subject{std::move(net), std::move(batches), {1}, {}, {}, thorough};
@@ -155,8 +156,8 @@ Subject small(Network net, std::vector<int64_t> batches = kBatches) {
   return subject;
 }
 
-// One of many that differ in their fan-in: rounding and orders where a kernel has a loop of its
-// own.
+// One of many networks that differ in their fan-in. 16-bit samples and orders are checked only for
+// the fan-ins whose loops differ.
 Subject small_of(int fan_in, Network net) {
   Subject subject = small(std::move(net));
   const std::vector<int> chosen{1, 5, 8, 16, 32, 48};
@@ -167,7 +168,7 @@ Subject small_of(int fan_in, Network net) {
   return subject;
 }
 
-// With more blocks than threads they divide the blocks between them, with fewer the batch.
+// Two plans: with more blocks than threads, threads divide the blocks; with fewer, the batch.
 Subject large(Network net, std::vector<int64_t> batches, std::vector<int64_t> thorough) {
   Subject subject{std::move(net), std::move(batches), {1, kThreads}, {}, {}, std::move(thorough)};
   for (const int64_t block_rows : {256, 1024})
@@ -209,22 +210,22 @@ std::vector<Subject> subjects() {
   all.push_back(large(make_network("many dendrites", 150, constant(1300, 16), sizes), few, {129}));
   all.push_back(
       large(make_network("many uneven dendrites", 150, uneven(1300, 40), many_sizes), few, {100}));
-  // Here all threads transpose x together, and yet a tile may be wide.
+  // x is large enough that all threads transpose it together, and tiles may still be wide.
   all.push_back(
       large(make_network("two wide tiles", 900, constant(390, 16), constant(30, 13)), {200}, {}));
-  // Enough for several threads even if there is one sample only.
+  // Enough work for several threads with a single sample.
   all.push_back(
       large(make_network("many synapses", 150, constant(1500, 48), constant(60, 25)), {1}, {1}));
-  // Only here x outgrows the cache and yet blocks are divided between threads (float64), and sums
-  // grow where dw will be.
+  // The only network where x does not fit the cache but threads divide the blocks (float64), and
+  // where G is accumulated in dw.
   all.push_back(
       large(make_network("many inputs", 3100, constant(1040, 48), constant(52, 20)), {65}, {}));
-  // Sums of more than a chain: of rows, and of the columns that a thread adds up without a plan.
+  // Sums longer than a chain: over rows, and over columns that a thread adds up without a plan.
   all.push_back(small(make_network("long rows", 400, {300, 129, 128, 0, 17, 256, 385, 400}, {3, 5}),
                       {1, 16, 33, 65}));
   all.push_back(
       large(make_network("few inputs", 3, constant(2600, 3), constant(200, 13)), {1, 2, 33}, {}));
-  // A batch much larger than the network is divided between threads even without dx.
+  // The batch is much larger than the network: threads divide the batch even without dx.
   all.push_back(large(make_network("many samples", 510, uneven(400, 16), constant(40, 10)),
                       {785, 890}, {785}));
   return all;

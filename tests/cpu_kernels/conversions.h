@@ -1,5 +1,6 @@
-// Every 16-bit number is widened and every float near a tie is narrowed, by the scalar functions
-// and, through networks of one synapse for each output, by the vectors of an instruction set.
+// Tests the conversions of all 16-bit numbers to float, and of all floats near a rounding tie to 16
+// bits. Scalar functions are called directly, those on vectors through networks of one synapse per
+// output.
 #pragma once
 
 #include "calls.h"
@@ -7,8 +8,8 @@
 
 namespace {
 
-// All numbers of a format with their neighbours among the floats, all midpoints with theirs, and
-// what is special.
+// All numbers of a format, all midpoints between them, the neighbouring floats of both, and special
+// values.
 Array<float> delicate(Format format) {
   Array<float> numbers{0.f, -0.f, INFINITY, -INFINITY};
   for (const uint32_t bits : {0x7f800001u, 0x7f80ffffu, 0x7fc00000u, 0x7fffffffu, 0xff800001u,
@@ -20,7 +21,7 @@ Array<float> delicate(Format format) {
     const double here = format.value(uint16_t(bits));
     const double step = bits ? here - format.value(uint16_t(bits - 1)) : 0;
     const double next = bits + 1 < format.infinity() ? format.value(uint16_t(bits + 1))
-                                                     : here + step;  // of a larger format
+                                                     : here + step;  // as if the format went on
     for (const float middle : {float(here), float((here + next) / 2)})
       for (const float number :
            {std::nextafter(middle, -INFINITY), middle, std::nextafter(middle, INFINITY)}) {
@@ -31,14 +32,14 @@ Array<float> delicate(Format format) {
   return numbers;
 }
 
-// All 65536, as they lie in memory.
+// All 65536 numbers of 16 bits.
 Memory all_patterns() {
   Memory memory(2 << 16);
   for (uint32_t bits = 0; bits < 1 << 16; ++bits) memcpy(&memory[2 * bits], &bits, 2);
   return memory;
 }
 
-// The same number, sign of zero included, or both NaN.
+// Throws unless both are the same number with the same sign of zero, or both NaN.
 void expect(double expected, double found, const char* what, double from) {
   if (std::isnan(expected) ? std::isnan(found)
                            : expected == found && std::signbit(expected) == std::signbit(found))
@@ -62,8 +63,7 @@ void check_scalars(dk::Storage storage) {
            "narrowing", number);
 }
 
-// `rows` dendrites of one synapse each, the first to the first input, the second to the second or,
-// if there is but one, to the same.
+// `rows` dendrites of one synapse each: dendrite r sees input r, or input 0 if there is only one.
 Network one_synapse_each(int64_t rows, int64_t in_features) {
   Network net;
   net.in_features = in_features;
@@ -76,7 +76,7 @@ Network one_synapse_each(int64_t rows, int64_t in_features) {
   return net;
 }
 
-// weight * x of each dendrite; its bias is -0, which leaves the sign of a product that is zero.
+// weight * x of each dendrite. The bias is -0, which does not change the sign of a product of zero.
 Memory products(const dk::KernelTable& table, const Network& net, int64_t batch,
                 Precision precision, const Memory& x, const Array<float>& weight) {
   const Array<float> bias(size_t(net.rows()), -0.f);
@@ -96,14 +96,14 @@ Memory products(const dk::KernelTable& table, const Network& net, int64_t batch,
   return y;
 }
 
-// The same for a result of `products`: a single sample's is a sum over lanes, most of them zero, so
-// that the sign of zero gets lost.
+// The same for a result of `products`. For a single sample, the result is a sum over lanes, most of
+// them +0, so the sign of zero is lost.
 void expect_product(int64_t batch, double expected, double found, const char* what, double from) {
   const double zero = batch == 1 ? 0. : -0.;
   expect(expected + zero, found + zero, what, from);
 }
 
-// Patterns that go in and come out again: in rows of one (scalars), of many (vectors), of both.
+// Inputs that must come out unchanged, in rows of one (scalars), of many (vectors) and of both.
 void check_copies(const dk::KernelTable& table, dk::Storage storage) {
   const Format format = format_of(storage);
   for (const int64_t inputs : {1, 64, 35, 8192}) {
@@ -122,8 +122,8 @@ void check_copies(const dk::KernelTable& table, dk::Storage storage) {
   }
 }
 
-// x as the gradient of the weights, which is float32: widened, never narrowed. A sum over the
-// samples, of which there is one, so that the sign of zero gets lost.
+// x comes out as the gradient of the weights, which is float32: widened, but not narrowed. It is a
+// sum over samples (here one), so the sign of zero is lost.
 void check_widening(const dk::KernelTable& table, dk::Storage storage) {
   const int64_t count = 1 << 16;
   const Network net = one_synapse_each(count, count);
@@ -148,7 +148,7 @@ void check_widening(const dk::KernelTable& table, dk::Storage storage) {
   ++cases;
 }
 
-// Floats that come in as weights of an x that is 1.
+// Floats that enter as weights, with x = 1.
 void check_narrowing(const dk::KernelTable& table, dk::Storage storage) {
   const Format format = format_of(storage);
   const Array<float> weight = delicate(format);
@@ -164,7 +164,7 @@ void check_narrowing(const dk::KernelTable& table, dk::Storage storage) {
   }
 }
 
-// Floats that come in as x: a batch of one, batches that fit the smallest tile, and others.
+// Floats that enter as x: in a batch of one, in batches that fit the smallest tile, and in others.
 void check_round_x(const dk::KernelTable& table) {
   Array<float> x = delicate(kBfloat16);
   const int64_t count = int64_t(x.size());

@@ -1,5 +1,5 @@
-// Arrays that end where their memory ends, so that a kernel that reads or writes past them is
-// caught: by the address sanitizer where there is one, else by a page that may not be touched.
+// Arrays that end at the end of their memory, to detect kernels that read or write past them: with
+// the address sanitizer, or else with a protected page behind the array.
 #pragma once
 
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// Numbers as they are stored, by the definition of IEEE 754: in double, one at a time.
+// Conversions of stored numbers by the definition of IEEE 754: in double, one at a time.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 struct Format {
   int mantissa, exponent;  // bits of each; the sign is the highest
 
-  int lowest() const { return 2 - (1 << (exponent - 1)) - mantissa; }  // 2^lowest: the smallest > 0
+  // 2^lowest() is the smallest positive number.
+  int lowest() const { return 2 - (1 << (exponent - 1)) - mantissa; }
   uint32_t infinity() const { return ((1u << exponent) - 1) << mantissa; }
 
   double value(uint16_t bits) const {
@@ -25,7 +26,7 @@ struct Format {
     return std::copysign(magnitude, bits & 0x8000 ? -1. : 1.);
   }
 
-  // The nearest one, of two equally near that whose last bit is zero.
+  // The nearest number; of two equally near ones, that whose last bit is zero.
   uint16_t nearest(double v) const {
     const uint32_t sign = std::signbit(v) ? 0x8000 : 0;
     if (std::isnan(v)) return 0x7fff;
@@ -46,7 +47,7 @@ inline Format format_of(dk::Storage storage) {
   return storage == dk::Storage::bf16 ? kBfloat16 : kFloat16;
 }
 
-// What a kernel reads and writes.
+// Stored numbers that a kernel reads or writes.
 using Memory = Array<char>;
 
 template <class T>
@@ -86,7 +87,7 @@ Array<T> numbers_in(const Memory& memory, dk::Storage storage) {
   return numbers;
 }
 
-// Memory that a kernel is to fill: NaN in every format.
+// Memory for results: NaN in every format.
 template <class T>
 Memory poisoned_memory(int64_t count, dk::Storage storage) {
   return Memory(size_t(count) * bytes_of_one<T>(storage), char(0xff));

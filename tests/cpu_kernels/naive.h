@@ -1,6 +1,6 @@
-// The operations as loops over their definition, in double. Beside each number stands the sum of
-// the absolute values of the terms it is made of: rounding n of them in any order is off by at most
-// n eps times that (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+// The operations as loops over their definition, in double. Each result is stored with the sum of
+// the absolute values of its terms. A sum of n terms in any order has an error of at most n eps
+// times that (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct Values {
   void add(int64_t i, double term) { add(i, term, std::abs(term)); }
 
   std::vector<double> exact, size;
-  int64_t terms;  // roundings on the way to any one of the numbers, or more
+  int64_t terms;  // upper bound of the roundings in one result
 };
 
 struct Precision {
@@ -31,12 +31,12 @@ struct Precision {
 template <class T>
 struct Inputs {
   int64_t batch;
-  bool exact;  // small integers and halves: nothing is rounded in any order
+  bool exact;  // small integers and halves: no order of additions rounds
   T slope;
   Precision precision;
-  Array<T> x;                                        // what the synapses see
+  Array<T> x;                                        // as the synapses read it
   Array<T> weight, dendrite_bias, cable, soma_bias;  // biases: empty if there are none
-  Array<T> y, grad_y, grad_u;                        // backward takes any y and signs
+  Array<T> y, grad_y, grad_u;                        // backward accepts any y and signs
   Memory stored_x, stored_y, stored_grad_y, stored_grad_u;
   Array<uint32_t> signs;
 };
@@ -101,7 +101,7 @@ struct NaiveBackward {
   Values dx, dweight, ddendrite_bias, dcable, dsoma_bias;
 
  private:
-  // q is the gradient at the dendrite's pre-activation, but for the cable weight.
+  // q times the cable weight is the gradient at the pre-activation of the dendrite.
   template <class T>
   void add_dendrite(const Network& net, const Inputs<T>& in, int64_t b, int64_t r, double cable,
                     double q) {

@@ -1,5 +1,5 @@
-// Random networks with their transposed plans, made as plainly as their definitions read
-// (dendrite_kernels/transposed.py).
+// Random networks and their transposed plans, written directly from the definition of the plan in
+// dendrite_kernels/transposed.py.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ struct Network {
   std::string name;
   int64_t in_features = 0, fan_in = 0;
   Array<int32_t> crow{0}, soma_ptr{0}, columns;
-  Array<uint16_t> narrow_columns;  // empty if they would not fit
+  Array<uint16_t> narrow_columns;  // empty if columns need 32 bits
 
   int64_t rows() const { return int64_t(crow.size()) - 1; }
   int64_t somas() const { return int64_t(soma_ptr.size()) - 1; }
@@ -33,7 +33,7 @@ inline Network make_network(const std::string& name, int64_t in_features,
   Random random(1);
   for (int length : lengths) {
     int64_t missing = length;
-    for (int64_t n = 0; n < in_features; ++n)  // each set of columns is equally likely
+    for (int64_t n = 0; n < in_features; ++n)  // every set of columns is equally likely
       if (int64_t(random() % uint64_t(in_features - n)) < missing) {
         net.columns.push_back(int32_t(n));
         --missing;
@@ -103,7 +103,7 @@ struct Order {
   Array<uint16_t> narrow_columns;
 };
 
-// Any order within each group of so many somas or rows.
+// A random order within each group of `group_size` somas or rows.
 inline Order make_order(const Network& net, int64_t group_size, bool of_rows = false) {
   Order order;
   order.group_size = group_size;
@@ -128,7 +128,7 @@ inline Order make_order(const Network& net, int64_t group_size, bool of_rows = f
   return order;
 }
 
-// What the kernels are given; plan may be null.
+// The arguments of the kernels; plan may be null.
 inline dk::Topology topology(const Network& net, const Plan* plan, bool narrow) {
   dk::Topology t{};
   t.in_features = net.in_features;

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the host emulator, with sanitizers, into build/cuda_emulator.
 
-What was compiled from the same sources and flags before is used again. A mutant is the same code
-with one piece of text replaced: the checks must notice.
+Object files are kept and used again for the same sources and flags. A mutant is the same code with
+one piece of text replaced: the checks must detect it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUTPUT = ROOT / "build" / "cuda_emulator"
 MODULE = "_cuda_emulated"
 COMMON = ["-std=c++17", "-fPIC", "-DDK_EMULATE", f"-DDK_MODULE={MODULE}", "-fno-strict-aliasing"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-# The binding is checked by its callers' tests; unsanitized it compiles in a third of the time.
+# Without sanitizers the binding compiles in a third of the time; other tests check it.
 FLAGS = {".cu": ["-O0", "-g1", *SANITIZE, "-Wno-unknown-pragmas", "-x", "c++"], ".cpp": ["-O0"]}
 
 
@@ -36,13 +36,13 @@ def missing() -> str | None:
 
 
 def runtime(name: str) -> str:
-    """Path of a library of the compiler, to be preloaded."""
+    """Path of a library of the compiler, for LD_PRELOAD."""
     command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def build(replace: tuple[str, str, str] | None = None) -> Path:
-    """The emulator's module; `replace` = (header of csrc/cuda, text, other text) makes a mutant."""
+    """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant."""
     sources = SOURCES
     if replace is not None:
         sources = OUTPUT / "mutants" / _digest(repr(replace).encode())

@@ -2,8 +2,8 @@
 
     python -m tests.cuda_emulator.check MODULE [--cases quick|all] [--orders 0 1 7]
 
-The planner, the packing, the binding and the kernels are those of the product; only the device is
-replaced. In every order of threads the results must be the same bit for bit.
+Only the device is replaced: planner, packing, binding and kernels are those of the package. Results
+must have the same bits for every order of threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 
 TOLERANCE = {
-    torch.float32: 1e-5,  # sums that cancel, as in "one input"
+    torch.float32: 1e-5,  # "one input" has sums that cancel
     torch.float64: 1e-14,
     torch.bfloat16: 8e-3,
     torch.float16: 1e-3,
@@ -34,7 +34,7 @@ Draw = Callable[[], dk.Connectivity]
 
 
 def _awkward() -> dk.Connectivity:
-    """Empty rows, a soma without dendrites, rows of 1 to 21 synapses, an input without any."""
+    """Empty rows, a soma without dendrites, rows of 1 to 21 synapses, an input without synapses."""
     columns = [[], [3], list(range(21)), [0, 5, 20], [], [7, 8, 9, 10, 11, 12, 13, 14], [20]]
     crow = [0]
     for row in columns:
@@ -56,7 +56,7 @@ NETWORKS: dict[str, Draw] = {
     "long rows": lambda: dk.connectivity.random(4500, 1, 4, 4000, seed=8),
     "few inputs": lambda: dk.connectivity.random(2, 160, 16, 2, seed=9),
 }
-# What adds up thousands of products there.
+# The results of these networks that are sums of thousands of products.
 LONG_SUMS = {"long rows": ("y", "u"), "few inputs": ("dx", "sparse-dx")}
 KINDS = dict(plan.KINDS)
 L2 = -1  # the last kind of every dtype gathers from L2
@@ -66,7 +66,7 @@ L2 = -1  # the last kind of every dtype gathers from L2
 class Case:
     network: str
     batch: int
-    kind: int | None = 0  # place in KINDS of the only kind of tile there is; None: the planner's
+    kind: int | None = 0  # index in KINDS of the kind of tile to use; None: the planner chooses
     dtype: torch.dtype = torch.float32
     bias: bool = True
     slope: float = 0.1
@@ -105,7 +105,7 @@ WIDE = [Case("32-bit", 9, L2), Case("32-bit", 9, L2, torch.bfloat16)]
 
 
 def load(path: str) -> Any:
-    """Put the emulator behind the CUDA backend."""
+    """Make the CUDA backend use the emulator."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     assert spec is not None
     assert spec.loader is not None
@@ -124,7 +124,7 @@ def load(path: str) -> Any:
 
 
 def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
-    """Everything that the backend computes, with fresh inputs from a fixed seed."""
+    """All results of the backend; inputs are drawn with a fixed seed."""
     allow_kind(case.kind)
     c, x, parameters, grad, grad_u = inputs(case)
     x, grad, grad_u = x.to(device), grad.to(device), grad_u.to(device)
@@ -143,7 +143,7 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
 
 
 def allow_kind(kind: int | None) -> None:
-    """Let the planner choose only this kind of tile; None: any."""
+    """Restrict the planner to this kind of tile; None: all kinds."""
     for size, kinds in KINDS.items():
         only = kinds if kind is None else kinds[kind:][:1] or kinds[-1:]
         plan.KINDS[size] = only
@@ -180,7 +180,7 @@ def expected(case: Case) -> list[torch.Tensor]:
 
 
 def plain_torch(case: Case) -> list[torch.Tensor]:
-    """What plain PyTorch computes in the same dtype."""
+    """The same results from plain PyTorch, in the same dtype."""
 
     def layer(*tensors: Any) -> torch.Tensor:
         *tensors, slope = tensors
@@ -195,7 +195,7 @@ def results_of(
     sparse_linear: Callable[..., torch.Tensor],
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """What `run` returns, of differentiable functions."""
+    """The same results as `run` returns, computed by differentiable functions."""
     c, x, parameters, grad, grad_u = inputs(case)
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, *parameters)]
     x, weight, dendrite_bias, cable, soma_bias = leaves
@@ -218,7 +218,7 @@ NAMES = [
 
 
 def faults(case: Case, results: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[str]:
-    """Which results are too far from the oracle's."""
+    """Messages about results that are too far from those of the oracle."""
     found = []
     for name, got, want in zip(NAMES, results, wanted, strict=True):
         if want.numel() == 0 and want.shape != got.shape:
@@ -234,7 +234,7 @@ def faults(case: Case, results: list[torch.Tensor], wanted: list[torch.Tensor]) 
 
 
 def inexact_sums(case: Case, results: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[str]:
-    """Which long sums have more than twice the error of plain torch in the same dtype."""
+    """Messages about long sums with more than twice the error of plain torch in this dtype."""
     names = LONG_SUMS.get(case.network, ())
     plain = plain_torch(case) if names else []
     found = []
@@ -249,7 +249,7 @@ def inexact_sums(case: Case, results: list[torch.Tensor], wanted: list[torch.Ten
 
 
 def check(case: Case, orders: list[int], module: Any) -> list[str]:
-    """What is wrong; nothing if all is well."""
+    """Messages about all faults of a case, in these orders of threads."""
     wanted = expected(case)
     found = []
     first: list[torch.Tensor] = []

@@ -1,8 +1,8 @@
-// A GPU on the host, for the words that csrc/cuda/device.h leaves to it. Every CUDA thread is a
-// fiber, so barriers, shuffles and ballots behave as on the device. Shared memory is a heap block
-// of exactly the requested size, full of NaN: the address sanitizer sees overruns, and reading what
-// nothing wrote shows. The order in which threads run is a parameter: where a barrier is missing,
-// the result depends on it.
+// Emulates a GPU on the host: the definitions that csrc/cuda/device.h takes from CUDA otherwise.
+// Every CUDA thread is a fiber, so barriers, shuffles and ballots behave as on the device. Shared
+// memory is a heap block of exactly the requested size, full of NaN, so that the address sanitizer
+// detects overruns and results show reads of uninitialised memory. The order in which threads run
+// is a parameter: if a barrier is missing, results depend on it.
 #pragma once
 
 #include <ucontext.h>

@@ -1,4 +1,4 @@
-"""What the CUDA kernels need of a GPU, as nvcc reports it without one.
+"""Registers, stack and spills of the CUDA kernels, as nvcc reports them without a GPU.
 
     python -m tests.cuda_emulator.resources --update   writes budget.json
 
@@ -26,7 +26,7 @@ DTYPES = ("f32", "bf16", "f16", "f64")
 
 @dataclass(frozen=True)
 class Use:
-    """Of one kernel on one arch; bytes except for the registers."""
+    """Resources of one kernel on one arch; stack and spills in bytes."""
 
     registers: int
     stack: int
@@ -46,7 +46,7 @@ def nvcc_version() -> str:
 def measure(
     archs: tuple[str, ...] = ARCHS, dtypes: tuple[str, ...] = DTYPES, jobs: int = 2
 ) -> dict[str, dict[str, Use]]:
-    """{"f32 kernel<...>": {"90": use}} of a fresh compilation."""
+    """Compile the kernels: {"f32 kernel<...>": {"90": use}}."""
     with ThreadPoolExecutor(jobs) as pool:
         reports = pool.map(lambda dtype: _compile(dtype, archs), dtypes)
         found: dict[str, dict[str, Use]] = {}
@@ -83,7 +83,7 @@ def _parse(report: str) -> list[tuple[str, str, Use]]:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """_ZN2dk12forward_tileI...: forward_tile<Kind<float, 2, 1, shared, 16-bit>>."""
+    """_ZN2dk12forward_tileI... -> forward_tile<Kind<float, 2, 1, shared, 16-bit>>."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
     short = []
     for line in text.stdout.splitlines():
@@ -97,14 +97,14 @@ def _demangle(names: list[str]) -> list[str]:
 
 
 def nvdisasm() -> str | None:
-    """On PATH, or as pip's triton brings it."""
+    """Path of nvdisasm: from PATH, or from the triton package."""
     found = shutil.which("nvdisasm")
     places = [Path(folder, "triton/backends/nvidia/bin/nvdisasm") for folder in sys.path]
     return found or next((str(place) for place in places if place.exists()), None)
 
 
 def census(dtype: str, arch: str) -> dict[str, Counter[str]]:
-    """How often each kernel's machine code holds each instruction."""
+    """How often each instruction is in the machine code of each kernel."""
     tool = nvdisasm()
     assert tool is not None
     source = str(ROOT / "csrc" / "cuda" / f"kernels_{dtype}.cu")

@@ -14,14 +14,9 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
 from tests import oracle
-from tests.functional.test_functional import (
-    NAMES,
-    draw,
-    draw_grad,
-    exact_gradients,
-    gradients,
-    kernels,
-)
+from tests.functional.test_functional import NAMES, exact_gradients
+from tests.marks import kernels
+from tests.networks import draw, draw_grad, gradients
 
 CHAIN = 128
 ROUNDOFF = 2.0**-24

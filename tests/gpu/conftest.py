@@ -11,7 +11,7 @@ import torch
 
 import dendrite_kernels as dk
 
-# Deterministic algorithms, which poison uninitialised memory, ask this of cuBLAS.
+# cuBLAS needs this for deterministic algorithms, which the tests switch on to fill memory with NaN.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     entry = dk.backend_info()["cuda"]
     if entry["available"]:
         return
-    for item in items:  # of the whole session
+    for item in items:  # pytest passes those of the whole session
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(f"backend cuda: {entry['reason']}"))
 
@@ -34,6 +34,6 @@ def no_tf32() -> Iterator[None]:
 
 @pytest.fixture
 def backend() -> Iterator[str]:
-    """The only one with kernels here."""
+    """The only backend with kernels for GPUs."""
     with dk.use_backend("cuda"):
         yield "cuda"

@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 import dendrite_kernels as dk
 from dendrite_kernels import interop
 from tests import oracle
-from tests.functional.test_functional import NETWORKS
+from tests.networks import NETWORKS
 
 
 def test_pruned_linear(backend: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
 from tests import oracle
-from tests.functional.test_functional import NETWORKS, draw, draw_grad
+from tests.networks import NETWORKS, draw, draw_grad
 
 functional: Any = dk.functional
 reference: Any = dk.reference

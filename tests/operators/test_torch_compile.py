@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 import dendrite_kernels as dk
 from dendrite_kernels import operators
 from tests import oracle
-from tests.functional.test_functional import NETWORKS
+from tests.networks import NETWORKS
 
 functional: Any = dk.functional
 

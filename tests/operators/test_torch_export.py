@@ -11,7 +11,7 @@ from torch import nn
 
 import dendrite_kernels as dk
 from tests import oracle
-from tests.functional.test_functional import NETWORKS
+from tests.networks import NETWORKS
 
 BATCHES = [1, 2, 31, 33, 100]
 
