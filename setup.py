@@ -43,7 +43,7 @@ X86_UNITS = ["kernels_base.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
 ARM_UNITS = ["kernels_base.cpp", "kernels_neon.cpp"]
 UNITS = {"x86_64": X86_UNITS, "amd64": X86_UNITS, "aarch64": ARM_UNITS, "arm64": ARM_UNITS}
 MACHINE = platform.machine().lower()
-ISA_FLAGS = {
+ISA_FLAGS = {  # the more a unit takes to compile, the later
     # Few machines run these where there are others: not worth the minutes of -O3.
     "kernels_base.cpp": ["-O1"] if MACHINE in UNITS else [],
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -55,9 +55,7 @@ ISA_FLAGS = {
     "kernels_neon.cpp": ["-fno-schedule-insns"],
 }
 BIND_FLAGS = ["-O1"]
-LONGEST_FIRST = [
-    "kernels_avx512.cpp", "kernels_neon.cpp", "kernels_avx2.cpp", "kernels_base.cpp", "bind.cpp",
-]  # fmt: skip
+LONGEST_FIRST = [*reversed(ISA_FLAGS), "bind.cpp"]
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, get_args
 import torch
 from torch import nn
 
-from . import functional, operators
+from . import activations, functional, operators
 from .packing import difference, pack, unpack
 from .structure import Connectivity
 
@@ -243,7 +243,7 @@ class DendriticLayer(_Sparse):
             _uniform(self.synapse_weight, glorot_bound(c.in_features, c.num_dendrites))
             _uniform(self.cable_weight, glorot_bound(c.num_dendrites, c.num_somas))
         else:
-            slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
+            slope = activations.slope_of(self.activation, self.negative_slope) or 0.0
             _init_rows(self.synapse_weight, c.crow_indices, slope)
             _init_rows(self.cable_weight, c.soma_ptr, slope)
         for bias in (self.dendrite_bias, self.soma_bias):

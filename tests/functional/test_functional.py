@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import dendrite_kernels as dk
-from dendrite_kernels import Connectivity
+from dendrite_kernels import Connectivity, activations
 from tests import oracle
 from tests.marks import kernels
 from tests.networks import NETWORKS, draw, draw_grad, gradients, ragged
@@ -156,9 +156,7 @@ def test_slopes(backend: str, slope: float) -> None:
     assert max(oracle.errors(ours, exact)) < 1e-13
 
 
-@pytest.mark.parametrize(
-    "activation", ["relu", "identity", "tanh", "sigmoid", "gelu", "silu", "elu"]
-)
+@pytest.mark.parametrize("activation", activations._TABLE)
 def test_other_activations(backend: str, activation: str) -> None:
     c = ragged(30, 20, [0, 4, 9, 20])
     tensors = draw(c, 40, torch.float64, somas=True)

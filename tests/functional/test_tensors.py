@@ -9,7 +9,6 @@ import torch
 
 import dendrite_kernels as dk
 from tests import oracle
-from tests.marks import kernels
 from tests.networks import draw, gradients
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dendrite_kernels as dk
-from dendrite_kernels import Connectivity
+from dendrite_kernels import Connectivity, models
 from dendrite_kernels.models import build, count_dense_parameters, count_parameters
 from tests import oracle
 
@@ -63,6 +63,10 @@ def dense(n: int, s: int, d: int, c: int, layers: int, channels: int) -> int:
         inputs = n * channels if layer == 0 else s
         total += (inputs + 1) * d * s + (d * s + 1) * s
     return total
+
+
+def test_every_kind_is_tested() -> None:
+    assert list(KINDS) == list(models._KINDS)
 
 
 # Sizes

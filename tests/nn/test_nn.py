@@ -171,10 +171,11 @@ def test_fan_in_start(slope: float) -> None:
     assert_uniform(linear.weight, fan_in_bounds(c.crow_indices, slope))
 
 
-def test_fan_in_start_of_relu() -> None:
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("identity", 1.0), ("tanh", 0.0)])
+def test_fan_in_start_takes_the_slope_of_the_activation(activation: str, slope: float) -> None:
     c = uneven()
-    layer = dk.DendriticLayer(c, activation="relu", negative_slope=0.5)
-    assert_uniform(layer.synapse_weight, fan_in_bounds(c.crow_indices, 0.0))
+    layer = dk.DendriticLayer(c, activation=activation, negative_slope=0.5)
+    assert_uniform(layer.synapse_weight, fan_in_bounds(c.crow_indices, slope))
 
 
 def test_paper_start_is_glorot_of_the_dense_matrices() -> None:

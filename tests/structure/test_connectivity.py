@@ -7,6 +7,7 @@ import itertools
 import math
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ Shape = tuple[int, int]
 
 local = connectivity.local_receptive_fields
 spread = connectivity.global_receptive_fields
+random, all_to_all = connectivity.random, connectivity.all_to_all
 
 
 def rows_of(c: Connectivity) -> list[list[int]]:
@@ -303,18 +305,34 @@ def test_channels_first(rule: Callable[..., Connectivity]) -> None:
     assert rule((6, 7), 5, 4, 16, channels_first=True, seed=9).in_shape == (6, 7)  # one channel
 
 
-@pytest.mark.parametrize("rule", [local, spread])
-def test_fields_depend_on_the_seed_only(
-    rule: Callable[..., Connectivity], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    c = rule((28, 28), 20, 16, 16, seed=1)
-    assert c == rule((28, 28), 20, 16, 16, seed=np.random.default_rng(1))
-    assert c != rule((28, 28), 20, 16, 16, seed=2)
-    assert rule((28, 28), 20, 16, 16) != rule((28, 28), 20, 16, 16)
+# Every rule that draws; each makes 20 somas of 16 dendrites.
+RULES: dict[str, Callable[..., Connectivity]] = {
+    "random": partial(random, 784, 20, 16, 16),
+    "constant fan-in": partial(random, 784, 20, 16, 16, constant_fan_in=True),
+    "local": partial(local, (28, 28), 20, 16, 16),
+    "global": partial(spread, (28, 28), 20, 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_depend_on_the_seed_only(name: str) -> None:
+    rule = RULES[name]
+    c = rule(seed=1)
+    assert c.soma_ptr.tolist() == list(range(0, 321, 16))
+    assert c == rule(seed=np.random.default_rng(1))
+    assert c != rule(seed=2)
+    assert rule() != rule()
     rng = np.random.default_rng(1)
-    assert rule((28, 28), 20, 16, 16, seed=rng) != rule((28, 28), 20, 16, 16, seed=rng)
-    monkeypatch.setattr(connectivity, "_CHUNK", 100)  # nor on how the work is cut
-    assert c == rule((28, 28), 20, 16, 16, seed=1)
+    assert rule(seed=rng) != rule(seed=rng)
+
+
+@pytest.mark.parametrize("name", ["local", "global"])
+def test_fields_do_not_depend_on_how_the_work_is_cut(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = RULES[name](seed=1)
+    monkeypatch.setattr(connectivity, "_CHUNK", 100)
+    assert c == RULES[name](seed=1)
 
 
 def test_local_and_global_fields_spread_as_named() -> None:
@@ -370,7 +388,6 @@ def as_any(value: object) -> Any:
     return value
 
 
-random, all_to_all = connectivity.random, connectivity.all_to_all
 ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: random(10, 2, 2, 11), ValueError, "synapses <= 10, in_features, got 11"),
     (lambda: random(10, 2, 2, 11, constant_fan_in=True), ValueError, "synapses <= 10"),
