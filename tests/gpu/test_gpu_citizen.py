@@ -95,7 +95,7 @@ from tests.operators.test_torch_compile import (
     test_other_activations_compile,
 )
 from tests.operators.test_torch_export import (
-    test_a_program_exported_without_gradients_says_so,
+    test_a_program_exported_without_gradients_trains,
     test_an_exported_program_trains,
     test_aot_inductor,
     test_export,
