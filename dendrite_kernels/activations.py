@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 
 # The slope left of 0 of those that are piecewise linear through the origin (u right of it), None
 # for the others; and the function. leaky_relu is not here, since its slope is an argument.
@@ -26,7 +28,7 @@ _TABLE: dict[str, tuple[float | None, Activation]] = {
 
 
 def _row(name: str) -> tuple[float | None, Activation]:
-    if name not in _TABLE:
+    if not isinstance(name, str) or name not in _TABLE:
         raise ValueError(
             f"Expected an activation of {sorted(['leaky_relu', *_TABLE])}, got {name!r}"
         )
@@ -44,6 +46,16 @@ def slope_of(name: str, negative_slope: float) -> float | None:
     return slope
 
 
+def slopes_of(
+    activation: str, soma_activation: str | None, negative_slope: float
+) -> tuple[float, float] | None:
+    """The slopes of dendrites and somas, None if one of them has none; errors as slope_of."""
+    check_slope(negative_slope)
+    slope = slope_of(activation, negative_slope)
+    soma_slope = slope if soma_activation is None else slope_of(soma_activation, negative_slope)
+    return None if slope is None or soma_slope is None else (slope, soma_slope)
+
+
 def function_of(name: str, negative_slope: float) -> Activation:
     """The elementwise function; ValueError for an unknown activation."""
     if name == "leaky_relu":
@@ -52,7 +64,11 @@ def function_of(name: str, negative_slope: float) -> Activation:
 
 
 def check_slope(slope: float) -> None:
-    """ValueError unless the slope is finite and not negative."""
+    """TypeError unless the slope is a number, ValueError unless it is finite and not negative."""
+    if type(slope) is not float and (isinstance(slope, bool) or not isinstance(slope, _NUMBERS)):
+        raise TypeError(
+            f"Expected negative_slope to be a number, got {type(slope).__name__}: it has no gradient"
+        )
     if not 0 <= slope < math.inf:
         raise ValueError(
             f"Expected a finite negative_slope >= 0, got {slope}: backward takes the sign of y for"

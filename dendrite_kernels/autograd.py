@@ -14,7 +14,7 @@ from torch import is_grad_enabled
 from torch._C import _get_tracing_state
 
 from . import backends, fast_path, operators, transforms
-from .backends.protocol import Maybe
+from .backends.protocol import Maybe, Slopes
 from .structure import Connectivity
 
 
@@ -38,7 +38,7 @@ def _save(
     dendrite_bias: Maybe,
     cable_weight: Maybe,
     indices: tuple[Any, ...],
-    slope: float,
+    slopes: Slopes,
 ) -> None:
     """What backward reads: with a cable x, y, parameters and one sign bit per dendrite and sample;
     without one x and the weights.
@@ -46,7 +46,7 @@ def _save(
     if cable_weight is None:
         y = signs = None
     ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight)
-    ctx.indices, ctx.slope = indices, slope
+    ctx.indices, ctx.slopes = indices, slopes
     ctx.backend = backends.chosen.get()
 
 
@@ -70,13 +70,13 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
             )
         else:
             gradients = transforms.layer_backward(
-                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, ctx.slope,
+                grad, x, y, synapse_weight, dendrite_bias, cable_weight, connectivity, ctx.slopes,
                 needed[0],
             )  # fmt: skip
     else:
         gradients = operators.backward(
-            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, *ctx.indices, ctx.slope,
-            needed[0],
+            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, *ctx.indices,
+            *ctx.slopes, needed[0],
         )  # fmt: skip
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
     return *wanted, *(None,) * (len(needed) - len(wanted))
@@ -92,7 +92,7 @@ class _Operator(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> operators.Two:
         y, signs = operators.forward(*args)
         x, synapse_weight, dendrite_bias, cable_weight = args[:4]
-        _save(ctx, x, y, signs, synapse_weight, dendrite_bias, cable_weight, args[5:8], args[8])
+        _save(ctx, x, y, signs, synapse_weight, dendrite_bias, cable_weight, args[5:8], args[8:10])
         return y, signs
 
     @staticmethod
@@ -103,7 +103,7 @@ class _Operator(torch.autograd.Function):
 def _operator(*args: Any) -> operators.Two:
     if _needs_grad(*args[:5]):
         save_signs = args[3] is not None  # whatever a program says that was traced without grad
-        recorded: operators.Two = _Operator.apply(*args[:9], save_signs, *args[10:])
+        recorded: operators.Two = _Operator.apply(*args[:10], save_signs, *args[11:])
         return recorded
     fast = fast_path.operator(*args)  # a compiled program calls the operator, and records nothing
     return operators.forward(*args) if fast is None else fast
@@ -126,18 +126,18 @@ class _Fast(torch.autograd.Function):
         dendrite_bias: Maybe,
         cable_weight: Maybe,
         soma_bias: Maybe,
-        rest: tuple[Connectivity, float, Any],  # one argument costs less than three
+        rest: tuple[Connectivity, Slopes, Any],  # one argument costs less than three
     ) -> torch.Tensor:
-        connectivity, slope, topology = rest
+        connectivity, slopes, topology = rest
         parameters = synapse_weight, dendrite_bias, cable_weight
         y: torch.Tensor
         if cable_weight is None:
-            signs, y = None, topology.forward(x, *parameters, None, slope, False)
+            signs, y = None, topology.forward(x, *parameters, None, *slopes, False)
         else:
-            y, signs = topology.forward(x, *parameters, soma_bias, slope, True)
+            y, signs = topology.forward(x, *parameters, soma_bias, *slopes, True)
         c = connectivity
         indices = c.crow_indices, c.col_indices, c.soma_ptr
-        _save(ctx, x, y, signs, *parameters, indices, slope)
+        _save(ctx, x, y, signs, *parameters, indices, slopes)
         return y
 
     backward = staticmethod(_differentiate)
@@ -154,11 +154,11 @@ def fast_layer(
     cable_weight: Any,
     soma_bias: Any,
     connectivity: Any,
-    slope: float,
+    slopes: Slopes,
 ) -> Maybe:
     """x [B, N] -> y [B, S], or [B, R] without a cable; None where the fast path does not serve.
 
-    Objects of any type are welcome, but for the slope, which must be >= 0.
+    Objects of any type are welcome, but for the slopes, which must be >= 0.
     """
     topology = fast_path.topology_of(connectivity, cable_weight is not None)
     if topology is None:
@@ -170,11 +170,11 @@ def fast_layer(
     if requires_grad and is_grad_enabled():
         y = _record(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias,
-            (connectivity, slope, topology),
+            (connectivity, slopes, topology),
         )  # fmt: skip
     else:
         y = topology.forward(
-            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, slope, False
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, *slopes, False
         )
     return y
 
@@ -186,20 +186,20 @@ def layer(
     cable_weight: Maybe,
     soma_bias: Maybe,
     connectivity: Connectivity,
-    slope: float,
+    slopes: Slopes,
     round_x: bool,
 ) -> torch.Tensor:
-    """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0, or [B, R] without a cable.
+    """x [B, N] -> y [B, S] with leaky ReLUs of slopes >= 0, or [B, R] without a cable.
 
     Arguments fit.
     """
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
     if transforms.active():
-        return transforms.layer(x, *parameters, connectivity, slope, round_x)
+        return transforms.layer(x, *parameters, connectivity, slopes, round_x)
     if _get_tracing_state() is not None:
         operators.refuse_onnx()
     y: torch.Tensor
     y, _ = torch.ops.dendrite_kernels.forward.default(
-        x, *parameters, *operators.index_tensors(connectivity), slope, False, round_x
+        x, *parameters, *operators.index_tensors(connectivity), *slopes, False, round_x
     )
     return y

@@ -49,11 +49,13 @@ def operator(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
+    soma_slope: float,
     save_signs: bool,
     round_x: bool = False,
 ) -> operators.Two | None:
     """What the operator `forward` returns, or None where the fast path does not serve."""
     check_slope(negative_slope)
+    check_slope(soma_slope)
     connectivity = operators.known_connectivity(crow_indices, col_indices, soma_ptr)
     topology = topology_of(connectivity, cable_weight is not None)
     tensors = x, synapse_weight, dendrite_bias, cable_weight, soma_bias
@@ -62,7 +64,7 @@ def operator(
     if (cable_weight is None and soma_bias is not None) or topology.accepts(*tensors) is None:
         return None
     if save_signs and cable_weight is not None:
-        y, signs = topology.forward(*tensors, negative_slope, True)
+        y, signs = topology.forward(*tensors, negative_slope, soma_slope, True)
         return y, signs.flatten()
-    y = topology.forward(*tensors, negative_slope, False)
+    y = topology.forward(*tensors, negative_slope, soma_slope, False)
     return y, cpp.empty_strided((0,), (1,), torch.int32)

@@ -16,6 +16,7 @@ from .structure import Connectivity
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = operators.LOW
 _STRIDED = torch.strided
+_NO_SLOPES = (1.0, 1.0)
 _TRACERS = (
     "torch.fx.symbolic_trace takes dendrite_kernels.interop.portable(model); torch.export and "
     "torch.jit.trace take the model as it is"
@@ -24,9 +25,8 @@ _NAMES = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 
 
 def check_activation(activation: str, negative_slope: float) -> None:
-    """ValueError unless the name is known and the slope is finite and not negative."""
-    activations.function_of(activation, negative_slope)
-    activations.check_slope(negative_slope)
+    """Error unless the name is known and the slope is a number, finite and not negative."""
+    activations.slopes_of(activation, None, negative_slope)
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -201,7 +201,7 @@ def sparse_linear(
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
     if precision is None:
-        u = autograd.fast_layer(x, weight, bias, None, None, connectivity, 1.0)
+        u = autograd.fast_layer(x, weight, bias, None, None, connectivity, _NO_SLOPES)
         if u is not None:
             return u
     x = _rows_of(x, connectivity)
@@ -216,7 +216,7 @@ def sparse_linear(
     if low is not None and not _takes_low(x):
         wide = partial(sparse_linear, connectivity=connectivity, precision=precision)
         return _in_float32(wide, low, x, weight, bias)
-    u = autograd.layer(_flatten(x), weight, bias, None, None, connectivity, 1.0, round_x)
+    u = autograd.layer(_flatten(x), weight, bias, None, None, connectivity, _NO_SLOPES, round_x)
     return _unflatten(u if low is None else u.to(low), x)
 
 
@@ -238,12 +238,13 @@ def dendritic_layer(
     *,
     activation: str = "leaky_relu",
     negative_slope: float = 0.1,
+    soma_activation: str | None = None,
     precision: str | None = None,
 ) -> torch.Tensor:
     """A dendrosomatic layer: synapses -> dendrites -> cable -> somas.
 
         u[r] = sum_k synapse_weight[r, k] x[col[r, k]] + dendrite_bias[r];   a = phi(u)
-        v[s] = sum_{r in soma s} cable_weight[r] a[r] + soma_bias[s];        y = phi(v)
+        v[s] = sum_{r in soma s} cable_weight[r] a[r] + soma_bias[s];        y = psi(v)
 
     leaky_relu, relu and identity run as one fused kernel whose backward keeps a sign bit per
     dendrite and sample; other activations keep u; dense synapses are a matrix product.
@@ -256,7 +257,8 @@ def dendritic_layer(
         cable_weight: [R].
         soma_bias: [S] or None.
         connectivity: which inputs each dendrite sees, which dendrites each soma owns.
-        activation: leaky_relu, relu, identity, tanh, sigmoid, gelu, silu or elu, at both stages.
+        activation: phi: leaky_relu, relu, identity, tanh, sigmoid, gelu, silu or elu.
+        soma_activation: psi, by the same names; None: that of the dendrites. "identity" gives v.
         negative_slope: of leaky_relu, >= 0 (the derivative at 0 is the slope, as in PyTorch).
         precision: "bf16" lets forward round x to bfloat16, which may be faster where x is large:
             each input is off by at most 2**-8 of itself, so that u is off by at most 2**-8 times
@@ -271,11 +273,12 @@ def dendritic_layer(
 
     Source: Chavlis & Poirazi (2025); docs/equations.md, sections 1 to 3.
     """
-    slope = activations.slope_of(activation, negative_slope)
-    activations.check_slope(negative_slope)
+    slopes = activations.slopes_of(activation, soma_activation, negative_slope)
     c = connectivity
-    if slope is not None and precision is None and cable_weight is not None:
-        y = autograd.fast_layer(x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slope)
+    if slopes is not None and precision is None and cable_weight is not None:
+        y = autograd.fast_layer(
+            x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slopes
+        )
         if y is not None:
             return y
     x = _rows_of(x, c)
@@ -283,20 +286,22 @@ def dendritic_layer(
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)
     round_x = precision is not None and _rounds(x, precision)
-    if low is not None and not c.is_dense and (slope is None or not _takes_low(x)):
+    if low is not None and not c.is_dense and (slopes is None or not _takes_low(x)):
         wide = partial(
             dendritic_layer,
             connectivity=c,
             activation=activation,
             negative_slope=negative_slope,
+            soma_activation=soma_activation,
             precision=precision,
         )
         return _in_float32(wide, low, x, *tensors)
-    if slope is None or connectivity.is_dense:
+    if slopes is None or connectivity.is_dense:
         phi = activations.function_of(activation, negative_slope)
+        psi = activations.function_of(soma_activation or activation, negative_slope)
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
         a = phi(u)
-        y = phi(transforms.cable(a, cable_weight, soma_bias, connectivity))
+        y = psi(transforms.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
-    y = autograd.layer(_flatten(x), *tensors, c, slope, round_x)
+    y = autograd.layer(_flatten(x), *tensors, c, slopes, round_x)
     return _unflatten(y if low is None else y.to(low), x)

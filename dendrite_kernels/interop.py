@@ -309,11 +309,13 @@ class _PortableDendriticLayer(nn.Module):
         self.cable = _PaddedRows(c.soma_ptr, dendrites, layer.cable_weight, c.num_dendrites)
         self.bias = None if layer.soma_bias is None else nn.Parameter(layer.soma_bias.clone())
         self.activation, self.negative_slope = layer.activation, layer.negative_slope
+        self.soma_activation = layer.soma_activation or layer.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         phi = function_of(self.activation, self.negative_slope)
         v = self.cable(phi(self.synapses(x)))
-        return phi(v if self.bias is None else v + self.bias)
+        psi = function_of(self.soma_activation, self.negative_slope)
+        return psi(v if self.bias is None else v + self.bias)
 
 
 def portable(model: nn.Module) -> nn.Module:

@@ -190,6 +190,7 @@ class DendriticLayer(_Sparse):
         connectivity: N inputs, R dendrites, S somas.
         bias: whether dendrites and somas have one.
         activation, negative_slope: of dendrites and somas, see functional.dendritic_layer.
+        soma_activation: of somas, None: as the dendrites. "identity" gives the sums at the somas.
         init: "fan_in": uniform with the true fan-in of each dendrite and soma (He et al. 2015), so
             that activations keep their scale. "paper": Glorot uniform with the fans of the dense
             matrices, then masked, as in Chavlis & Poirazi (2025; docs/equations.md, section 4):
@@ -213,6 +214,7 @@ class DendriticLayer(_Sparse):
         bias: bool = True,
         activation: str = "leaky_relu",
         negative_slope: float = 0.1,
+        soma_activation: str | None = None,
         init: Init = "fan_in",
         precision: str | None = None,
         device: torch.device | str | None = None,
@@ -221,7 +223,8 @@ class DendriticLayer(_Sparse):
         super().__init__(connectivity, init)
         functional.check_activation(activation, negative_slope)
         functional.check_dtype("parameters", dtype or torch.get_default_dtype())
-        self.activation = activation
+        activations.slopes_of(activation, soma_activation, negative_slope)
+        self.activation, self.soma_activation = activation, soma_activation
         functional.check_precision(precision)
         self.negative_slope = float(negative_slope)
         self.precision = precision
@@ -260,13 +263,15 @@ class DendriticLayer(_Sparse):
             self.connectivity,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            soma_activation=self.soma_activation,
             precision=self.precision,
         )
 
     def extra_repr(self) -> str:
         slope = f"({self.negative_slope:g})" if self.activation == "leaky_relu" else ""
         bias = self.dendrite_bias is not None
-        options = f"bias={bias}, activation={self.activation}{slope}, init={self.init}"
+        soma = f", soma_activation={self.soma_activation}" if self.soma_activation else ""
+        options = f"bias={bias}, activation={self.activation}{slope}{soma}, init={self.init}"
         return f"{self.connectivity}, {options}{self._precision_repr()}"
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import check_slope
 from .backends import select
-from .backends.protocol import Backend, Gradients, Maybe, Operands
+from .backends.protocol import Backend, Gradients, Maybe, Operands, Slopes
 from .structure import Connectivity
 
 Two = tuple[torch.Tensor, torch.Tensor]
@@ -35,12 +35,14 @@ _INDICES = "Tensor crow_indices, Tensor col_indices, Tensor soma_ptr"
 library = torch.library.Library("dendrite_kernels", "DEF")
 library.define(
     "forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor? cable_weight,"
-    f" Tensor? soma_bias, {_INDICES}, float negative_slope, bool save_signs,"
+    f" Tensor? soma_bias, {_INDICES}, float negative_slope, float soma_slope,"
+    " bool save_signs,"
     " bool round_x=False) -> (Tensor, Tensor)"
 )
 library.define(
     "backward(Tensor grad, Tensor x, Tensor? y, Tensor? signs, Tensor synapse_weight,"
-    f" Tensor? dendrite_bias, Tensor? cable_weight, {_INDICES}, float negative_slope, bool need_x)"
+    f" Tensor? dendrite_bias, Tensor? cable_weight, {_INDICES}, float negative_slope,"
+    " float soma_slope, bool need_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -118,10 +120,11 @@ def _operands(
     x: torch.Tensor,
     parameters: tuple[torch.Tensor, Maybe, Maybe, Maybe],
     indices: Three,
-    slope: float,
+    slopes: Slopes,
 ) -> Operands:
     """Operands as backends take them: plain, and float32 beside samples of low precision."""
-    check_slope(slope)
+    for slope in slopes:
+        check_slope(slope)
     connectivity = connectivity_of(*indices, x)
     if parameters[2] is None and parameters[3] is not None:
         raise ValueError("Expected no soma_bias without cable_weight, got one")
@@ -134,7 +137,7 @@ def _operands(
         None if cable_weight is None else _plain(cable_weight),
         None if soma_bias is None else _plain(soma_bias),
         connectivity,
-        slope,
+        *slopes,
     )
 
 
@@ -148,6 +151,7 @@ def _forward(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
+    soma_slope: float,
     save_signs: bool,
     round_x: bool = False,  # the dispatcher leaves defaults out
 ) -> Two:
@@ -155,7 +159,8 @@ def _forward(
     up to 32 samples, where it is 1, from larger ones.
     """
     parameters = synapse_weight, dendrite_bias, cable_weight, soma_bias
-    operands = _operands(x, parameters, (crow_indices, col_indices, soma_ptr), negative_slope)
+    indices, slopes = (crow_indices, col_indices, soma_ptr), (negative_slope, soma_slope)
+    operands = _operands(x, parameters, indices, slopes)
     backend, dtype = select(x.device), x.dtype
     if round_x and not backend.ROUNDS_X:
         x, round_x = x.bfloat16().to(dtype), False
@@ -176,10 +181,12 @@ def _backward(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
+    soma_slope: float,
     need_x: bool,
 ) -> Gradients:
     parameters = synapse_weight, dendrite_bias, cable_weight, None
-    operands = _operands(x, parameters, (crow_indices, col_indices, soma_ptr), negative_slope)
+    indices, slopes = (crow_indices, col_indices, soma_ptr), (negative_slope, soma_slope)
+    operands = _operands(x, parameters, indices, slopes)
     backend = select(x.device)
     _check_sample("grad", grad, x)
     if cable_weight is None:
@@ -274,6 +281,7 @@ def _fake_forward(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
+    soma_slope: float,
     save_signs: bool,
     round_x: bool = False,
 ) -> Two:
@@ -297,6 +305,7 @@ def _fake_backward(
     col_indices: torch.Tensor,
     soma_ptr: torch.Tensor,
     negative_slope: float,
+    soma_slope: float,
     need_x: bool,
 ) -> Gradients:
     dx = x.new_empty((x.shape[0] if need_x else 0, x.shape[1]))
@@ -326,7 +335,7 @@ def _sample_by_sample(op: Callable[..., Any]) -> Callable[..., Any]:
 def _vmap_forward(
     info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *rest: Any
 ) -> tuple[Two, tuple[int, int | None]]:
-    save_signs = rest[8]
+    save_signs = rest[9]
     if in_dims[0] is None or save_signs or any(dim is not None for dim in in_dims[1:]):
         result: tuple[Two, tuple[int, int]] = _sample_by_sample(_forward_op)(
             info, in_dims, x, *rest

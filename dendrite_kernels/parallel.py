@@ -116,6 +116,7 @@ class ShardedDendriticLayer(DendriticLayer):
             self.connectivity,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            soma_activation=self.soma_activation,
         )
         shape = torch.Size((*local.shape[:-1], self.whole.num_somas))
         stride = torch.empty(shape, device="meta").stride()
@@ -142,6 +143,7 @@ def gather(layer: nn.Module) -> DendriticLayer:
         bias=layer.dendrite_bias is not None,
         activation=layer.activation,
         negative_slope=layer.negative_slope,
+        soma_activation=layer.soma_activation,
         init=layer.init,
         device=weight.device,
         dtype=weight.dtype,

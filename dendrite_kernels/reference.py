@@ -34,6 +34,14 @@ def sparse_linear(
     return u if bias is None else u + bias
 
 
+def cable(
+    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, connectivity: Connectivity
+) -> torch.Tensor:
+    """v = C a + bias: each dendrite of a [..., R] feeds its soma -> [..., S]."""
+    v = sums(a * weight, owners(connectivity.soma_ptr, a.device), connectivity.num_somas)
+    return v if bias is None else v + bias
+
+
 def dendritic_layer(
     x: torch.Tensor,
     synapse_weight: torch.Tensor,
@@ -44,9 +52,10 @@ def dendritic_layer(
     *,
     activation: str = "leaky_relu",
     negative_slope: float = 0.1,
+    soma_activation: str | None = None,
 ) -> torch.Tensor:
-    """y = phi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
+    """y = psi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
     phi = function_of(activation, negative_slope)
+    psi = function_of(soma_activation or activation, negative_slope)
     a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))  # [..., R]
-    v = sums(a * cable_weight, owners(connectivity.soma_ptr, x.device), connectivity.num_somas)
-    return phi(v if soma_bias is None else v + soma_bias)
+    return psi(cable(a, cable_weight, soma_bias, connectivity))

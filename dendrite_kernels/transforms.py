@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import operators
-from .backends.protocol import Maybe
+from .backends.protocol import Maybe, Slopes
 from .structure import Connectivity
 
 
@@ -39,7 +39,7 @@ class Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         indices = operators.index_tensors(connectivity)
         u: torch.Tensor
-        u, _ = operators.forward(x, weight, bias, None, None, *indices, 1.0, False)
+        u, _ = operators.forward(x, weight, bias, None, None, *indices, 1.0, 1.0, False)
         return u
 
     @staticmethod
@@ -83,7 +83,7 @@ class LinearBackward(torch.autograd.Function):
     ) -> operators.Three:
         indices = operators.index_tensors(connectivity)
         none = None, None
-        return operators.backward(grad, x, *none, weight, *none, *indices, 1.0, need_x)[:3]
+        return operators.backward(grad, x, *none, weight, *none, *indices, 1.0, 1.0, need_x)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -208,16 +208,16 @@ def layer(
     cable_weight: Maybe,
     soma_bias: Maybe,
     connectivity: Connectivity,
-    slope: float,
+    slopes: Slopes,
     round_x: bool,
 ) -> torch.Tensor:
-    """x [B, N] -> y [B, S] with a leaky ReLU of slope >= 0, or [B, R] without a cable."""
+    """x [B, N] -> y [B, S] with leaky ReLUs of slopes >= 0, or [B, R] without a cable."""
     x = round_to_bfloat16(x) if round_x else x
     u = _linear(x, synapse_weight, dendrite_bias, connectivity)
     if cable_weight is None:
         return u
-    v = cable(F.leaky_relu(u, slope), cable_weight, soma_bias, connectivity)
-    return F.leaky_relu(v, slope)
+    v = cable(F.leaky_relu(u, slopes[0]), cable_weight, soma_bias, connectivity)
+    return F.leaky_relu(v, slopes[1])
 
 
 def layer_backward(
@@ -228,7 +228,7 @@ def layer_backward(
     dendrite_bias: Maybe,
     cable_weight: torch.Tensor,
     connectivity: Connectivity,
-    slope: float,
+    slopes: Slopes,
     need_x: bool,
 ) -> tuple[torch.Tensor, ...]:
     """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
@@ -239,13 +239,13 @@ def layer_backward(
         dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
         dx, *gradients = layer_backward(
             grad.float(), x.float(), y.float(), synapse_weight.float(), dendrite_bias,
-            cable_weight.float(), connectivity, slope, need_x,
+            cable_weight.float(), connectivity, slopes, need_x,
         )  # fmt: skip
         return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
     u = _linear(x, synapse_weight, dendrite_bias, connectivity)
-    grad_v = torch.where(y > 0, grad, slope * grad)
+    grad_v = torch.where(y > 0, grad, slopes[1] * grad)
     spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
-    q = torch.where(u > 0, spread, slope * spread)
+    q = torch.where(u > 0, spread, slopes[0] * spread)
     dc = (q * u).sum(0)
     dx, dw, dbd = LinearBackward.apply(q * cable_weight, x, synapse_weight, connectivity, need_x)
     return dx, dw, dbd, dc, grad_v.sum(0)

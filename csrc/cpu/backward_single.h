@@ -68,7 +68,7 @@ __attribute__((noinline)) void single_outputs(const dk::Topology& net,
   if (!call.cable)
     return in_chunks(o0, o1, [&](int64_t r, int count) { return load_part(in.grad + r, count); });
   for (int64_t s = o0; s < o1; ++s) {
-    const T active = in.y[s] > 0 ? in.grad[s] : call.slope * in.grad[s];
+    const T active = in.y[s] > 0 ? in.grad[s] : call.soma_slope * in.grad[s];
     const T inactive = call.slope * active;
     call.dsoma_bias[s] = active;
     in_chunks(net.soma_ptr[s], net.soma_ptr[s + 1], [&](int64_t r, int count) {

@@ -181,8 +181,8 @@ void check_order(const Topology& net, bool somas) {
 
 template <class T>
 void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::handle dendrite_bias,
-             py::handle cable, py::handle soma_bias, double slope, bool round_x, py::handle y,
-             py::handle signs, const Samples& samples, int threads,
+             py::handle cable, py::handle soma_bias, double slope, double soma_slope, bool round_x,
+             py::handle y, py::handle signs, const Samples& samples, int threads,
              void (*kernel)(const Topology&, const ForwardCall<T>&, const Runtime&)) {
   const Topology& net = bound.net;
   ForwardCall<T> call{};
@@ -195,6 +195,7 @@ void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::ha
   call.cable = pointer_or_null<T>(cable, "cable_weight", {net.rows});
   call.soma_bias = pointer_or_null<T>(soma_bias, "soma_bias", {net.somas});
   call.slope = T(slope);
+  call.soma_slope = T(soma_slope);
   call.y = checked(y, "y", samples.type, {batch, call.cable ? net.somas : net.rows});
   check_order(net, call.cable);
   if (!signs.is_none())
@@ -209,8 +210,9 @@ void forward(const BoundTopology& bound, py::handle x, py::handle weight, py::ha
 template <class T>
 void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::handle y,
               py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
-              double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
-              py::handle dcable, py::handle dsoma_bias, const Samples& samples, int threads,
+              double slope, double soma_slope, py::handle dx, py::handle dweight,
+              py::handle ddendrite_bias, py::handle dcable, py::handle dsoma_bias,
+              const Samples& samples, int threads,
               void (*kernel)(const Topology&, const BackwardCall<T>&, const Runtime&)) {
   const Topology& net = bound.net;
   const bool somas = !cable.is_none();
@@ -223,6 +225,7 @@ void backward(const BoundTopology& bound, py::handle grad, py::handle x, py::han
   call.weight = pointer<T>(weight, "synapse_weight", {net.nnz});
   call.dendrite_bias = pointer_or_null<T>(dendrite_bias, "dendrite_bias", {net.rows});
   call.slope = T(slope);
+  call.soma_slope = T(soma_slope);
   if (!dx.is_none()) call.dx = checked(dx, "grad of x", samples.type, {batch, net.in_features});
   call.dweight = pointer<T>(dweight, "grad of synapse_weight", {net.nnz});
   call.ddendrite_bias = pointer<T>(ddendrite_bias, "grad of dendrite_bias", {net.rows});
@@ -272,15 +275,16 @@ void any_forward(const BoundTopology& bound, py::handle x, py::handle weight,
       else
         return table->forward_f64;
     }();
-    forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, round_x, y, signs, samples,
-               threads, kernel);
+    forward<T>(bound, x, weight, dendrite_bias, cable, soma_bias, slope, soma_slope, round_x, y,
+               signs, samples, threads, kernel);
   });
 }
 
 void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py::handle y,
                   py::handle signs, py::handle weight, py::handle dendrite_bias, py::handle cable,
-                  double slope, py::handle dx, py::handle dweight, py::handle ddendrite_bias,
-                  py::handle dcable, py::handle dsoma_bias, int threads) {
+                  double slope, double soma_slope, py::handle dx, py::handle dweight,
+                  py::handle ddendrite_bias, py::handle dcable, py::handle dsoma_bias,
+                  int threads) {
   dispatch(x, [&](auto zero, const Samples& samples) {
     using T = decltype(zero);
     const auto kernel = [] {
@@ -289,8 +293,8 @@ void any_backward(const BoundTopology& bound, py::handle grad, py::handle x, py:
       else
         return table->backward_f64;
     }();
-    backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, dx, dweight,
-                ddendrite_bias, dcable, dsoma_bias, samples, threads, kernel);
+    backward<T>(bound, grad, x, y, signs, weight, dendrite_bias, cable, slope, soma_slope, dx,
+                dweight, ddendrite_bias, dcable, dsoma_bias, samples, threads, kernel);
   });
 }
 
@@ -321,7 +325,7 @@ py::object accepts(const BoundTopology& bound, py::handle x, py::handle weight,
 // y, or (y, signs), of operands that `accepts` accepted. any_forward checks them again.
 py::object fast_forward(const BoundTopology& bound, py::handle x, py::handle weight,
                         py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
-                        double slope, bool save_signs) {
+                        double slope, double soma_slope, bool save_signs) {
   const DLTensorAbi t = borrow(x, "x");
   if (t.ndim != 2) throw py::value_error("x: Expected 2 dimensions, got " + std::to_string(t.ndim));
   const bool somas = !cable.is_none();
@@ -331,7 +335,8 @@ py::object fast_forward(const BoundTopology& bound, py::handle x, py::handle wei
                                   has_type(t, kFloat64) ? torch.float64 : torch.float32);
   const py::object signs =
       save_signs ? new_tensor((batch + 31) / 32, rows, bound.row_strides, torch.int32) : py::none();
-  any_forward(bound, x, weight, dendrite_bias, cable, soma_bias, slope, false, y, signs, threads());
+  any_forward(bound, x, weight, dendrite_bias, cable, soma_bias, slope, soma_slope, false, y, signs,
+              threads());
   if (!save_signs) return y;
   return py::reinterpret_steal<py::object>(PyTuple_Pack(2, y.ptr(), signs.ptr()));
 }

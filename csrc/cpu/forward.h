@@ -196,7 +196,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
-  const vec<T> slope = splat(call.slope);
+  const vec<T> slope = splat(call.slope), soma_slope = splat(call.soma_slope);
   for (int64_t s = s0; s < s1; ++s) {
     vec<T> v[V];
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
@@ -209,7 +209,7 @@ __attribute__((noinline)) void forward_somas(const dk::Topology& net,
           unroll<V>([&](auto t) DK_LAMBDA { v[t] = c * leaky_relu<T>(u[t], slope) + v[t]; });
         });
     T* out = y + (s - s0) * Tile;
-    unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, leaky_relu<T>(v[t], slope)); });
+    unroll<V>([&](auto t) DK_LAMBDA { store(out + t * L, leaky_relu<T>(v[t], soma_slope)); });
   }
 }
 
@@ -221,7 +221,7 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
   constexpr int V = kStrip<T, Tile>, L = kLanes<T>;
   x += strip * V * L / kSamples<E>;
   y += strip * V * L;
-  const vec<T> slope = splat(call.slope);
+  const vec<T> slope = splat(call.slope), soma_slope = splat(call.soma_slope);
   for (int64_t s = s0; s < s1; ++s) {
     const vec<T> bias = splat(call.soma_bias ? call.soma_bias[s] : T(0));
     unroll<V>([&](auto t) DK_LAMBDA { store(y + (s - s0) * Tile + t * L, bias); });
@@ -236,7 +236,8 @@ __attribute__((noinline)) void forward_mixed(const dk::Topology& net,
         });
       });
   for (T* v = y; v < y + (s1 - s0) * Tile; v += Tile)
-    unroll<V>([&](auto t) DK_LAMBDA { store(v + t * L, leaky_relu<T>(load(v + t * L), slope)); });
+    unroll<V>([&](auto t)
+                  DK_LAMBDA { store(v + t * L, leaky_relu<T>(load(v + t * L), soma_slope)); });
 }
 
 // Rows r0..r1-1 of one strip, no soma stage -> u[row - r0][tile]

@@ -83,7 +83,7 @@ __attribute__((noinline)) void single_somas(const dk::Topology& net, const dk::F
   T v = 0;
   const auto leave_soma = [&] {
     v += call.soma_bias ? call.soma_bias[s] : T(0);
-    y[s++] = v > 0 ? v : v * call.slope;
+    y[s++] = v > 0 ? v : v * call.soma_slope;
     v = 0;
   };
   for (int64_t r = net.soma_ptr[s0]; r < end; r += L) {

@@ -176,7 +176,7 @@ void soma_gradient(const dk::Topology& net, const dk::BackwardCall<T>& call, int
     const auto rows = [&](const void* data) DK_LAMBDA {
       return Rows<T, Stored>{static_cast<const Stored*>(data) + sample * S, S};
     };
-    const SomaGradient<T, Stored> source{rows(call.grad), rows(call.y), call.slope};
+    const SomaGradient<T, Stored> source{rows(call.grad), rows(call.y), call.soma_slope};
     constexpr bool kPlain = std::is_same_v<Stored, T>;
     transpose_in<T>(source, min64(kTile, call.batch - sample), s0, s1, width<V, kPlain>(), out);
   });

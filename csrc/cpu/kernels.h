@@ -60,7 +60,7 @@ struct ForwardCall {
   const T *weight, *dendrite_bias, *cable, *soma_bias;  // biases may be null
   void* y;                                              // [B, S] or [B, R]
   uint32_t* signs;                                      // [ceil(B / 32), R] or null
-  T slope;
+  T slope, soma_slope;  // of the leaky ReLUs of dendrites and of somas
 };
 
 template <class T>
@@ -70,8 +70,8 @@ struct BackwardCall {
   const void *grad, *x, *y;                 // y null: sparse linear
   const T *weight, *dendrite_bias, *cable;  // cable null: sparse linear
   const uint32_t* signs;
-  T slope;
-  void* dx;  // null: not needed
+  T slope, soma_slope;  // of the leaky ReLUs of dendrites and of somas
+  void* dx;             // null: not needed
   T *dweight, *ddendrite_bias;
   T *dcable, *dsoma_bias;  // null: sparse linear
 };

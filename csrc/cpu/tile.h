@@ -128,7 +128,7 @@ struct Rounded {
   }
 };
 
-// grad * phi'(v). y has the sign of v, because slope >= 0.
+// grad * phi'(v). y has the sign of v, because the slope of somas is >= 0.
 template <class T, class S>
 struct SomaGradient {
   Rows<T, S> grad, y;

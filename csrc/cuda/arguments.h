@@ -34,7 +34,7 @@ struct ForwardArgs {
   int64_t batch;
   int32_t inputs, tile_rows, rows, outputs;
   int32_t parts;  // blocks that share a batch tile
-  A slope;
+  A slope, soma_slope;
 };
 
 template <class T>
@@ -83,11 +83,11 @@ struct InputArgs {
 template <class T, class O>
 struct TileArgs {
   const T* in;
-  const T* y;  // not null: in is multiplied with the activation's derivative, read from y
+  const T* y;  // not null: in is multiplied with the somas' derivative, read from y
   O* out;
   int64_t batch;
   int32_t columns, tile_rows, lanes, vec;
-  Accumulator<T> slope;
+  Accumulator<T> slope;  // of the somas
 };
 
 // packed[i] = weight[source[i]] (* cable[row[i]]), 0 for pads.

@@ -121,8 +121,8 @@ TilePlan with_width(const Plan& plan, const Packed& packed) {
 
 void forward(const Packed& packed, const Somas* somas, py::handle x, py::handle tiles,
              int32_t tile_rows, py::handle weight, py::handle dendrite_bias, py::handle cable,
-             py::handle soma_bias, double slope, py::handle y, py::handle signs, const Plan* plan,
-             int64_t few_blocks, uintptr_t stream) {
+             py::handle soma_bias, double slope, double soma_slope, py::handle y, py::handle signs,
+             const Plan* plan, int64_t few_blocks, uintptr_t stream) {
   dispatch(x, "x", [&](auto zero, int64_t batch, int64_t inputs) {
     using T = decltype(zero);
     using A = Accumulator<T>;
@@ -146,6 +146,7 @@ void forward(const Packed& packed, const Somas* somas, py::handle x, py::handle 
     args.rows = int32_t(rows);
     args.outputs = int32_t(outputs);
     args.slope = A(slope);
+    args.soma_slope = A(soma_slope);
     const DeviceGuard guard(check.device());
     const Stream on = reinterpret_cast<Stream>(stream);
     if (!plan) {

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
     for (int i = 0; i < K::kVec; ++i) {
       const int64_t b = b0 + i * K::kLanes + p;
       if (me.lane < K::kLanes && b < args.batch)
-        narrow(args.cable ? leaky(v[i], args.slope) : v[i], args.y[b * args.outputs + s]);
+        narrow(args.cable ? leaky(v[i], args.soma_slope) : v[i], args.y[b * args.outputs + s]);
     }
   }
 }
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) forward_rows(const ForwardArgs
       for (int bit = 16; bit; bit >>= 1) v[b] += __shfl_xor_sync(kAllLanes, v[b], bit);
       v[b] += args.soma_bias ? args.soma_bias[s] : A(0);
       if (me.lane == 0 && b < args.batch)
-        narrow(leaky(v[b], args.slope), args.y[int64_t(b) * args.outputs + s]);
+        narrow(leaky(v[b], args.soma_slope), args.y[int64_t(b) * args.outputs + s]);
     }
   }
 }

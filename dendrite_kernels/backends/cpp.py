@@ -132,14 +132,14 @@ def _forward_rows(connectivity: Connectivity) -> Any:
 def forward(
     x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
+    weight, dendrite_bias, cable, soma_bias, connectivity, slope, soma_slope = operands
     batch, rows = x.shape[0], connectivity.num_dendrites
     # sizes as two numbers are parsed faster than as a tuple
     y = x.new_empty(batch, rows if cable is None else connectivity.num_somas)
     signs = x.new_empty((batch + 31) // 32 if save_signs else 0, rows, dtype=torch.int32)
     _load()[0].forward(
         (_forward_rows if cable is None else _by_centre)(connectivity), x, weight, dendrite_bias,
-        cable, soma_bias, slope, round_x, y, signs if save_signs else None, _threads(),
+        cable, soma_bias, slope, soma_slope, round_x, y, signs if save_signs else None, _threads(),
     )  # fmt: skip
     return y, signs
 
@@ -147,7 +147,7 @@ def forward(
 def backward(
     grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
 ) -> Gradients:
-    weight, dendrite_bias, cable, _, connectivity, slope = operands
+    weight, dendrite_bias, cable, _, connectivity, slope, soma_slope = operands
     batch, inputs = x.shape
     new = weight.new_empty if batch else weight.new_zeros  # without samples no kernel runs
     dx = x.new_empty(batch if need_x else 0, inputs)
@@ -160,7 +160,7 @@ def backward(
         of_weights = _topology if cable is None else _by_centre
         _load()[0].backward(
             (_transposed if need_x else of_weights)(connectivity),
-            grad, x, y, signs, weight, dendrite_bias, cable, slope,
+            grad, x, y, signs, weight, dendrite_bias, cable, slope, soma_slope,
             dx if need_x else None, dw, dbd, dc, dbs, _threads(),
         )  # fmt: skip
     return dx, dw, dbd, dc, dbs

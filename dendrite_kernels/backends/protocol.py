@@ -9,14 +9,15 @@ import torch
 from ..structure import Connectivity
 
 Maybe = torch.Tensor | None
+Slopes = tuple[float, float]  # of the leaky ReLUs of dendrites and of somas
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Operands(NamedTuple):
     """A layer as the kernels see it. N inputs, R dendrites, S somas; contiguous tensors.
 
-    Without a cable it is a sparse linear layer: its outputs are the R dendrites themselves, the
-    slope is 1, and somas play no part.
+    Without a cable it is a sparse linear layer: its outputs are the R dendrites themselves, both
+    slopes are 1, and somas play no part.
     """
 
     synapse_weight: torch.Tensor  # [nnz]
@@ -24,7 +25,8 @@ class Operands(NamedTuple):
     cable_weight: Maybe  # [R]
     soma_bias: Maybe  # [S]
     connectivity: Connectivity
-    negative_slope: float  # >= 0: the sign of y must stand for that of the soma's sum
+    negative_slope: float  # of the dendrites' leaky ReLU
+    soma_slope: float  # of the somas', >= 0: the sign of y must stand for that of their sums
 
 
 class Backend(Protocol):

@@ -35,21 +35,20 @@ def _pack_signs(u: torch.Tensor) -> torch.Tensor:
 def forward(
     x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
-    u = reference.sparse_linear(x, weight, dendrite_bias, connectivity)
+    weight, dendrite_bias, cable, soma_bias, c, slope, soma_slope = operands
+    u = reference.sparse_linear(x, weight, dendrite_bias, c)
     signs = _pack_signs(u if save_signs else u[:0])
     if cable is None:
         return u, signs
-    y = reference.dendritic_layer(
-        x, weight, dendrite_bias, cable, soma_bias, connectivity, negative_slope=slope
-    )
-    return y, signs
+    a = torch.where(u > 0, u, slope * u)
+    v = reference.cable(a, cable, soma_bias, c)
+    return torch.where(v > 0, v, soma_slope * v), signs
 
 
 def backward(
     grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
 ) -> Gradients:
-    weight, bias, cable, _, c, slope = operands
+    weight, bias, cable, _, c, slope, soma_slope = operands
     row = reference.owners(c.crow_indices, x.device)
     column = c.col_indices.to(x.device)
     none = weight.new_empty(0)
@@ -57,7 +56,7 @@ def backward(
     q = grad  # at the sums of the dendrites [B, R]
     if cable is not None and y is not None:
         u = reference.sparse_linear(x, weight, bias, c)
-        grad = torch.where(y > 0, grad, slope * grad)
+        grad = torch.where(y > 0, grad, soma_slope * grad)
         at_dendrite = grad.index_select(1, reference.owners(c.soma_ptr, x.device))
         dc, dbs = (at_dendrite * torch.where(u > 0, u, slope * u)).sum(0), grad.sum(0)
         through = at_dendrite * cable

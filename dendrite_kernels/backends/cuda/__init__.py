@@ -179,7 +179,7 @@ def forward(
 
 
 def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe) -> None:
-    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
+    weight, dendrite_bias, cable, soma_bias, connectivity, slope, soma_slope = operands
     batch, inputs = x.shape
     stream = _stream(x.device)
     limits = _limits(x.device.index)
@@ -201,7 +201,8 @@ def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe)
             tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
     _load()[0].forward(
         layout.packed, somas, x, tiles, inputs + layout.has_pads,
-        _pack(layout, weight, None, stream), dendrite_bias, cable, soma_bias, slope, y, signs,
+        _pack(layout, weight, None, stream), dendrite_bias, cable, soma_bias, slope,
+        soma_slope, y, signs,
         None if plan is None else _bound(plan), few_blocks, stream,
     )  # fmt: skip
 
@@ -209,7 +210,7 @@ def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe)
 def backward(
     grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
 ) -> Gradients:
-    weight, dendrite_bias, cable, _, connectivity, slope = operands
+    weight, dendrite_bias, cable, _, connectivity, slope, soma_slope = operands
     batch, inputs = x.shape
     if batch == 0:  # no sample, no kernel: gradients are zero
         rows = connectivity.num_dendrites
@@ -229,7 +230,7 @@ def backward(
         Work(batch, inputs, outputs, rows, connectivity.nnz, x.itemsize), limits
     )
     layout = _rows(connectivity, device, plan.kind)
-    grad_v = _tiles(plan, grad, y, slope, False, True, stream)
+    grad_v = _tiles(plan, grad, y, soma_slope, False, True, stream)
     tiles = None
     if not plan.kind.shared:
         tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
@@ -257,7 +258,7 @@ def backward(
     del partial, grad_v
     dx = x.new_empty((batch if need_x else 0, inputs))
     if need_x:
-        _backward_input(dx, grad, y, signs, weight, cable, connectivity, slope)
+        _backward_input(dx, grad, y, signs, weight, cable, connectivity, slope, soma_slope)
     return dx, dw.to(narrow), dbd.to(narrow), dc.to(narrow), dbs.to(narrow)
 
 
@@ -270,13 +271,14 @@ def _backward_input(
     cable: Maybe,
     connectivity: Connectivity,
     slope: float,
+    soma_slope: float,
 ) -> None:
     batch, inputs = dx.shape
     device, stream = dx.device, _stream(dx.device)
     work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize)
     plan = planner.plan_tiles(work, _limits(device.index))
     layout = _columns(connectivity, device, plan.kind, cable is not None)
-    grad_v = _tiles(plan, grad, y, slope, layout.has_pads, True, stream)
+    grad_v = _tiles(plan, grad, y, soma_slope, layout.has_pads, True, stream)
     _load()[0].backward_input(
         layout.packed, connectivity.num_dendrites, grad_v.shape[1], grad_v, signs,
         _pack(layout, weight, cable, stream), slope, dx, _bound(plan), stream,
