@@ -211,8 +211,10 @@ def _run(need_x: bool | None, operands: Operands, x: torch.Tensor, **arrays: May
     """Run forward (need_x None) or backward on tensors with the names of `Job`'s fields."""
     if x.shape[0] == 0:
         return
+    from . import kernels
+
     plan = _plan(need_x, operands, x)
-    job = plan.new_job()
+    job = kernels.Job.from_buffer_copy(plan.job)
     job.slope, job.x = operands.negative_slope, x.data_ptr()
     for name, array in arrays.items():
         if array is not None:
@@ -221,8 +223,6 @@ def _run(need_x: bool | None, operands: Operands, x: torch.Tensor, **arrays: May
     for name, offset in plan.regions:
         setattr(job, name, taken[0] + offset)
     address = ctypes.addressof(job)
-    for step in plan.steps:
-        for name, value in step.fields:
-            setattr(job, name, value)
-        _pool.run(step.native, step.tasks, address)
+    for native, job.tasks in plan.steps:
+        _pool.run(native, job.tasks, address)
     _scratch.give(taken)
