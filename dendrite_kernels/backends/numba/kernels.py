@@ -16,6 +16,7 @@ dx, dendrites are visited as they are stored, and G is kept in their order.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numba
 import numpy as np
@@ -57,14 +58,10 @@ class Job(ctypes.Structure):
 JOB = types.CPointer(numba.from_dtype(np.dtype(Job)))
 
 # Kernels are called by each other only; wrappers would take a quarter of the compile time.
-OPTIONS = {
-    "boundscheck": False,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-kernel = numba.njit(**OPTIONS)
-inline = numba.njit(**OPTIONS, forceinline=True)
+OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
+_NO_WRAPPERS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+kernel = numba.njit(**OPTIONS, **_NO_WRAPPERS)
+inline = numba.njit(**OPTIONS, **_NO_WRAPPERS, forceinline=True)
 
 
 @inline
@@ -198,13 +195,13 @@ def load_gradients(spec, job, sample, tile, gates, sums):
 
 
 @kernel
-def soma_of(soma_ptr, somas, row):
-    """The soma that owns dendrite `row`."""
-    low, high = 0, somas
-    while high - low > 1:
+def first_of(pointers, count, more, target):
+    """The first i of range(count) where pointers[i] + more * i is the target or above, or count."""
+    low, high = 0, count
+    while low < high:
         middle = (low + high) // 2
-        if load_int32(soma_ptr, middle) <= row:
-            low = middle
+        if load_int32(pointers, middle) + more * middle < target:
+            low = middle + 1
         else:
             high = middle
     return low
@@ -250,7 +247,7 @@ def take_q(spec, job, sample, grads, first, last, q, sums, x_tile, dw):
     low = high = sign_words(job, sample)
     if sample + 32 < job.samples:  # else there are no such words, and all gradients are 0
         high += 4 * rows
-    s = soma_of(soma_ptr, job.somas, first)
+    s = first_of(soma_ptr, job.somas, 0, first + 1) - 1
     while load_int32(soma_ptr, s) < last:
         on = vload(spec, grads, s * lanes)
         off = multiply(slope, on)
@@ -290,45 +287,36 @@ def weigh_slots(spec, job, block, products):
 
 
 @kernel
-def gather_block(spec, job, block, q, weights, x_tile, dx_tile, sums):
-    """dx_tile[n] += sum of w * c * q over the block's synapses of column n; sums[slot] += G."""
-    lanes, column, groups, group = lanes_of(spec), job.column, job.groups, job.group
-    rows = job.row + 2 * load_int64(job.slot_ptr, block)
-    last = load_int64(job.column_ptr, block + 1)
-    none = splat(spec, element(spec, 0.0))
-    j = 0
-    for i in range(load_int64(job.column_ptr, block), last):
-        n = load_column(spec, column, i) * lanes
-        ahead = load_column(spec, column, min(i + AHEAD, last - 1)) * lanes
-        prefetch(spec, x_tile, ahead)
-        prefetch(spec, dx_tile, ahead)
-        x, dx = vload(spec, x_tile, n), none
-        end = j + group * load_uint16(groups, i)
-        while j + 4 <= end:
-            dx, dots = gather(spec, 4, q, rows, weights, j, x, dx)
-            accumulate(sums, j, dots)
-            j += 4
-        while j < end:
-            dx, dot = gather(spec, 1, q, rows, weights, j, x, dx)
-            accumulate(sums, j, dot)
-            j += 1
-        # Last what other blocks gave: a sum of their sums rounds off less than one long chain.
-        store(dx_tile, n, add(dx, vload(spec, dx_tile, n)))
-
-
-@kernel
 def gather_blocks(spec, job, sample, x_tile, grads, begin, end, q, sums, row_sums, dx_tile):
     """dx_tile = sum of w * c * q over the synapses of blocks [begin, end), sums += G and row_sums
     += G0, for the tile that starts at `sample`; q: scratch for a block's.
     """
-    clear(spec, dx_tile, 0, job.features * lanes_of(spec))
+    lanes, none = lanes_of(spec), splat(spec, element(spec, 0.0))
+    column, groups, group, rows, weights = job.column, job.groups, job.group, job.row, job.weights
+    clear(spec, dx_tile, 0, job.features * lanes)
     for block in range(begin, end):
         first = block * job.block_rows
         last = min(job.rows, first + job.block_rows)
         take_q(spec, job, sample, grads, first, last, q, row_sums, 0, None)
-        offset = size_of(spec) * load_int64(job.slot_ptr, block)
-        weights = job.weights + offset
-        gather_block(spec, job, block, q, weights, x_tile, dx_tile, sums + offset)
+        j = load_int64(job.slot_ptr, block)
+        past = load_int64(job.column_ptr, block + 1)
+        for i in range(load_int64(job.column_ptr, block), past):
+            n = load_column(spec, column, i) * lanes
+            ahead = load_column(spec, column, min(i + AHEAD, past - 1)) * lanes
+            prefetch(spec, x_tile, ahead)
+            prefetch(spec, dx_tile, ahead)
+            x, dx = vload(spec, x_tile, n), none
+            stop = j + group * load_uint16(groups, i)
+            while j + 4 <= stop:
+                dx, dots = gather(spec, 4, q, rows, weights, j, x, dx)
+                accumulate(sums, j, dots)
+                j += 4
+            while j < stop:
+                dx, dot = gather(spec, 1, q, rows, weights, j, x, dx)
+                accumulate(sums, j, dot)
+                j += 1
+            # Last what other blocks gave: a sum of sums rounds off less than one long chain.
+            store(dx_tile, n, add(dx, vload(spec, dx_tile, n)))
 
 
 @inline

@@ -41,15 +41,6 @@ class Call(NamedTuple):
     threads: int
     linear: bool
 
-    @property
-    def size(self) -> int:
-        return _BYTES[self.element]
-
-    def threads_for(self, connectivity: Connectivity) -> int:
-        """Threads that have enough to do."""
-        work = max(self.batch, 32) * connectivity.nnz  # a tile takes its time even if half empty
-        return max(1, min(self.threads, work // _GRAIN))
-
 
 @functools.cache
 def _l2_bytes() -> int:
@@ -61,25 +52,22 @@ def _l2_bytes() -> int:
         return _MIB
 
 
-@functools.cache
-def _native(task: str, element: str, features: int, lanes: int, linear: bool) -> int:
-    column = "uint16" if features <= 65536 else "int32"  # as Connectivity.columns
-    register = ISA_BITS[isa()] // (8 * _BYTES[element])
-    return native.address(task, Spec(element, column, lanes, register, linear, build=""))
-
-
 class _Builder:
     """Collects the parts of a plan."""
 
-    def __init__(self, call: Call, connectivity: Connectivity, lanes: int, somas: int) -> None:
-        self.call, self.lanes = call, lanes
-        self.tiles = -(-call.batch // lanes)
+    def __init__(self, call: Call, connectivity: Connectivity, somas: int, wide: bool) -> None:
+        self.call, self.size = call, _BYTES[call.element]
+        self.features = connectivity.in_features
+        work = max(call.batch, 32) * connectivity.nnz  # a tile takes its time even if half empty
+        self.threads = max(1, min(call.threads, work // _GRAIN))  # that have enough to do
+        self.lanes = self._lanes(wide)
+        self.tiles = -(-call.batch // self.lanes)
         self.scratch = 0
         self.steps: list[tuple[int, int]] = []
         self.regions: dict[str, int] = {}
         self.fields = {
             "samples": call.batch,
-            "features": connectivity.in_features,
+            "features": self.features,
             "rows": connectivity.num_dendrites,
             "somas": somas,
             "tiles": self.tiles,
@@ -88,48 +76,46 @@ class _Builder:
             "soma_ptr": connectivity.soma_ptr.data_ptr(),
         }
 
+    def _lanes(self, wide: bool) -> int:
+        """Samples in a tile: 32 of float32, 16 of float64; half of that for a batch that fits it.
+
+        Twice as many if wide, where registers of AVX-512 hold more: four vectors of samples hide
+        the latency of broadcasts, if x stays in the cache.
+        """
+        batch = self.call.batch * self.size
+        wide = wide and isa() == "avx512" and 512 * self.features <= _l2_bytes()
+        return (64 if batch <= 64 else 256 if wide and batch > 128 else 128) // self.size
+
     def reserve(self, **elements: int) -> None:
         """Scratch memory for so many elements each."""
         for name, count in elements.items():
             self.regions[name] = self.scratch
-            self.scratch += -(-count * self.call.size // _ALIGNMENT) * _ALIGNMENT
+            self.scratch += -(-count * self.size // _ALIGNMENT) * _ALIGNMENT
 
     def reserve_each(self, tasks: int, elements: int) -> None:
         """A workspace of so many elements for every task."""
-        stride = -(-elements * self.call.size // _ALIGNMENT) * _ALIGNMENT
+        stride = -(-elements * self.size // _ALIGNMENT) * _ALIGNMENT
         self.fields["workspace_stride"] = stride
-        self.reserve(workspace=tasks * stride // self.call.size)
+        self.reserve(workspace=tasks * stride // self.size)
 
     def step(self, task: str, tasks: int) -> None:
-        call = self.call
-        native = _native(task, call.element, self.fields["features"], self.lanes, call.linear)
-        self.steps.append((native, tasks))
+        column = "uint16" if self.features <= 65536 else "int32"  # as Connectivity.columns
+        width = ISA_BITS[isa()] // (8 * self.size)
+        spec = Spec(self.call.element, column, self.lanes, width, self.call.linear, build="")
+        self.steps.append((native.address(task, spec), tasks))
 
     def plan(self) -> Plan:
         job, regions = bytes(Job(**self.fields)), tuple(self.regions.items())
         return Plan(job, regions, self.scratch, tuple(self.steps))
 
 
-def _lanes(call: Call) -> int:
-    """Samples in a tile: 32 of float32, 16 of float64; half of that for a batch that fits it."""
-    return (64 if call.batch * call.size <= 64 else 128) // call.size
-
-
-def _wide_lanes(call: Call, features: int) -> int:
-    """Twice as many for AVX-512, whose registers hold more: four vectors of samples hide the
-    latency of broadcasts, if x stays in the cache.
-    """
-    wide = isa() == "avx512" and call.batch * call.size > 128 and 512 * features <= _l2_bytes()
-    return 256 // call.size if wide else _lanes(call)
-
-
 def forward_plan(connectivity: Connectivity, call: Call) -> Plan:
     """Tasks are shares of all pairs of a tile and a chunk of somas (or of rows)."""
     outputs = connectivity.num_dendrites if call.linear else connectivity.num_somas
-    build = _Builder(call, connectivity, _lanes(call), outputs)
+    build = _Builder(call, connectivity, outputs, wide=False)
     units = build.tiles * max(1, outputs // CHUNK)
-    tasks = min(call.threads_for(connectivity), units)
-    build.reserve_each(tasks, build.lanes * (connectivity.in_features + 2 * CHUNK))
+    tasks = min(build.threads, units)
+    build.reserve_each(tasks, build.lanes * (build.features + 2 * CHUNK))
     build.step("forward", tasks)
     return build.plan()
 
@@ -139,9 +125,8 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
     G for the part and, with dx, their own sums of dx for the group.
     """
     somas = 0 if call.linear else connectivity.num_somas
-    threads, lanes = call.threads_for(connectivity), _wide_lanes(call, connectivity.in_features)
-    build = _Builder(call, connectivity, lanes, somas)
-    fields, features = build.fields, connectivity.in_features
+    build = _Builder(call, connectivity, somas, wide=True)
+    fields, lanes, threads = build.fields, build.lanes, build.threads
     fields |= {"blocks": 1, "block_rows": fields["rows"], "slots": connectivity.nnz}
     scratch = STRIP * lanes  # for the q of a strip
     if need_x:
@@ -157,26 +142,27 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
             fields[name] = getattr(plan, name).ctypes.data
         # For the q of a block or, before, for the products of its weights.
         scratch = max(plan.block_rows * lanes, int(np.diff(plan.slot_ptr).max()) + 1)
-    parts, groups = _cut(build, threads, need_x)
+    parts, groups = _cut(build, need_x)
     fields |= {"parts": parts, "block_groups": groups}
-    build.reserve_each(threads, lanes * (features + 2 * somas) + scratch)
+    build.reserve_each(threads, lanes * (build.features + 2 * somas) + scratch)
     build.reserve(soma_sums=parts * groups * somas)
     if need_x or parts > 1:
         build.reserve(sums=parts * fields["slots"], row_sums=parts * fields["rows"])
     if need_x:
         own = parts if groups == 1 else groups * build.tiles
-        build.reserve(weights=fields["slots"], dx_tiles=own * lanes * features)
+        build.reserve(weights=fields["slots"], dx_tiles=own * lanes * build.features)
         build.step("weigh", min(threads, fields["blocks"]))
     build.step("gather" if need_x else "correlate", parts * groups)
     build.step("collect", threads)
     return build.plan()
 
 
-def _cut(build: _Builder, threads: int, need_x: bool) -> tuple[int, int]:
+def _cut(build: _Builder, need_x: bool) -> tuple[int, int]:
     """Parts of the batch, and groups of dendrites: with dx of blocks, which then end first."""
-    tiles, blocks, slots = build.tiles, build.fields["blocks"], build.fields["slots"]
-    most = max(1, min(threads, tiles, _PRIVATE // (max(1, slots) * build.call.size)))
-    x_size = build.call.batch * build.fields["features"]
+    tiles, threads = build.tiles, build.threads
+    blocks, slots = build.fields["blocks"], build.fields["slots"]
+    most = max(1, min(threads, tiles, _PRIVATE // (max(1, slots) * build.size)))
+    x_size = build.call.batch * build.features
     if not need_x:  # every group reads all x of its part, every part has own sums of G
         parts = most if x_size > 4 * slots else 1
         return parts, threads // parts
@@ -188,4 +174,4 @@ def _cut(build: _Builder, threads: int, need_x: bool) -> tuple[int, int]:
 
     parts = min(range(most, 0, -1), key=turns)
     groups = min(blocks, threads // parts)
-    return parts, groups if groups * x_size * build.call.size <= _PRIVATE else 1
+    return parts, groups if groups * x_size * build.size <= _PRIVATE else 1

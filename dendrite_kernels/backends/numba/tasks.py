@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import types
 
 from .kernels import (
-    CHUNK, JOB, STRIP, collect_rows, forward_rows, forward_somas, gather_blocks, inline, kernel,
-    load_gradients, load_tile, store_tile, summed, take_q, weigh_slots,
+    CHUNK, JOB, OPTIONS, STRIP, collect_rows, first_of, forward_rows, forward_somas, gather_blocks,
+    inline, kernel, load_gradients, load_tile, store_tile, summed, take_q, weigh_slots,
 )  # fmt: skip
 from .vectors import (
     Spec, add, clear, lanes_of, load_int32, load_int64, size_of, store, vload, width_of,
@@ -37,18 +38,11 @@ def share(count, width, task, tasks):
     return first * width, count if last == units else last * width
 
 
-@kernel
+@inline
 def row_at(job, task, tasks):
     """First dendrite of the task's share, when each costs its synapses and a little more."""
-    crow, low, high = job.crow, 0, job.rows
-    target = (load_int32(crow, high) + 4 * high) * task // tasks
-    while low < high:
-        middle = (low + high) // 2
-        if load_int32(crow, middle) + 4 * middle < target:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    total = load_int32(job.crow, job.rows) + 4 * job.rows
+    return first_of(job.crow, job.rows, 4, total * task // tasks)
 
 
 def forward_tasks(spec):
@@ -59,15 +53,14 @@ def forward_tasks(spec):
     linear = spec.linear
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
+        job = carray(jobs, 1)[0]
         lanes, size, n = lanes_of(spec), size_of(spec), job.features
         chunks = max(1, job.somas // CHUNK)  # the last one takes what remains
         for task in range(begin_task, end_task):
             tile = job.workspace + task * job.workspace_stride
             out = tile + size * lanes * n
             loaded = -1
-            begin = job.tiles * chunks * task // job.tasks
-            for unit in range(begin, job.tiles * chunks * (task + 1) // job.tasks):
+            for unit in range(*share(job.tiles * chunks, 1, task, job.tasks)):
                 k = unit // chunks
                 sample = k * lanes
                 samples = min(lanes, job.samples - sample)
@@ -93,11 +86,10 @@ def weigh_tasks(spec):
     """With dx, first: w * c of a share of the blocks, in the order of their slots."""
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
+        job = carray(jobs, 1)[0]
         for task in range(begin_task, end_task):
             products = job.workspace + task * job.workspace_stride
-            begin, end = share(job.blocks, 1, task, job.tasks)
-            for block in range(begin, end):
+            for block in range(*share(job.blocks, 1, task, job.tasks)):
                 weigh_slots(spec, job, block, products)
 
     return entry
@@ -117,10 +109,9 @@ def tile_tasks(spec, need_x):
 
     Workspace per task: a tile of x, of gradients and of y, then the q of a block or of a strip.
     """
-    linear = spec.linear
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
+        job = carray(jobs, 1)[0]
         lanes, size, n, groups = lanes_of(spec), size_of(spec), job.features, job.block_groups
         for task in range(begin_task, end_task):
             part, group = task // groups, task % groups
@@ -146,8 +137,7 @@ def tile_tasks(spec, need_x):
                 sample = k * lanes
                 samples = min(lanes, job.samples - sample)
                 load_tile(spec, job.x + size * sample * n, n, samples, 0, n, x_tile)
-                if not linear:
-                    load_gradients(spec, job, sample, grads, gates, soma_sums)
+                load_gradients(spec, job, sample, grads, gates, soma_sums)
                 if need_x:
                     own = task if groups == 1 else group * job.tiles + k
                     dx = job.dx_tiles + size * lanes * n * own
@@ -168,22 +158,18 @@ def collect_tasks(spec):
     """Last: gradients of a share of the dendrites and of the somas, from the sums of all parts, and
     a share of the columns of dx, from those of all groups.
     """
-    linear = spec.linear
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
+        job = carray(jobs, 1)[0]
         for task in range(begin_task, end_task):
             first, end = row_at(job, task, job.tasks), row_at(job, task + 1, job.tasks)
             while first < end:
                 last = min(end, (first // job.block_rows + 1) * job.block_rows)
                 collect_rows(spec, job, first, last)
                 first = last
-            if not linear:
-                first, last = share(job.somas, 1, task, job.tasks)
-                for s in range(first, last):
-                    stride = job.block_groups * job.somas
-                    value = summed(spec, job.soma_sums, s, job.parts, stride)
-                    store(job.d_soma_bias, s, value)
+            for s in range(*share(job.somas, 1, task, job.tasks)):
+                stride = job.block_groups * job.somas
+                store(job.d_soma_bias, s, summed(spec, job.soma_sums, s, job.parts, stride))
             if job.dx_tiles != 0 and job.block_groups > 1:
                 write_columns(spec, job, *share(job.features, width_of(spec), task, job.tasks))
 
@@ -237,13 +223,12 @@ def compiled(entry: Callable[..., Any], signature: Any) -> Any:
     installation and an unwritable home, a full disk, a damaged file.
     """
     global _uncached
-    options = {"boundscheck": False, "error_model": "numpy"}
     if _uncached is None:
         try:
-            return numba.cfunc(signature, cache=True, **options)(entry)
+            return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
         except Exception as error:
             _uncached = f"{type(error).__name__}: {error}"
-    return numba.cfunc(signature, **options)(entry)
+    return numba.cfunc(signature, **OPTIONS)(entry)
 
 
 @functools.cache

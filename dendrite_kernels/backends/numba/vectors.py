@@ -44,7 +44,7 @@ def isa() -> str:
 
     Raises RuntimeError if the host does not have what the variable asks for.
     """
-    listed = numba.config.CPU_FEATURES
+    listed = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if listed is None:
         features = dict(llvmlite.binding.get_host_cpu_features())
     else:
@@ -111,9 +111,7 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({llvm})")
 
 
-@register_model(Known)
-class _KnownModel(models.OpaqueModel):
-    pass
+register_model(Known)(models.OpaqueModel)
 
 
 @register_model(Vector)
@@ -173,10 +171,10 @@ def operation(emit):
     names = list(inspect.signature(emit).parameters)[1:]
 
     @functools.wraps(emit)  # Numba reads the names of the arguments here, all but the first
-    def define(context, *kinds):
+    def define(context, *given):
         kinds = [
             types.int64 if isinstance(kind, types.Integer) and name != "count" else kind
-            for name, kind in zip(names, kinds, strict=True)
+            for name, kind in zip(names, given, strict=True)
         ]
 
         def run(b, values):
