@@ -41,8 +41,8 @@ _SIZES = [
 _ADDRESSES = [
     "x", "y", "signs", "crow", "columns", "soma_ptr", "weight", "dendrite_bias", "cable",
     "soma_bias", "grad", "dx", "dw", "d_dendrite_bias", "d_cable", "d_soma_bias", "column_ptr",
-    "column", "groups", "slot_ptr", "row", "slot", "synapse", "workspace", "weights", "dx_tiles",
-    "sums", "row_sums", "soma_sums",
+    "column", "groups", "slot_ptr", "row", "slot", "synapse", "workspace", "weights", "x_tiles",
+    "dx_tiles", "sums", "row_sums", "soma_sums",
 ]  # fmt: skip
 
 
@@ -342,9 +342,12 @@ def collect_rows(spec, job, first, last):
     for strip in range(first, last, STRIP):
         stop = min(last, strip + STRIP)
         if sums != 0:
+            dw, narrow_slots = job.dw, job.narrow_slots != 0
             for j in range(load_int32(crow, strip), load_int32(crow, stop)):
-                at = load_slot(job, slot, j) if slot != 0 else j
-                store(job.dw, j, summed(spec, sums, at, parts, slots))
+                at = j
+                if slot != 0:
+                    at = load_uint16(slot, j) if narrow_slots else load_int32(slot, j)
+                store(dw, j, summed(spec, sums, at, parts, slots))
             for r in range(strip, stop):
                 store(job.d_dendrite_bias, r, summed(spec, job.row_sums, r, parts, job.rows))
         if not is_linear(spec):

@@ -151,7 +151,9 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
     if need_x:
         own = parts if groups == 1 else groups * build.tiles
         build.reserve(weights=fields["slots"], dx_tiles=own * lanes * build.features)
-        build.step("weigh", min(threads, fields["blocks"]))
+        if groups > 1:
+            build.reserve(x_tiles=build.tiles * lanes * build.features)
+        build.step("prepare", min(threads, fields["blocks"]))
     build.step("gather" if need_x else "correlate", parts * groups)
     build.step("collect", threads)
     return build.plan()
@@ -159,19 +161,19 @@ def backward_plan(connectivity: Connectivity, call: Call, need_x: bool) -> Plan:
 
 def _cut(build: _Builder, need_x: bool) -> tuple[int, int]:
     """Parts of the batch, and groups of dendrites: with dx of blocks, which then end first."""
-    tiles, threads = build.tiles, build.threads
+    tiles, threads, x_size = build.tiles, build.threads, build.call.batch * build.features
     blocks, slots = build.fields["blocks"], build.fields["slots"]
     most = max(1, min(threads, tiles, _PRIVATE // (max(1, slots) * build.size)))
-    x_size = build.call.batch * build.features
-    if not need_x:  # every group reads all x of its part, every part has own sums of G
-        parts = most if x_size > 4 * slots else 1
+    large_x = x_size > 4 * slots  # adding up sums of dx, of groups, costs more than G, of parts
+    if not need_x:
+        parts = most if large_x else 1
         return parts, threads // parts
 
     def turns(parts: int) -> float:
         groups = min(blocks, threads // parts)
-        sums_of_dx = 1 if groups == 1 else 1.25
-        return -(-tiles // parts) * -(-blocks // groups) * sums_of_dx
+        added = groups if large_x else parts
+        return -(-tiles // parts) * -(-blocks // groups) * (1.25 if added > 1 else 1)
 
-    parts = min(range(most, 0, -1), key=turns)
+    parts = min(range(1, most + 1), key=turns)
     groups = min(blocks, threads // parts)
     return parts, groups if groups * x_size * build.size <= _PRIVATE else 1

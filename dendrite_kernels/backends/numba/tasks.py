@@ -82,15 +82,22 @@ def forward_tasks(spec):
 # --- backward: threads own parts of the batch and, where these are few, groups of dendrites ---
 
 
-def weigh_tasks(spec):
-    """With dx, first: w * c of a share of the blocks, in the order of their slots."""
+def prepare_tasks(spec):
+    """With dx, first: w * c of a share of the blocks, in the order of their slots, and where groups
+    share x, its tiles for a share of the columns.
+    """
 
     def entry(begin_task, end_task, jobs):
         job = carray(jobs, 1)[0]
+        lanes, size, n = lanes_of(spec), size_of(spec), job.features
         for task in range(begin_task, end_task):
             products = job.workspace + task * job.workspace_stride
             for block in range(*share(job.blocks, 1, task, job.tasks)):
                 weigh_slots(spec, job, block, products)
+            begin, end = share(n, width_of(spec), task, job.tasks)
+            for k in range(job.tiles if job.x_tiles != 0 else 0):
+                samples, offset = min(lanes, job.samples - k * lanes), size * k * lanes * n
+                load_tile(spec, job.x + offset, n, samples, begin, end, job.x_tiles + offset)
 
     return entry
 
@@ -115,8 +122,8 @@ def tile_tasks(spec, need_x):
         lanes, size, n, groups = lanes_of(spec), size_of(spec), job.features, job.block_groups
         for task in range(begin_task, end_task):
             part, group = task // groups, task % groups
-            x_tile = job.workspace + task * job.workspace_stride
-            grads = x_tile + size * lanes * n
+            own_x = job.workspace + task * job.workspace_stride
+            grads = own_x + size * lanes * n
             gates = grads + size * lanes * job.somas
             q = gates + size * lanes * job.somas
             sums, row_sums = job.dw, job.d_dendrite_bias
@@ -136,7 +143,10 @@ def tile_tasks(spec, need_x):
             for k in range(*share(job.tiles, 1, part, job.parts)):
                 sample = k * lanes
                 samples = min(lanes, job.samples - sample)
-                load_tile(spec, job.x + size * sample * n, n, samples, 0, n, x_tile)
+                x_tile = job.x_tiles + size * sample * n
+                if job.x_tiles == 0:
+                    x_tile = own_x
+                    load_tile(spec, job.x + size * sample * n, n, samples, 0, n, x_tile)
                 load_gradients(spec, job, sample, grads, gates, soma_sums)
                 if need_x:
                     own = task if groups == 1 else group * job.tiles + k
