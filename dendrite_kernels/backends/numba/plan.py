@@ -27,7 +27,7 @@ _BYTES = {"float32": 4, "float64": 8}
 class Plan(NamedTuple):
     """All of a call but its arrays."""
 
-    job: bytes  # of a `Job`, with every field that does not depend on the arrays
+    job: Job  # every field that does not depend on the arrays; copied for each call
     regions: tuple[tuple[str, int], ...]  # scratch memory: address fields and their offsets
     scratch: int  # bytes
     steps: tuple[tuple[int, int], ...]  # native functions, and how many tasks each has
@@ -105,8 +105,8 @@ class _Builder:
         self.steps.append((native.address(task, spec), tasks))
 
     def plan(self) -> Plan:
-        job, regions = bytes(Job(**self.fields)), tuple(self.regions.items())
-        return Plan(job, regions, self.scratch, tuple(self.steps))
+        regions, steps = tuple(self.regions.items()), tuple(self.steps)
+        return Plan(Job(**self.fields), regions, self.scratch, steps)
 
 
 def forward_plan(connectivity: Connectivity, call: Call) -> Plan:
