@@ -67,7 +67,7 @@ def check_slope(slope: float) -> None:
     """TypeError unless the slope is a number, ValueError unless it is finite and not negative."""
     if type(slope) is not float and (isinstance(slope, bool) or not isinstance(slope, _NUMBERS)):
         raise TypeError(
-            f"Expected negative_slope to be a number, got {type(slope).__name__}: it has no gradient"
+            f"Expected negative_slope to be a number, got {type(slope).__name__}: it is not learned"
         )
     if not 0 <= slope < math.inf:
         raise ValueError(

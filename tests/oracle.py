@@ -46,11 +46,13 @@ def dendritic_layer(
     soma_bias: Maybe,
     c: Connectivity,
     slope: float,
+    soma_slope: float | None = None,
 ) -> torch.Tensor:
-    """x [B, N] -> y [B, S]."""
+    """x [B, N] -> y [B, S]; somas have the slope of dendrites where none is given."""
     a = leaky_relu(sparse_linear(x, synapse_weight, dendrite_bias, c), slope)
     v = segment_sum(a * cable_weight, c.soma_ptr)
-    return leaky_relu(v if soma_bias is None else v + soma_bias, slope)
+    v = v if soma_bias is None else v + soma_bias
+    return leaky_relu(v, slope if soma_slope is None else soma_slope)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -89,17 +89,17 @@ def parts() -> dict[str, Run]:
     w, dendrite_bias, cable, soma_bias = (p for p in dk.DendriticLayer(c).parameters())
     operands = x, w, dendrite_bias, cable, soma_bias
     topology: Any = fast_path.topology_of(c, True)
-    y, signs = topology.forward(*operands, 0.1, True)
+    y, signs = topology.forward(*operands, 0.1, 0.1, True)
     grad = torch.ones_like(y)
     backward, indices = (x, y, signs, w, dendrite_bias, cable), operators.index_tensors(c)
     record = autograd._record
     return {
         "look up the topology": lambda: fast_path.topology_of(c, True),
         "check the operands": lambda: topology.accepts(*operands),
-        "forward": lambda: topology.forward(*operands, 0.1, False),
-        "forward that saves signs": lambda: topology.forward(*operands, 0.1, True),
+        "forward": lambda: topology.forward(*operands, 0.1, 0.1, False),
+        "forward that saves signs": lambda: topology.forward(*operands, 0.1, 0.1, True),
         "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
-        "backward": lambda: operators.backward(grad, *backward, *indices, 0.1, True),
+        "backward": lambda: operators.backward(grad, *backward, *indices, 0.1, 0.1, True),
     }
 
 

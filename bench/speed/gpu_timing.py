@@ -110,7 +110,7 @@ def float64(layer: dk.DendriticLayer, x: Tensor) -> Tensor:
 
 def measure_ours(case: Case, layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str, Any]:
     weight, dendrite_bias, cable, soma_bias = (p.detach() for p in layer.parameters())
-    operands = Operands(weight, dendrite_bias, cable, soma_bias, layer.connectivity, 0.1)
+    operands = Operands(weight, dendrite_bias, cable, soma_bias, layer.connectivity, 0.1, 0.1)
 
     def forward_of(x: Tensor) -> tuple[Tensor, Tensor]:
         return cuda.forward(x, operands, True, False)

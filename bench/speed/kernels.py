@@ -21,6 +21,7 @@ class Kernels:
         operands = Operands(
             p.synapse_weight, p.dendrite_bias, p.cable_weight, p.soma_bias, p.connectivity,
             p.negative_slope,
+            p.negative_slope,
         )  # fmt: skip
         self._forward = backend.forward, (p.x, operands, True, round_x)
         y, signs = self.run("forward")

@@ -266,7 +266,7 @@ void dispatch(py::handle x, const F& f) {
 
 void any_forward(const BoundTopology& bound, py::handle x, py::handle weight,
                  py::handle dendrite_bias, py::handle cable, py::handle soma_bias, double slope,
-                 bool round_x, py::handle y, py::handle signs, int threads) {
+                 double soma_slope, bool round_x, py::handle y, py::handle signs, int threads) {
   dispatch(x, [&](auto zero, const Samples& samples) {
     using T = decltype(zero);
     const auto kernel = [] {

@@ -50,7 +50,7 @@ def taken(operands: list[Any], batch: int = BATCH) -> bool:
 def answer(*operands: Any) -> Tensor | None:
     """Without cable weights and soma biases they are those of a sparse linear layer."""
     x, w, dendrite_bias, cable, soma_bias, c = operands
-    return autograd.fast_layer(x, w, dendrite_bias, cable, soma_bias, c, 0.1)
+    return autograd.fast_layer(x, w, dendrite_bias, cable, soma_bias, c, (0.1, 0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

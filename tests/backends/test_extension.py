@@ -121,6 +121,7 @@ def call(kind: str, **changed: Any) -> None:
         "cable_weight": torch.randn(40),
         "soma_bias": torch.randn(10),
         "slope": 0.1,
+        "soma_slope": 0.1,
         "round_x": False,
         "dx": torch.empty(33, 30),
         "dw": torch.empty(240),
@@ -234,7 +235,7 @@ def test_orders_of_somas_are_not_for_rows() -> None:
         topology = cpp._bind(c)
         topology.set_order(*order)
         with pytest.raises(ValueError, match=r"Expected an order of .*, got one of"):
-            topology.forward(x, w, None, None if somas else bias, None, 0.1, False)
+            topology.forward(x, w, None, None if somas else bias, None, 0.1, 0.1, False)
 
 
 @needs_extension
@@ -242,12 +243,12 @@ def test_what_was_not_accepted_is_refused() -> None:
     """`Topology.forward` is asked only after `accepts`, and checks all the same."""
     topology = cpp._topology(network())
     x, w = torch.randn(33, 30), torch.randn(240)
-    assert topology.forward(x, w, None, None, None, 0.1, False).shape == (33, 40)
+    assert topology.forward(x, w, None, None, None, 0.1, 0.1, False).shape == (33, 40)
     for bad in (x[0], x.bfloat16(), x[:, :29].contiguous(), x.T, None, [0.5]):
         with pytest.raises((TypeError, ValueError), match=r"Expected .*, got"):
-            topology.forward(bad, w, None, None, None, 0.1, False)
+            topology.forward(bad, w, None, None, None, 0.1, 0.1, False)
     with pytest.raises(ValueError, match="synapse_weight: Expected shape"):
-        topology.forward(x, w[1:], None, None, None, 0.1, True)
+        topology.forward(x, w[1:], None, None, None, 0.1, 0.1, True)
 
 
 @needs_extension

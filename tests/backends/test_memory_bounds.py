@@ -83,8 +83,8 @@ def run_numba_guarded() -> None:
 
                 x, w, bd = draw(batch, c.in_features), draw(c.nnz), draw(c.num_dendrites)
                 cable, bs = draw(c.num_dendrites), draw(c.num_somas)
-                layer = Operands(w, bd, cable, bs, c, 0.1)
-                linear = Operands(w, bd, None, None, c, 1.0)
+                layer = Operands(w, bd, cable, bs, c, 0.1, 0.1)
+                linear = Operands(w, bd, None, None, c, 1.0, 1.0)
                 y, signs = kernels.forward(x, layer, True, False)
                 y, signs = (torch.from_numpy(guard(t.numpy(), at_end)) for t in (y, signs))
                 grad, grad_u = draw(batch, c.num_somas), draw(batch, c.num_dendrites)
@@ -152,9 +152,9 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
 
     def run(x: Tensor, y: Tensor, grad: Tensor, dx: Tensor, round_x: bool = False) -> None:
         for net, wanted in ((topology, dx), (ordered, None)):
-            EXTENSION.forward(net, x, w, bd, cable, bs, 0.1, round_x, y, signs, 2)
+            EXTENSION.forward(net, x, w, bd, cable, bs, 0.1, 0.1, round_x, y, signs, 2)
             EXTENSION.backward(
-                net, grad, x, y, signs, w, bd, cable, 0.1, wanted, dw, dbd, dc, dbs, 2
+                net, grad, x, y, signs, w, bd, cable, 0.1, 0.1, wanted, dw, dbd, dc, dbs, 2
             )
 
     if dtype == torch.float32:

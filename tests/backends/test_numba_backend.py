@@ -63,11 +63,11 @@ def draw(c: dk.Connectivity, batch: int = 75, dtype: str = "float32", seed: int 
 
 def operands(c: dk.Connectivity, arrays: Arrays, slope: float = SLOPE) -> Operands:
     names = "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"
-    return Operands(*(arrays[name] for name in names), c, slope)  # type: ignore[arg-type, call-arg]
+    return Operands(*(arrays[name] for name in names), c, slope, slope)  # type: ignore[arg-type, call-arg]
 
 
 def sparse(c: dk.Connectivity, x: Tensor, weight: Tensor) -> Tensor:
-    u: Tensor = kernels.forward(x, Operands(weight, None, None, None, c, 1.0), False, False)[0]
+    u: Tensor = kernels.forward(x, Operands(weight, None, None, None, c, 1.0, 1.0), False, False)[0]
     return u
 
 
@@ -296,7 +296,7 @@ def test_bad_arguments_of_backward() -> None:
         with pytest.raises(error, match=message):
             kernels.backward(*{**good, **change}.values(), operands(c, a), True)
     for slope in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="Expected negative_slope >= 0, got"):
+        with pytest.raises(ValueError, match="Expected slopes >= 0, got"):
             kernels.backward(*good.values(), operands(c, a, slope), True)
 
 

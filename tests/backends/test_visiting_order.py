@@ -181,11 +181,11 @@ def results(c: Connectivity, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     x, weight = draw(batch, c.in_features), draw(c.nnz)
     bias, cable, soma_bias = draw(c.num_dendrites), draw(c.num_dendrites), draw(c.num_somas)
     grad, y_fixed = draw(batch, c.num_somas), draw(batch, c.num_somas)
-    layer = Operands(weight, bias, cable, soma_bias, c, 0.1)
+    layer = Operands(weight, bias, cable, soma_bias, c, 0.1, 0.1)
     y, signs = cpp.forward(x, layer, True, False)
     names = "dw", "dbd", "dc", "dbs"
     gradients = cpp.backward(grad, x, y_fixed, signs, layer, False)[1:]
     bits = torch.arange(32)
     unpacked = (signs[:, None] >> bits[:, None] & 1).flatten(0, 1)[:batch]
-    u, _ = cpp.forward(x, Operands(weight, bias, None, None, c, 1.0), False, False)
+    u, _ = cpp.forward(x, Operands(weight, bias, None, None, c, 1.0, 1.0), False, False)
     return {"y": y, "u": u, "signs": unpacked, **dict(zip(names, gradients, strict=True))}

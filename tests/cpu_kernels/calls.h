@@ -139,11 +139,12 @@ void check_forward(const dk::KernelTable& table, const Network& net, const dk::T
   call.x = in.stored_x.data();
   call.weight = in.weight.data();
   call.dendrite_bias = pointer(in.dendrite_bias);
-  call.slope = T(1);
+  call.slope = call.soma_slope = T(1);
   if (somas) {
     call.cable = in.cable.data();
     call.soma_bias = pointer(in.soma_bias);
     call.slope = in.slope;
+    call.soma_slope = in.soma_slope;
   }
   Memory y = poisoned_memory<T>(in.batch * (somas ? net.somas() : net.rows()), call.storage);
   Array<uint32_t> signs = wrong_signs(net, in.batch, naive.u);
@@ -172,7 +173,7 @@ void check_backward(const dk::KernelTable& table, const Network& net, const dk::
   call.x = in.stored_x.data();
   call.weight = in.weight.data();
   call.dendrite_bias = pointer(in.dendrite_bias);
-  call.slope = T(1);
+  call.slope = call.soma_slope = T(1);
   if (topology.plan_row) call.dx = dx.data();
   call.dweight = dweight.data();
   call.ddendrite_bias = ddendrite_bias.data();
@@ -181,6 +182,7 @@ void check_backward(const dk::KernelTable& table, const Network& net, const dk::
     call.signs = in.signs.data();
     call.cable = in.cable.data();
     call.slope = in.slope;
+    call.soma_slope = in.soma_slope;
     call.dcable = dcable.data();
     call.dsoma_bias = dsoma_bias.data();
   }

@@ -42,6 +42,7 @@ Inputs<T> draw_inputs(const Network& net, int64_t batch, bool exact, bool biases
   in.batch = batch;
   in.exact = exact;
   in.slope = T(exact ? .5 : .1);
+  in.soma_slope = T(exact ? .25 : .3);
   in.precision = precision;
   const auto some = [&](int64_t count) { return draw<T>(random, count, exact); };
   const auto samples = [&](int64_t count, Array<T>& numbers, Memory& stored) {

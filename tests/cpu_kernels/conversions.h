@@ -88,7 +88,7 @@ Memory products(const dk::KernelTable& table, const Network& net, int64_t batch,
   call.x = x.data();
   call.weight = weight.data();
   call.dendrite_bias = bias.data();
-  call.slope = 1;
+  call.slope = call.soma_slope = 1;
   call.y = y.data();
   Workspace workspace;
   table.forward_f32(topology(net, nullptr, false), call, runtime(1, workspace));
@@ -136,7 +136,7 @@ void check_widening(const dk::KernelTable& table, dk::Storage storage) {
   call.grad = grad.data();
   call.x = x.data();
   call.weight = weight.data();
-  call.slope = 1;
+  call.slope = call.soma_slope = 1;
   call.dweight = dweight.data();
   call.ddendrite_bias = ddendrite_bias.data();
   Workspace workspace;

@@ -32,7 +32,7 @@ template <class T>
 struct Inputs {
   int64_t batch;
   bool exact;  // small integers and halves: no order of additions rounds
-  T slope;
+  T slope, soma_slope;
   Precision precision;
   Array<T> x;                                        // as the synapses read it
   Array<T> weight, dendrite_bias, cable, soma_bias;  // biases: empty if there are none
@@ -57,8 +57,7 @@ struct NaiveForward {
   NaiveForward(const Network& net, const Inputs<T>& in)
       : u(in.batch * net.rows(), longest_row(net) + 2),
         y(in.batch * net.somas(), longest_row(net) + net.rows() + 5) {
-    const double slope = in.slope;
-    const auto phi = [&](double value) { return value > 0 ? value : slope * value; };
+    const auto leaky = [](double value, double slope) { return value > 0 ? value : slope * value; };
     for (int64_t b = 0; b < in.batch; ++b)
       for (int64_t r = 0; r < net.rows(); ++r) {
         const int64_t at = b * net.rows() + r;
@@ -71,9 +70,9 @@ struct NaiveForward {
         const int64_t at = b * net.somas() + s;
         if (!in.soma_bias.empty()) y.add(at, in.soma_bias[s]);
         for (int64_t r = net.soma_ptr[s]; r < net.soma_ptr[s + 1]; ++r)
-          y.add(at, in.cable[r] * phi(u.exact[b * net.rows() + r]),
+          y.add(at, in.cable[r] * leaky(u.exact[b * net.rows() + r], in.slope),
                 std::abs(double(in.cable[r])) * u.size[b * net.rows() + r]);
-        y.exact[at] = phi(y.exact[at]);
+        y.exact[at] = leaky(y.exact[at], in.soma_slope);
       }
   }
   Values u, y;  // [B, R], [B, S]
@@ -90,7 +89,8 @@ struct NaiveBackward {
     for (int64_t s = 0; s < net.somas(); ++s)
       for (int64_t b = 0; b < in.batch; ++b) {
         const int64_t at = b * net.somas() + s;
-        const double at_soma = somas ? in.grad_y[at] * (in.y[at] > 0 ? 1. : double(in.slope)) : 0;
+        const double at_soma =
+            somas ? in.grad_y[at] * (in.y[at] > 0 ? 1. : double(in.soma_slope)) : 0;
         dsoma_bias.add(s, at_soma);
         for (int64_t r = net.soma_ptr[s]; r < net.soma_ptr[s + 1]; ++r)
           add_dendrite(net, in, b, r, somas ? in.cable[r] : 1.,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
@@ -70,6 +71,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     bias: bool = True
     slope: float = 0.1
+    soma_slope: float = 0.3
     zeros: bool = False  # u is exactly 0 for many samples
 
 
@@ -133,8 +135,8 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     )
     assert weight is not None
     assert cable is not None
-    layer = Operands(weight, dendrite_bias, cable, soma_bias, c, case.slope)
-    linear = Operands(weight, dendrite_bias, None, None, c, 1.0)
+    layer = Operands(weight, dendrite_bias, cable, soma_bias, c, case.slope, case.soma_slope)
+    linear = Operands(weight, dendrite_bias, None, None, c, 1.0, 1.0)
     y, signs = cuda.forward(x, layer, True, False)
     gradients = cuda.backward(grad, x, y, signs, layer, True)
     u, _ = cuda.forward(x, linear, False, False)
@@ -182,9 +184,10 @@ def expected(case: Case) -> list[torch.Tensor]:
 def plain_torch(case: Case) -> list[torch.Tensor]:
     """The same results from plain PyTorch, in the same dtype."""
 
-    def layer(*tensors: Any) -> torch.Tensor:
-        *tensors, slope = tensors
-        return dk.reference.dendritic_layer(*tensors, negative_slope=slope)
+    def layer(x: Any, weight: Any, bias: Any, cable: Any, soma_bias: Any, c: Any, *_: float) -> Any:
+        u = dk.reference.sparse_linear(x, weight, bias, c)
+        v = dk.reference.cable(F.leaky_relu(u, case.slope), cable, soma_bias, c)
+        return F.leaky_relu(v, case.soma_slope)
 
     return results_of(case, layer, dk.reference.sparse_linear, case.dtype)
 
@@ -199,7 +202,8 @@ def results_of(
     c, x, parameters, grad, grad_u = inputs(case)
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, *parameters)]
     x, weight, dendrite_bias, cable, soma_bias = leaves
-    y = dendritic_layer(x, weight, dendrite_bias, cable, soma_bias, c, case.slope)
+    slopes = case.slope, case.soma_slope
+    y = dendritic_layer(x, weight, dendrite_bias, cable, soma_bias, c, *slopes)
     u = sparse_linear(x, weight, dendrite_bias, c)
     gradients = torch.autograd.grad(
         y, [t for t in leaves if t is not None], grad.to(dtype), allow_unused=True

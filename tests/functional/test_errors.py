@@ -233,15 +233,22 @@ def operator_arguments() -> dict[str, dict[str, Any]]:
     c = good.pop("connectivity")
     indices = {name: getattr(c, name) for name in ("crow_indices", "col_indices", "soma_ptr")}
     x, weight, soma_bias = good["x"], good["synapse_weight"], good.pop("soma_bias")
-    forward = {**good, "soma_bias": soma_bias, **indices, "negative_slope": 0.1, "save_signs": True}
+    forward = {
+        **good,
+        "soma_bias": soma_bias,
+        **indices,
+        "negative_slope": 0.1,
+        "soma_slope": 0.1,
+        "save_signs": True,
+    }
     y, signs = torch.ops.dendrite_kernels.forward(**forward)
-    none = {"cable_weight": None, "negative_slope": 1.0, **indices}
+    none = {"cable_weight": None, "negative_slope": 1.0, "soma_slope": 1.0, **indices}
     sparse = {"x": x, "synapse_weight": weight, "dendrite_bias": good["dendrite_bias"], **none}
     return {
         "forward": forward,
         "backward": {
             **good, "grad": torch.ones(5, S), "y": y, "signs": signs, **indices,
-            "negative_slope": 0.1, "need_x": True,
+            "negative_slope": 0.1, "soma_slope": 0.1, "need_x": True,
         },
         "forward without cable": {**sparse, "soma_bias": None, "save_signs": False},
         "backward without cable": {
@@ -323,7 +330,8 @@ def bad_operator_calls() -> list[tuple[str, Callable[[], object]]]:
         for label, indices in BAD_INDICES.items():
             calls.append((f"{operator}: {label}", partial(call, **indices)))
         for slope in (-1.0, -1e-30, math.nan, math.inf):
-            calls.append((f"{operator}: slope {slope}", partial(call, negative_slope=slope)))
+            for name in ("negative_slope", "soma_slope"):
+                calls.append((f"{operator}: {name} {slope}", partial(call, **{name: slope})))
     for operator, missing in MISSING:
         good = operator_arguments()[operator]
         call = partial(getattr(torch.ops.dendrite_kernels, operator.split()[0]), **good)
@@ -371,7 +379,7 @@ def test_index_tensors_need_not_be_those_of_a_connectivity(backend: str) -> None
 
     def op(x: Tensor, weight: Tensor, bias: None, *indices: Tensor) -> Tensor:
         found: Tensor = torch.ops.dendrite_kernels.forward(
-            x, weight, bias, None, None, *indices, 1.0, False
+            x, weight, bias, None, None, *indices, 1.0, 1.0, False
         )[0]
         return found
 

@@ -78,7 +78,9 @@ def any_case(rng: np.random.Generator) -> tuple[bool, dict[str, Any], Tensor]:
             call[name] = None
     if somas:
         call["negative_slope"] = float(rng.choice([0, 0.25, 0.5, 1, 2]))
-        call["activation"] = str(rng.choice(["leaky_relu", "relu", "identity"], p=[0.8, 0.1, 0.1]))
+        names = ["leaky_relu", "relu", "identity"]
+        call["activation"] = str(rng.choice(names, p=[0.8, 0.1, 0.1]))
+        call["soma_activation"] = str(rng.choice(names)) if rng.random() < 0.5 else None
     outputs = c.num_somas if somas else c.num_dendrites
     grad = laid_out(rng, whole(rng, *lead, outputs, dtype=dtype))
     return somas, {**call, "connectivity": c}, grad

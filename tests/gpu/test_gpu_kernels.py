@@ -187,13 +187,13 @@ def test_offsets_beyond_31_bits() -> None:
     x = torch.randn(batch, inputs, device="cuda", dtype=torch.bfloat16)
     parameters = [torch.randn(n, device="cuda") for n in (c.nnz, 12, 12, 3)]
     weight, dendrite_bias, cable, soma_bias = parameters
-    operands = Operands(weight, dendrite_bias, cable, soma_bias, c, 0.1)
+    operands = Operands(weight, dendrite_bias, cable, soma_bias, c, 0.1, 0.1)
     y, signs = cuda.forward(x, operands, True, False)
     grad = torch.randn_like(y)
     dx = cuda.backward(grad, x, y, signs, operands, True)[0]
     tail = x[-40:].cpu().double().requires_grad_()
     weight, dendrite_bias, cable, soma_bias = (p.cpu().double() for p in parameters)
-    want = oracle.dendritic_layer(tail, weight, dendrite_bias, cable, soma_bias, c, 0.1)
+    want = oracle.dendritic_layer(tail, weight, dendrite_bias, cable, soma_bias, c, 0.1, 0.1)
     (dx_want,) = torch.autograd.grad(want, tail, grad[-40:].cpu().double())
     assert oracle.relative_error(y[-40:].cpu(), want.detach()) < 8e-3
     assert oracle.relative_error(dx[-40:].cpu(), dx_want) < 8e-3

@@ -180,7 +180,7 @@ def test_flops_of_dense_synapses_are_those_of_linear_layers() -> None:
     c, x = dk.connectivity.all_to_all(12, 4, 1), torch.randn(5, 12)
     operands = x, torch.randn(c.nnz), None, None, None, c.crow_indices, c.col_indices, c.soma_ptr
     with FlopCounterMode(display=False) as counter:
-        FORWARD(*operands, 1.0, False)
+        FORWARD(*operands, 1.0, 1.0, False)
         nn.functional.linear(x, torch.randn(4, 12))
     counts = counter.get_flop_counts()["Global"]
     assert counts[FORWARD] == counts[torch.ops.aten.mm]

@@ -98,14 +98,14 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
     indices = operators.index_tensors(c)
     for save_signs in (True, False):
         torch.library.opcheck(
-            FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, save_signs)
+            FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, save_signs)
         )
-    y, signs = FORWARD(x, weight, bias, cable, soma_bias, *indices, 0.1, True)
+    y, signs = FORWARD(x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, True)
     torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
     for need_x in (True, False):
         torch.library.opcheck(
             BACKWARD,
-            (torch.ones_like(y), x, y, signs, weight, bias, cable, *indices, 0.1, need_x),
+            (torch.ones_like(y), x, y, signs, weight, bias, cable, *indices, 0.1, 0.1, need_x),
         )
         grad = torch.randn(5, c.num_dendrites)
         torch.library.opcheck(
@@ -114,7 +114,7 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
     for leaf in (x, weight, bias, cable, soma_bias):
         if leaf is not None:
             leaf.requires_grad_()
-    torch.library.opcheck(FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, True))
+    torch.library.opcheck(FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, True))
     torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
 
 
@@ -123,12 +123,12 @@ def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
     c = NETWORKS["ragged"]()
     x, weight = torch.randn(5, c.in_features), torch.randn(c.nnz)
     copies = [t.clone() for t in operators.index_tensors(c)]
-    u, _ = FORWARD(x, weight, None, None, None, *copies, 1.0, False)
+    u, _ = FORWARD(x, weight, None, None, None, *copies, 1.0, 1.0, False)
     assert torch.equal(u, functional.sparse_linear(x, weight, None, c))
     copies[1][0] = c.in_features
     columns = copies[1].clone()
     with pytest.raises(ValueError, match="Expected columns"):
-        FORWARD(x, weight, None, None, None, copies[0], columns, copies[2], 1.0, False)
+        FORWARD(x, weight, None, None, None, copies[0], columns, copies[2], 1.0, 1.0, False)
 
 
 def test_compiled_forward(backend: str, mode: str) -> None:

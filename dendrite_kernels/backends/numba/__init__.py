@@ -113,11 +113,11 @@ def backward(
 
 def _check_layer(x: torch.Tensor, operands: Operands) -> tuple[int, int]:
     """B and R, if x and the parameters fit each other."""
-    weight, dendrite_bias, cable, soma_bias, connectivity, slope = operands
+    weight, dendrite_bias, cable, soma_bias, connectivity, *slopes = operands
     if x.dtype not in _ELEMENTS:
         raise TypeError(f"Expected x of dtype float32 or float64, got {_name(x.dtype)}")
-    if not slope >= 0:
-        raise ValueError(f"Expected negative_slope >= 0, got {slope}")
+    if not all(slope >= 0 for slope in slopes):
+        raise ValueError(f"Expected slopes >= 0, got {slopes}")
     rows, batch = connectivity.num_dendrites, x.shape[0] if x.dim() else 0
     _check("x", x, x, (batch, connectivity.in_features))
     _check("synapse_weight", weight, x, (connectivity.nnz,))
@@ -208,7 +208,7 @@ def _run(need_x: bool | None, operands: Operands, x: torch.Tensor, **arrays: May
         return
     plan = _plan(need_x, operands, x)
     job = type(plan.job).from_buffer_copy(plan.job)
-    job.slope = operands.negative_slope
+    job.slope, job.soma_slope = operands.negative_slope, operands.soma_slope
     layer = zip(("weight", "dendrite_bias", "cable", "soma_bias"), operands[:4], strict=True)
     for name, array in (("x", x), *layer, *arrays.items()):
         if array is not None:

@@ -52,6 +52,7 @@ class Job(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int64) for name in (*_SIZES, *_ADDRESSES)],
         ("slope", ctypes.c_double),
+        ("soma_slope", ctypes.c_double),
     ]
 
 
@@ -156,6 +157,7 @@ def forward_somas(spec, job, tile, sample, first, last, out):
     crow, columns, weights, soma_ptr = job.crow, job.columns, job.weight, job.soma_ptr
     bias, cable, soma_bias, signs = job.dendrite_bias, job.cable, job.soma_bias, job.signs
     slope = splat(spec, element(spec, job.slope))
+    soma_slope = splat(spec, element(spec, job.soma_slope))
     words = sign_words(job, sample)
     for s in range(first, last):
         v = splat(spec, load_or_zero(spec, soma_bias, s))
@@ -164,7 +166,7 @@ def forward_somas(spec, job, tile, sample, first, last, out):
             if signs != 0:
                 store_signs(words, r, u)
             v = multiply_add(splat(spec, load(spec, cable, r)), leaky(u, u, slope), v)
-        store(out, (s - first) * lanes_of(spec), leaky(v, v, slope))
+        store(out, (s - first) * lanes_of(spec), leaky(v, v, soma_slope))
 
 
 @inline
@@ -184,7 +186,7 @@ def load_gradients(spec, job, sample, tile, gates, sums):
 
     gates: scratch for a tile of y.
     """
-    lanes, somas, slope = lanes_of(spec), job.somas, splat(spec, element(spec, job.slope))
+    lanes, somas, slope = lanes_of(spec), job.somas, splat(spec, element(spec, job.soma_slope))
     offset, samples = size_of(spec) * sample * somas, min(lanes, job.samples - sample)
     load_tile(spec, job.grad + offset, somas, samples, 0, somas, tile)
     load_tile(spec, job.y + offset, somas, samples, 0, somas, gates)
