@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.environment import describe, write_json
-from bench.memory import in_fresh_process
 from bench.paper import datasets
 from bench.paper.training import Network, Outcome, Schedule, train_network
+from dendrite_kernels.benchmark.memory import in_fresh_process
 
 EPOCHS = 15
 

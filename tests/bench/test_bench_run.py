@@ -12,16 +12,17 @@ from torch import Tensor
 
 import dendrite_kernels as dk
 from bench.questions import crossover
-from bench.speed import cases, peers, roofline, run
-from bench.speed.cases import Case
+from bench.speed import cases, roofline, run
 from bench.speed.kernels import KERNELS, Kernels
-from bench.speed.peers import OFFICIAL, OURS, PEERS
-from bench.speed.problem import PARAMETERS, TOLERANCE, Problem, largest_error, oracle
-from bench.speed.timing import Task, interleave
+from dendrite_kernels.benchmark import case, peer, peers
+from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
+from dendrite_kernels.benchmark.problem import PARAMETERS, TOLERANCE, Problem, largest_error, oracle
+from dendrite_kernels.benchmark.timing import Task, interleave
 
 TINY = Case("T", 9, 6, 5, 2, 7, 3, 4)
 COMPILED = ("embedding_bag, compiled", "gather, compiled")
-KINDS = list(cases.KINDS)
+KINDS = list(case.KINDS)
 
 
 @pytest.fixture(params=KINDS)
@@ -77,7 +78,7 @@ def test_kernels_agree_with_the_oracle(backend: str, problem: Problem) -> None:
 
 def test_oracle_in_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = oracle(problem, gradients=True)
-    monkeypatch.setattr("bench.speed.problem._CHUNK_BYTES", 1)
+    monkeypatch.setattr("dendrite_kernels.benchmark.problem._CHUNK_SYNAPSES", 1)
     parts = oracle(problem, gradients=True)
     assert set(whole) == {"x", "y", *PARAMETERS}
     assert largest_error(parts, whole) < 1e-14
@@ -129,7 +130,7 @@ def test_run_writes_what_a_figure_must_be_published_with(
         assert configuration["refused"] == {}
         assert set(configuration["ms"]) == set(names)
         assert 0 <= configuration["relative_errors"][OURS] <= TOLERANCE
-        for mode in peers.MODES:
+        for mode in peer.MODES:
             p20, p50, p80, samples = configuration["ms"][OURS][mode]
             assert 0 < p20 <= p50 <= p80
             assert samples >= 1
@@ -148,7 +149,7 @@ def test_run_writes_what_a_figure_must_be_published_with(
     ("wrong", "reason"), [(_Wrong, "relative error"), (_Failing, "RuntimeError: no such")]
 )
 def test_run_refuses_a_wrong_peer(
-    wrong: type[peers.Peer],
+    wrong: type[peer.Peer],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -203,7 +204,7 @@ def test_crossover_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert crossover.main([*sizes, *rest]) == 0
     (sweep,) = json.loads(path.read_text())["sweeps"]
     assert [point["synapses"] for point in sweep["points"]] == [4, 20]
-    assert set(sweep["crossovers"][OFFICIAL]) == set(peers.MODES)
+    assert set(sweep["crossovers"][OFFICIAL]) == set(peer.MODES)
     assert "density" in capsys.readouterr().out
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import dendrite_kernels as dk
-from bench.masked_dense import MaskedDendriticLayer
-from bench.memory import PeakMemory
-from bench.speed.cases import CASES
-from bench.speed.problem import Problem
-from bench.training_step import TrainingStep
+
+from .case import Case
+from .masked_dense import MaskedDendriticLayer
+from .memory import PeakMemory
+from .problem import Problem
+from .training_step import TrainingStep
 
 STEPS = 3  # the optimizer's state appears in the first
 _RATE = 0.0  # the same work, and the weights stay what was verified
@@ -20,29 +21,36 @@ _RATE = 0.0  # the same work, and the weights stay what was verified
 
 def step_of(module: nn.Module, problem: Problem) -> Callable[[], object]:
     """A step of `module` on the problem's samples, its outputs taken as classes."""
-    labels = torch.arange(len(problem.x)) % problem.connectivity.num_somas
+    labels = torch.arange(len(problem.x), device=problem.x.device) % problem.connectivity.num_somas
     step = TrainingStep(module, _RATE)
     return lambda: step(problem.x, labels)
 
 
-def memory_growth(case: str, kind: str, official: bool, threads: int) -> float | None:
+def memory_growth(
+    case: Case,
+    kind: str,
+    official: bool,
+    threads: int,
+    dtype: torch.dtype = torch.float32,
+    input_gradient: bool = False,
+) -> float | None:
     """MiB that making and training the case's layer adds to a process that is ready to train.
 
     Connectivity, parameters, gradients, optimizer state and activations; not the input, nor what
     only making the layer needs. To be called in a fresh process (`memory.in_fresh_process`).
     """
     torch.set_num_threads(threads)
-    chosen = CASES[case]
-    x = torch.rand(chosen.batch, chosen.in_features)
-    labels = torch.arange(chosen.batch) % chosen.somas
+    x = torch.rand(case.batch, case.in_features, dtype=dtype, requires_grad=input_gradient)
+    labels = torch.arange(case.batch) % case.somas
     _make_ready()
     memory = PeakMemory()
-    layer = dk.DendriticLayer(chosen.connectivity(kind))
+    layer = dk.DendriticLayer(case.connectivity(kind), dtype=dtype)
     module = MaskedDendriticLayer.from_layer(layer, torch.int64) if official else layer
     del layer
     memory.forget_peak()
     step = TrainingStep(module, _RATE)
     for _ in range(STEPS):
+        x.grad = None
         step(x, labels)
     return memory.growth()
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 ROUNDS = 10
 MIN_SAMPLES = 3
@@ -33,6 +34,18 @@ class Task:
         p20, p50, p80 = np.percentile(self.samples, [20, 50, 80])
         ms = {"p20": 1e3 * float(p20), "p50": 1e3 * float(p50), "p80": 1e3 * float(p80)}
         return {**ms, "samples": len(self.samples)}
+
+
+def waiting_for(device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, until the device has done what it was given."""
+    if device.type == "cpu":
+        return run
+
+    def run_to_the_end() -> None:
+        run()
+        torch.accelerator.synchronize(device)
+
+    return run_to_the_end
 
 
 def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import dendrite_kernels as dk
 
-TOLERANCE = 1e-5  # relative L2, of float32 results
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative L2
+TOLERANCE = TOLERANCES[torch.float32]
 PARAMETERS = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 _STEPS = 256  # x and the weights are multiples of 1 / 256
-_CHUNK_BYTES = 1 << 26  # of one dense float64 matrix of the oracle
+_CHUNK_SYNAPSES = 1 << 11  # of the oracle's dense matrices, but at least one soma
 _NEAR_ZERO = 1e-4  # of a soma's output, relative to their root mean square
 
 
@@ -38,7 +39,9 @@ class DenseForm(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """float32: x [B, N], the gradient of y [B, S], and the parameters (names as the layer's)."""
+    """x [B, N], the gradient of y [B, S], and the parameters (names as the layer's), in one dtype
+    on one device.
+    """
 
     connectivity: dk.Connectivity
     x: Tensor
@@ -50,28 +53,40 @@ class Problem:
     negative_slope: float = 0.1
 
     @classmethod
-    def draw(cls, connectivity: dk.Connectivity, batch: int, seed: int = 0) -> Problem:
+    def draw(
+        cls,
+        connectivity: dk.Connectivity,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Problem:
         c = connectivity
         generator = torch.Generator().manual_seed(seed)
 
         def integers(low: int, high: int, *shape: int) -> Tensor:
-            return torch.randint(low, high, shape, generator=generator).float()
+            return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=dtype)
 
         largest = max(1, round(_STEPS * math.sqrt(6 * c.num_dendrites / max(1, c.nnz))))
         problem = cls(
             connectivity=c,
             x=integers(0, _STEPS, batch, c.in_features) / _STEPS,
-            grad=torch.randn(batch, c.num_somas, generator=generator),
+            grad=normal(batch, c.num_somas),
             synapse_weight=integers(-largest, largest + 1, c.nnz) / _STEPS,
             # half a step of x * weight beside their grid
             dendrite_bias=(2 * integers(-_STEPS, _STEPS, c.num_dendrites) + 1) / (2 * _STEPS**2),
-            cable_weight=torch.randn(c.num_dendrites, generator=generator)
-            / math.sqrt(c.num_dendrites / c.num_somas),
-            soma_bias=torch.randn(c.num_somas, generator=generator) / 10,
+            cable_weight=normal(c.num_dendrites) / math.sqrt(c.num_dendrites / c.num_somas),
+            soma_bias=normal(c.num_somas) / 10,
         )
         y = oracle(problem)["y"].abs()
         certain = y > _NEAR_ZERO * problem.negative_slope * y.square().mean().sqrt()
-        return replace(problem, grad=problem.grad * certain)
+        return replace(problem, grad=problem.grad.mul_(certain))
+
+    def to(self, device: str) -> Problem:
+        parameters: dict[str, Any] = {name: p.to(device) for name, p in self.parameters.items()}
+        return replace(self, x=self.x.to(device), grad=self.grad.to(device), **parameters)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -79,7 +94,12 @@ class Problem:
 
     def layer(self) -> dk.DendriticLayer:
         """A new layer with this problem's parameters."""
-        layer = dk.DendriticLayer(self.connectivity, negative_slope=self.negative_slope)
+        layer = dk.DendriticLayer(
+            self.connectivity,
+            negative_slope=self.negative_slope,
+            device=self.x.device,
+            dtype=self.x.dtype,
+        )
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(self.parameters[name])
@@ -92,28 +112,37 @@ class Problem:
 
     @cached_property
     def soma_of_dendrite(self) -> Tensor:
-        return torch.repeat_interleave(self.connectivity.soma_ptr.long().diff())  # [R]
+        return torch.repeat_interleave(self.connectivity.soma_ptr.to(self.x.device).diff())  # [R]
 
     @cached_property
     def row_of_synapse(self) -> Tensor:
-        return torch.repeat_interleave(self.connectivity.crow_indices.long().diff())  # [nnz]
+        return torch.repeat_interleave(self.crow.diff())  # [nnz]
+
+    @cached_property
+    def crow(self) -> Tensor:
+        return self.connectivity.crow_indices.to(self.x.device).long()  # [R + 1]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self.connectivity.col_indices.to(self.x.device).long()  # [nnz]
 
 
 class _Chunk(NamedTuple):
-    """Consecutive somas with what belongs to them."""
+    """Consecutive somas with what belongs to them, and the inputs that they see."""
 
     somas: slice
+    inputs: Tensor  # [n]: of the connectivity's n inputs
     connectivity: dk.Connectivity
     parameters: dict[str, Tensor]  # float64
 
 
 def oracle(problem: Problem, gradients: bool = False) -> dict[str, Tensor]:
     """float64 y and, on demand, the gradients of x and the parameters, by `dk.reference`."""
-    x, slope = problem.x.double(), problem.negative_slope
+    features, slope = problem.x.t().double().contiguous(), problem.negative_slope  # [N, B]
     found: dict[str, list[Tensor]] = {name: [] for name in ("y", *PARAMETERS)}
-    dx = torch.zeros_like(x)
+    gradient = torch.zeros_like(features)
     for chunk in _chunks(problem):
-        inputs: dict[str, Any] = {"x": x, **chunk.parameters}
+        inputs: dict[str, Any] = {"x": features[chunk.inputs].t(), **chunk.parameters}
         for tensor in inputs.values():
             tensor.requires_grad_(gradients)
         y = dk.reference.dendritic_layer(
@@ -124,24 +153,26 @@ def oracle(problem: Problem, gradients: bool = False) -> dict[str, Tensor]:
             grad = problem.grad[:, chunk.somas].double()
             values = torch.autograd.grad(y, list(inputs.values()), grad)
             parts = dict(zip(inputs, values, strict=True))
-            dx += parts.pop("x")
+            gradient[chunk.inputs] += parts.pop("x").t()
             for name, part in parts.items():
                 found[name].append(part)
     joined = {name: torch.cat(parts, -1) for name, parts in found.items() if parts}
-    return {**joined, "x": dx} if gradients else joined
+    return {**joined, "x": gradient.t()} if gradients else joined
 
 
 def _chunks(problem: Problem) -> Iterator[_Chunk]:
     c = problem.connectivity
     crow, soma_ptr = c.crow_indices.long(), c.soma_ptr.long()
-    largest = int(soma_ptr.diff().max())
-    step = max(1, _CHUNK_BYTES // (8 * c.in_features * max(1, largest)))
+    step = max(1, _CHUNK_SYNAPSES * c.num_somas // max(1, c.nnz))
     for s0 in range(0, c.num_somas, step):
         s1 = min(c.num_somas, s0 + step)
         r0, r1 = int(soma_ptr[s0]), int(soma_ptr[s1])
         k0, k1 = int(crow[r0]), int(crow[r1])
+        inputs, columns = c.col_indices[k0:k1].unique(return_inverse=True)
+        if len(inputs) == 0:
+            inputs = torch.zeros(1, dtype=inputs.dtype)  # a network has inputs
         connectivity = dk.Connectivity.from_csr(
-            crow[r0 : r1 + 1] - k0, c.col_indices[k0:k1], c.in_features, soma_ptr[s0 : s1 + 1] - r0
+            crow[r0 : r1 + 1] - k0, columns, len(inputs), soma_ptr[s0 : s1 + 1] - r0
         )
         owned = {
             "synapse_weight": slice(k0, k1),
@@ -150,7 +181,7 @@ def _chunks(problem: Problem) -> Iterator[_Chunk]:
             "soma_bias": slice(s0, s1),
         }
         parameters = {name: problem.parameters[name][part].double() for name, part in owned.items()}
-        yield _Chunk(slice(s0, s1), connectivity, parameters)
+        yield _Chunk(slice(s0, s1), inputs.long(), connectivity, parameters)
 
 
 def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
