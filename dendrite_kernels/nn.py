@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import functional, operators
+from .activations import ActivationName
 from .structure import Connectivity
 
 Init = Literal["fan_in", "paper"]
@@ -127,10 +128,10 @@ class DendriticLayer(_Sparse):
         connectivity: Connectivity,
         *,
         bias: bool = True,
-        activation: str = "leaky_relu",
+        activation: ActivationName = "leaky_relu",
         negative_slope: float = 0.1,
         init: Init = "fan_in",
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -213,7 +214,7 @@ class SparseLinear(_Sparse):
         bias: bool = True,
         init: Init = "fan_in",
         negative_slope: float = 0.1,
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

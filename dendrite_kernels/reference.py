@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .activations import function_of
+from .activations import ActivationName, function_of
 from .structure import Connectivity
 
 
@@ -49,7 +49,7 @@ def dendritic_layer(
     soma_bias: torch.Tensor | None,
     connectivity: Connectivity,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
 ) -> torch.Tensor:
     """y = phi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""

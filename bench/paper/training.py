@@ -33,7 +33,7 @@ WARM_UP_STEPS = 10  # not timed: allocator, thread pool and lazy imports
 class Network:
     """What `dk.models.build` needs besides the data set; `twin`: its masked-dense twin."""
 
-    kind: str
+    kind: dk.models.Kind
     somas: int
     dendrites: int
     synapses: int

@@ -34,7 +34,6 @@ from dendrite_kernels.benchmark import whole_step
 from dendrite_kernels.benchmark.case import KINDS, Case
 from dendrite_kernels.benchmark.comparison import Comparison
 from dendrite_kernels.benchmark.dense import MaskedDense
-from dendrite_kernels.benchmark.memory import in_fresh_process
 from dendrite_kernels.benchmark.peer import Peer
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
 from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, oracle
@@ -174,7 +173,7 @@ def _memory(case: Case, kind: str, threads: int, problem: Problem) -> dict[str, 
     if PEERS[OFFICIAL].bytes_needed(problem) >= MODEST_BYTES:
         del ways[OFFICIAL]
     return {
-        name: in_fresh_process(whole_step.memory_growth, case, kind, official, threads)
+        name: whole_step.memory_growth(whole_step.Training(case, kind, threads, official))
         for name, official in ways.items()
     }
 

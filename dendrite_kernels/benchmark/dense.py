@@ -42,11 +42,10 @@ class MaskedDense(Peer):
         weight, cable = gradient_of(dendrite.weight), gradient_of(soma.weight)
         if weight.count_nonzero() > p.connectivity.nnz or cable.count_nonzero() > len(cable[0]):
             raise ArithmeticError("gradients outside the masks")
+        dendrites = torch.arange(len(weight), device=weight.device)
         return {
             "synapse_weight": weight[p.row_of_synapse, p.columns],
-            "cable_weight": cable[
-                p.soma_of_dendrite, torch.arange(len(weight), device=cable.device)
-            ],
+            "cable_weight": cable[p.soma_of_dendrite, dendrites],
             "dendrite_bias": dendrite.bias.grad,
             "soma_bias": soma.bias.grad,
         }

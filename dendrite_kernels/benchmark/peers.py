@@ -72,6 +72,9 @@ PEERS: dict[str, type[Peer]] = {
     "scipy CSR": ScipyCsr,
 }
 PACKAGE = tuple(name for name, peer in PEERS.items() if issubclass(peer, _Package))
+DENSE = tuple(
+    name for name, peer in PEERS.items() if issubclass(peer, (MaskedDense, BlockSumCable))
+)
 
 
 def reason_to_skip(name: str, problem: Problem) -> str | None:
