@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from ._validate import check_size
-from .backends import select
+from .backends import _order, select
 from .functional import check_dtype
 from .structure import Connectivity
 
@@ -24,11 +25,11 @@ _BACKENDS = get_args(EstimatedBackend)
 _STATES = {"adam": 2, "adamw": 2, "sgd": 0}  # numbers that it keeps for each parameter
 _MIB = 1 << 20
 _OWN_BYTES = _MIB // 2  # of x, up to which each thread has its own copy (csrc/cpu/samples.h)
-_TILE = 64  # samples that kernels go through together
+_TILE = 128  # samples that kernels go through together
 _BLOCK = 128  # dendrites that they do so for
 _MAPPED = 32 * _MIB  # larger arrays go back to the system at once (glibc's mmap threshold)
-_KEPT = 0.75  # of smaller ones that a step frees, what the next does not use: measured
-_OBJECTS = _MIB // 2  # of Python and autograd, and of each thread
+_KEPT = 0.6  # of smaller ones that a step frees, what the next does not use: measured
+_OBJECTS = _MIB  # of Python and autograd; code that runs for the first time
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MemoryEstimate:
     gradients: int  # as many
     optimizer: int  # Adam: two moments, as many each
     index: int  # of the Connectivity: int32 columns and pointers
-    plan: int  # what a backend derives: narrow columns; the transpose, for the gradient of x
+    plan: int  # what backends derive: narrow columns, an order; for the gradient of x the transpose
     activations: int  # sign bits, outputs, a loss and its gradients; the gradient of x
     workspace: int  # what kernels keep between calls: transposed samples, sums
     allocator: int  # freed by one step and not reused by the next
@@ -66,7 +67,8 @@ class _Layer:
     synapses: int
     threads: int
     item: int  # bytes of a number
-    whole_rows: bool  # every dendrite's synapses fill vectors
+    sums_apart: bool  # those of a large batch do not grow where the gradient will be
+    order: int  # bytes of the order in which dendrites are visited
 
 
 def estimate_memory(
@@ -108,10 +110,18 @@ def estimate_memory(
     dtype = dtype or torch.get_default_dtype()
     check_dtype("parameters", dtype)
     c = connectivity
+    order = _order.by_centre(c) if backend == "cpp" else None
     layer = _Layer(
-        check_size("batch", batch), c.in_features, c.num_dendrites, c.num_somas, c.nnz,
-        torch.get_num_threads(), dtype.itemsize, (c.fan_in or 1) % 16 == 0,
-    )  # fmt: skip
+        batch=check_size("batch", batch),
+        inputs=c.in_features,
+        rows=c.num_dendrites,
+        somas=c.num_somas,
+        synapses=c.nnz,
+        threads=torch.get_num_threads(),
+        item=dtype.itemsize,
+        sums_apart=c.fan_in is None or c.fan_in % 16 != 0 or order is not None,
+        order=_bytes_of(order),
+    )
     weights = [layer.synapses * layer.item] + [layer.rows * layer.item] * 2
     parameters = sum(weights) + layer.somas * layer.item
     if c.is_dense or backend == "reference":
@@ -132,7 +142,7 @@ def estimate_memory(
         plan=plan,
         activations=sum(activations) + sum(outputs),
         workspace=workspace,
-        allocator=_allocator([*weights, *activations, *outputs], layer.threads),
+        allocator=_allocator([*weights, *activations, *outputs]),
         dense=_dense(layer, _STATES[optimizer]),
     )
 
@@ -141,6 +151,10 @@ def _best_backend() -> EstimatedBackend:
     chosen: Any = select(torch.device("cpu"))
     name: EstimatedBackend = chosen.__name__.rpartition(".")[2]
     return name
+
+
+def _bytes_of(order: _order.Order | None) -> int:
+    return sum(part.nbytes for part in order or () if isinstance(part, np.ndarray))
 
 
 def _sign_bits(layer: _Layer) -> list[int]:
@@ -152,7 +166,7 @@ def _plan(layer: _Layer, input_gradient: bool) -> int:
     columns = 2 * layer.synapses if layer.inputs <= 1 << 16 else 0
     per_block = layer.synapses / layer.rows * min(1024, layer.rows)
     slot = 2 if per_block < 1 << 16 else 4  # positions in a block
-    return columns + input_gradient * int(layer.synapses * (2.1 * slot + 2.4))
+    return layer.order + columns + input_gradient * int(layer.synapses * (2.1 * slot + 2.4))
 
 
 def _workspace(layer: _Layer, backend: str, input_gradient: bool) -> int:
@@ -169,7 +183,7 @@ def _workspace(layer: _Layer, backend: str, input_gradient: bool) -> int:
     numbers = own * x + y + layer.rows + layer.threads * _BLOCK * _TILE
     if input_gradient:
         numbers += layer.threads * x + 2 * slots
-    elif backend == "cpp" and not layer.whole_rows and x * layer.item > _MIB:
+    elif backend == "cpp" and layer.sums_apart and x * layer.item > _MIB:
         numbers += slots + 8 * layer.rows
     return layer.item * numbers
 
@@ -185,9 +199,9 @@ def _as_matrices(layer: _Layer, copies: int) -> tuple[int, list[int], int]:
     return 0, [layer.batch * layer.rows * layer.item] * 4, copies * entries * layer.item
 
 
-def _allocator(freed: Iterable[int], threads: int) -> int:
+def _allocator(freed: Iterable[int]) -> int:
     small = sum(bytes_ for bytes_ in freed if bytes_ < _MAPPED)
-    return (1 + threads) * _OBJECTS + int(_KEPT * small)
+    return _OBJECTS + int(_KEPT * small)
 
 
 def _dense(layer: _Layer, states: int) -> int:
@@ -198,4 +212,4 @@ def _dense(layer: _Layer, states: int) -> int:
     # Activations are gone when a mask is converted to be multiplied with.
     peak = max(sum(activations), matrices[0] * layer.item)
     freed = [*activations, *(entries * layer.item for entries in matrices)]
-    return kept + peak + _allocator(freed, layer.threads)
+    return kept + peak + _allocator(freed)
