@@ -23,9 +23,10 @@ from bench.environment import describe, write_json
 from bench.speed.run import RESULTS
 from dendrite_kernels.benchmark.case import Case
 from dendrite_kernels.benchmark.comparison import Comparison
+from dendrite_kernels.benchmark.oracle import oracle
 from dendrite_kernels.benchmark.peer import MODES
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS
-from dendrite_kernels.benchmark.problem import Problem, oracle
+from dendrite_kernels.benchmark.problem import Problem
 from dendrite_kernels.benchmark.timing import interleave
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)

@@ -34,9 +34,10 @@ from dendrite_kernels.benchmark import whole_step
 from dendrite_kernels.benchmark.case import KINDS, Case
 from dendrite_kernels.benchmark.comparison import Comparison
 from dendrite_kernels.benchmark.dense import MaskedDense
+from dendrite_kernels.benchmark.oracle import oracle
 from dendrite_kernels.benchmark.peer import Peer
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
-from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, oracle
+from dendrite_kernels.benchmark.problem import TOLERANCE, Problem
 from dendrite_kernels.benchmark.tables import ratios
 from dendrite_kernels.benchmark.timing import Task, interleave
 

@@ -16,8 +16,9 @@ from .case import KINDS, Case
 from .comparison import Comparison
 from .environment import describe
 from .memory import in_fresh_process
+from .oracle import oracle
 from .peers import OFFICIAL, PACKAGE, PEERS, available_bytes
-from .problem import TOLERANCES, Problem, oracle
+from .problem import TOLERANCES, Problem
 from .report import dense_from, print_report, winners
 from .timing import interleave
 from .whole_step import Training

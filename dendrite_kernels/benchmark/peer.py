@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .problem import PARAMETERS, Problem
+from .oracle import PARAMETERS
+from .problem import Problem
 
 MODES = ("forward", "training", "training with dx")
 

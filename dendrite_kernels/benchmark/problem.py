@@ -1,4 +1,4 @@
-"""One layer with its input, and the float64 oracle's answer to it, soma by soma in chunks.
+"""One layer with its input, and how far from right an answer to it is.
 
 x, the synapses' weights and the dendrites' biases are drawn from grids on which every dendrite's
 sum is exact in float32 and never 0, and no gradient meets a soma whose sum is nearly 0. Otherwise
@@ -9,7 +9,7 @@ than any useful tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import dendrite_kernels as dk
 
+from .oracle import PARAMETERS, oracle
+
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative L2
 TOLERANCE = TOLERANCES[torch.float32]
-PARAMETERS = ("synapse_weight", "dendrite_bias", "cable_weight", "soma_bias")
 _STEPS = 256  # x and the weights are multiples of 1 / 256
-_CHUNK_SYNAPSES = 1 << 11  # of the oracle's dense matrices, but at least one soma
 _NEAR_ZERO = 1e-4  # of a soma's output, relative to their root mean square
 
 
@@ -125,63 +125,6 @@ class Problem:
     @cached_property
     def columns(self) -> Tensor:
         return self.connectivity.col_indices.to(self.x.device).long()  # [nnz]
-
-
-class _Chunk(NamedTuple):
-    """Consecutive somas with what belongs to them, and the inputs that they see."""
-
-    somas: slice
-    inputs: Tensor  # [n]: of the connectivity's n inputs
-    connectivity: dk.Connectivity
-    parameters: dict[str, Tensor]  # float64
-
-
-def oracle(problem: Problem, gradients: bool = False) -> dict[str, Tensor]:
-    """float64 y and, on demand, the gradients of x and the parameters, by `dk.reference`."""
-    features, slope = problem.x.t().double().contiguous(), problem.negative_slope  # [N, B]
-    found: dict[str, list[Tensor]] = {name: [] for name in ("y", *PARAMETERS)}
-    gradient = torch.zeros_like(features)
-    for chunk in _chunks(problem):
-        inputs: dict[str, Any] = {"x": features[chunk.inputs].t(), **chunk.parameters}
-        for tensor in inputs.values():
-            tensor.requires_grad_(gradients)
-        y = dk.reference.dendritic_layer(
-            connectivity=chunk.connectivity, negative_slope=slope, **inputs
-        )
-        found["y"].append(y.detach())
-        if gradients:
-            grad = problem.grad[:, chunk.somas].double()
-            values = torch.autograd.grad(y, list(inputs.values()), grad)
-            parts = dict(zip(inputs, values, strict=True))
-            gradient[chunk.inputs] += parts.pop("x").t()
-            for name, part in parts.items():
-                found[name].append(part)
-    joined = {name: torch.cat(parts, -1) for name, parts in found.items() if parts}
-    return {**joined, "x": gradient.t()} if gradients else joined
-
-
-def _chunks(problem: Problem) -> Iterator[_Chunk]:
-    c = problem.connectivity
-    crow, soma_ptr = c.crow_indices.long(), c.soma_ptr.long()
-    step = max(1, _CHUNK_SYNAPSES * c.num_somas // max(1, c.nnz))
-    for s0 in range(0, c.num_somas, step):
-        s1 = min(c.num_somas, s0 + step)
-        r0, r1 = int(soma_ptr[s0]), int(soma_ptr[s1])
-        k0, k1 = int(crow[r0]), int(crow[r1])
-        inputs, columns = c.col_indices[k0:k1].unique(return_inverse=True)
-        if len(inputs) == 0:
-            inputs = torch.zeros(1, dtype=inputs.dtype)  # a network has inputs
-        connectivity = dk.Connectivity.from_csr(
-            crow[r0 : r1 + 1] - k0, columns, len(inputs), soma_ptr[s0 : s1 + 1] - r0
-        )
-        owned = {
-            "synapse_weight": slice(k0, k1),
-            "dendrite_bias": slice(r0, r1),
-            "cable_weight": slice(r0, r1),
-            "soma_bias": slice(s0, s1),
-        }
-        parameters = {name: problem.parameters[name][part].double() for name, part in owned.items()}
-        yield _Chunk(slice(s0, s1), inputs.long(), connectivity, parameters)
 
 
 def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

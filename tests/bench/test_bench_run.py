@@ -16,8 +16,9 @@ from bench.speed import cases, roofline, run
 from bench.speed.kernels import KERNELS, Kernels
 from dendrite_kernels.benchmark import case, peer, peers
 from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.oracle import PARAMETERS, oracle
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
-from dendrite_kernels.benchmark.problem import PARAMETERS, TOLERANCE, Problem, largest_error, oracle
+from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, largest_error
 from dendrite_kernels.benchmark.timing import Task, interleave
 
 TINY = Case("T", 9, 6, 5, 2, 7, 3, 4)
@@ -76,12 +77,22 @@ def test_kernels_agree_with_the_oracle(backend: str, problem: Problem) -> None:
         assert largest_error(kernels.results(kernel), expected) <= TOLERANCE
 
 
-def test_oracle_in_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = oracle(problem, gradients=True)
-    monkeypatch.setattr("dendrite_kernels.benchmark.problem._CHUNK_SYNAPSES", 1)
-    parts = oracle(problem, gradients=True)
-    assert set(whole) == {"x", "y", *PARAMETERS}
-    assert largest_error(parts, whole) < 1e-14
+def test_oracle_is_the_reference(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soma by soma, a few synapses at a time."""
+    monkeypatch.setattr("dendrite_kernels.benchmark.oracle._CHUNK", 1)
+    monkeypatch.setattr("dendrite_kernels.benchmark.oracle._SYNAPSES", 5)
+    found, p = oracle(problem, gradients=True), problem
+    inputs: dict[str, Any] = {
+        name: t.double().requires_grad_() for name, t in {"x": p.x, **p.parameters}.items()
+    }
+    y = dk.reference.dendritic_layer(
+        connectivity=p.connectivity, negative_slope=p.negative_slope, **inputs
+    )
+    gradients = torch.autograd.grad(y, list(inputs.values()), p.grad.double())
+    expected = {"y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
+    assert set(found) == set(expected)
+    assert largest_error(found, expected) < 1e-14
+    assert largest_error(oracle(problem), expected) < 1e-14
 
 
 def test_dendrites_of_a_problem_are_exact_and_never_at_the_kink(problem: Problem) -> None:
