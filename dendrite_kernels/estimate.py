@@ -17,6 +17,7 @@ from ._validate import check_size
 from .backends import _order, select
 from .functional import check_dtype
 from .structure import Connectivity
+from .transposed import choose_block_rows
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 EstimatedBackend = Literal["cpp", "numba", "reference"]
@@ -162,11 +163,14 @@ def _sign_bits(layer: _Layer) -> list[int]:
 
 
 def _plan(layer: _Layer, input_gradient: bool) -> int:
-    """Columns as uint16 where they fit; about 2.2 uint16 or int32 a synapse, and a row, for dx."""
+    """Columns as uint16 where they fit, an order; for dx, about 1.1 slots a synapse, with pads."""
     columns = 2 * layer.synapses if layer.inputs <= 1 << 16 else 0
-    per_block = layer.synapses / layer.rows * min(1024, layer.rows)
-    slot = 2 if per_block < 1 << 16 else 4  # positions in a block
-    return layer.order + columns + input_gradient * int(layer.synapses * (2.1 * slot + 2.4))
+    if not input_gradient:
+        return columns + layer.order
+    block = choose_block_rows(layer.rows, layer.inputs, layer.synapses, layer.threads)
+    narrow = 1.125 * block * layer.synapses / layer.rows < 1 << 16  # slots of a block
+    place = 2 if narrow else 4  # where a synapse's slot is, and which synapse a slot's; uint16 rows
+    return columns + layer.order + int(layer.synapses * (2.1 * place + 2.4))
 
 
 def _workspace(layer: _Layer, backend: str, input_gradient: bool) -> int:
