@@ -110,23 +110,12 @@ def estimate_memory(
         raise ValueError(f"Expected a backend of {list(_BACKENDS)}, got {backend!r}")
     dtype = dtype or torch.get_default_dtype()
     check_dtype("parameters", dtype)
-    c = connectivity
-    order = _order.by_centre(c) if backend == "cpp" else None
-    layer = _Layer(
-        batch=check_size("batch", batch),
-        inputs=c.in_features,
-        rows=c.num_dendrites,
-        somas=c.num_somas,
-        synapses=c.nnz,
-        threads=torch.get_num_threads(),
-        item=dtype.itemsize,
-        sums_apart=c.fan_in is None or c.fan_in % 16 != 0 or order is not None,
-        order=_bytes_of(order),
-    )
+    layer = _sizes(connectivity, check_size("batch", batch), dtype, backend)
     weights = [layer.synapses * layer.item] + [layer.rows * layer.item] * 2
     parameters = sum(weights) + layer.somas * layer.item
-    if c.is_dense or backend == "reference":
-        plan, activations, workspace = _as_matrices(layer, copies=0 if c.is_dense else 2)
+    if connectivity.is_dense or backend == "reference":
+        copies = 0 if connectivity.is_dense else 2
+        plan, activations, workspace = _as_matrices(layer, copies)
     else:
         plan, activations = _plan(layer, input_gradient), _sign_bits(layer)
         workspace = _in_pages(_workspace(layer, backend, input_gradient))
@@ -154,8 +143,19 @@ def _best_backend() -> EstimatedBackend:
     return name
 
 
-def _bytes_of(order: _order.Order | None) -> int:
-    return sum(part.nbytes for part in order or () if isinstance(part, np.ndarray))
+def _sizes(c: Connectivity, batch: int, dtype: torch.dtype, backend: str) -> _Layer:
+    order = _order.by_centre(c) if backend == "cpp" else None
+    return _Layer(
+        batch=batch,
+        inputs=c.in_features,
+        rows=c.num_dendrites,
+        somas=c.num_somas,
+        synapses=c.nnz,
+        threads=torch.get_num_threads(),
+        item=dtype.itemsize,
+        sums_apart=c.fan_in is None or c.fan_in % 16 != 0 or order is not None,
+        order=sum(part.nbytes for part in order or () if isinstance(part, np.ndarray)),
+    )
 
 
 def _sign_bits(layer: _Layer) -> list[int]:

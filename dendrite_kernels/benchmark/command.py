@@ -27,28 +27,37 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.description = (
         "Time one layer on every backend of this package, and every other way to compute it that"
         " runs here. Results are checked against float64 first. Prints, and writes nothing."
     )
-    add = parser.add_argument
-    add("--batch", type=_positive, default=128, help="samples")
-    add("--inputs", type=_positive, help="of the layer; 784, or the pixels of --shape")
-    add("--somas", type=_positive, default=256, help="neurons")
-    add("--dendrites", type=_positive, default=16, help="of each soma")
-    add("--synapses", type=_positive, default=16, help="of each dendrite")
+
+    def add(name: str, help: str, default: Any, **options: Any) -> None:
+        help += " (default: %(default)s)"
+        parser.add_argument(name, help=help, default=default, **options)
+
+    add("--batch", "samples", 128, type=_positive)
+    parser.add_argument(
+        "--inputs", type=_positive, help="of the layer (default: 784, or the pixels of --shape)"
+    )
+    add("--somas", "neurons", 256, type=_positive)
+    add("--dendrites", "of each soma", 16, type=_positive)
+    add("--synapses", "of each dendrite", 16, type=_positive)
     add(
-        "--rule", choices=list(KINDS), default="constant",
-        help="constant: random inputs, as many for each dendrite; variable: random inputs, on"
-        " average; local: receptive fields, which need --shape",
-    )  # fmt: skip
-    add("--shape", type=_shape, metavar="HxW", help="of the image that the inputs form")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of all numbers")
-    add("--threads", type=_positive, default=torch.get_num_threads(), help="of torch")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    add("--seconds", type=float, default=5.0, help="of timing, or a bit more")
-    add("--json", action="store_true", help="print JSON instead of a table")
+        "--rule",
+        "constant: random inputs, as many for each dendrite; variable: random inputs, on average;"
+        " local: receptive fields, which need --shape",
+        "constant",
+        choices=list(KINDS),
+    )
+    parser.add_argument(
+        "--shape", type=_shape, metavar="HxW", help="of the image that the inputs form"
+    )
+    add("--dtype", "of all numbers", "float32", choices=list(DTYPES))
+    add("--threads", "of torch", torch.get_num_threads(), type=_positive)
+    add("--device", "where to compute", "cpu", choices=["cpu", "cuda"])
+    add("--seconds", "of timing, or a bit more", 5.0, type=float)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
