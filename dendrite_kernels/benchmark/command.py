@@ -23,6 +23,7 @@ from .report import dense_from, print_report, winners
 from .timing import interleave
 from .whole_step import Training
 
+PATIENCE = 60.0  # seconds
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 
 
@@ -105,6 +106,7 @@ def _measure(
     comparison = Comparison(
         problem.to(options.device),
         {name: result.to(options.device) for name, result in expected.items()},
+        PATIENCE,
     )
     del problem
     for name in PEERS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ class Comparison:
 
     problem: Problem
     expected: Mapping[str, Tensor]  # the oracle's answer
+    patience: float = math.inf  # seconds of a first call; what takes longer is not timed
     skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not run
     refused: dict[str, str] = field(default_factory=dict)  # candidate -> why its results are wrong
     errors: dict[str, float] = field(default_factory=dict)  # candidate -> largest relative L2
@@ -30,15 +33,21 @@ class Comparison:
     def admit(self, group: str, name: str, modes: tuple[str, ...], make: Callable[[], Any]) -> Any:
         """Make a candidate, check its results in every mode, and only then plan to time it.
 
-        A candidate has `run(mode)` and `results(mode)`. Returns it, or None if it was refused.
+        A candidate has `run(mode)` and `results(mode)`. Returns it, or None if it was not admitted.
         """
         try:
             candidate = make()
             surroundings = getattr(candidate, "surroundings", nullcontext)
             errors = {}
             for mode in modes:
+                started = time.perf_counter()
                 with surroundings():
-                    errors[mode] = largest_error(candidate.results(mode), self.expected)
+                    results = candidate.results(mode)
+                seconds = time.perf_counter() - started
+                errors[mode] = largest_error(results, self.expected)
+                if seconds > self.patience:
+                    self.skipped[name] = f"{mode} took {seconds:.0f} s, more than {self.patience:g}"
+                    return None
         except Exception as error:  # whatever a candidate raises is the reason not to time it
             self.refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             return None

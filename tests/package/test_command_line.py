@@ -88,6 +88,19 @@ def test_bench_says_who_cannot_run(
 
 @needs_cpp
 @pytest.mark.usefixtures("few_peers")
+def test_bench_does_not_wait_for_the_slowest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "PATIENCE", 0.0)
+    status, printed = _bench(capsys, "--json")
+    found = json.loads(printed)
+    assert status == 0
+    assert (found["ms"], found["winners"]) == ({}, {})
+    assert found["skipped"][OURS] == "forward took 0 s, more than 0"
+
+
+@needs_cpp
+@pytest.mark.usefixtures("few_peers")
 def test_bench_ends_with_1_if_a_result_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
