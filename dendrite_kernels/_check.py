@@ -8,7 +8,8 @@ import torch
 
 import dendrite_kernels as dk
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative L2 error against float64
+from .benchmark.problem import TOLERANCES
+
 BATCH = 70  # whole and partial tiles of every width
 
 
@@ -50,7 +51,7 @@ def check() -> int:
             continue
         started = time.perf_counter()
         for title, connectivity in _networks().items():
-            for dtype, tolerance in TOLERANCE.items():
+            for dtype, tolerance in TOLERANCES.items():
                 worst = _worst_error(connectivity, dtype, name)
                 correct = worst <= tolerance
                 failures += not correct

@@ -14,7 +14,7 @@ import torch
 ROUNDS = 10
 MIN_SAMPLES = 3
 MAX_SAMPLES = 2000
-SLOW = 2.0  # seconds: one sample beyond the estimate is enough
+SLOW = 2.0  # seconds: what estimates the time is a sample, and may be the only one
 QUICK = 0.02  # seconds: caches are warmed up before each block of samples
 
 
@@ -55,14 +55,16 @@ def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:
     in every round; a task much slower than its share takes part in some of the rounds only.
     """
     share = seconds / max(1, len(tasks))
-    estimates = []
+    estimates, wanted = [], []
     for task in tasks:
         with task.surroundings():
-            estimates.append(task.measure())
-    wanted = [
-        int(np.clip(share / estimate, 1 if estimate > SLOW else MIN_SAMPLES, MAX_SAMPLES))
-        for estimate in estimates
-    ]
+            estimate = task.measure()
+        slow = estimate > SLOW
+        task.samples += [estimate] * slow
+        estimates.append(estimate)
+        wanted.append(
+            int(np.clip(share / estimate - slow, 0 if slow else MIN_SAMPLES, MAX_SAMPLES))
+        )
     rng = np.random.default_rng(seed)
     gc.collect()
     gc.disable()

@@ -199,6 +199,14 @@ def test_every_task_gets_samples() -> None:
     assert calls.count("a") >= len(tasks[0].samples)
 
 
+def test_what_is_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dendrite_kernels.benchmark.timing.SLOW", -1.0)
+    calls: list[int] = []
+    task = Task(lambda: calls.append(0))
+    interleave([task], seconds=0.0)
+    assert len(calls) == len(task.samples) == 1
+
+
 def test_crossover_is_interpolated() -> None:
     assert crossover.crossover([0.01, 0.1, 0.2], [8.0, 4.0, 0.25]) == pytest.approx(
         0.1 * 2**0.5, rel=1e-9
