@@ -42,9 +42,9 @@ class MemoryEstimate:
     optimizer: int  # Adam: two moments, as many each
     index: int  # of the Connectivity: int32 columns and pointers
     plan: int  # what backends derive: narrow columns, an order; for the gradient of x the transpose
-    activations: int  # sign bits, outputs, a loss and its gradients; the gradient of x
+    activations: int  # sign bits, outputs and their gradient; the gradient of x
     workspace: int  # what kernels keep between calls: transposed samples, sums
-    allocator: int  # freed by one step and not reused by the next
+    allocator: int  # freed and not reused: what the loss took, some of the step before
     dense: int  # what the same layer takes in all as dense matrices under masks
 
     @property
@@ -121,9 +121,10 @@ def estimate_memory(
         workspace = _in_pages(_workspace(layer, backend, input_gradient))
     if layer.item < 4:
         workspace += 2 * parameters * 4 // layer.item  # weights and gradients in float32
-    outputs = [layer.batch * layer.somas * layer.item] * 4  # y, log-probabilities, two gradients
+    outputs = [layer.batch * layer.somas * layer.item] * 2  # y and its gradient
+    loss = outputs  # log-probabilities and their gradient, gone when the kernels run
     if input_gradient:
-        outputs.append(layer.batch * layer.inputs * layer.item)
+        activations.append(layer.batch * layer.inputs * layer.item)
     return MemoryEstimate(
         parameters=parameters,
         gradients=parameters,
@@ -132,7 +133,7 @@ def estimate_memory(
         plan=plan,
         activations=sum(activations) + sum(outputs),
         workspace=workspace,
-        allocator=_allocator([*weights, *activations, *outputs]),
+        allocator=_allocator([*weights, *activations, *outputs, *loss]) + _small(loss),
         dense=_dense(layer, _STATES[optimizer]),
     )
 
@@ -204,8 +205,12 @@ def _as_matrices(layer: _Layer, copies: int) -> tuple[int, list[int], int]:
 
 
 def _allocator(freed: Iterable[int]) -> int:
-    small = sum(bytes_ for bytes_ in freed if bytes_ < _MAPPED)
-    return _OBJECTS + int(_KEPT * small)
+    return _OBJECTS + int(_KEPT * _small(freed))
+
+
+def _small(arrays: Iterable[int]) -> int:
+    """Bytes of those that the allocator keeps when they are freed."""
+    return sum(bytes_ for bytes_ in arrays if bytes_ < _MAPPED)
 
 
 def _dense(layer: _Layer, states: int) -> int:

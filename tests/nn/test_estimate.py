@@ -69,7 +69,7 @@ def test_parts_have_the_sizes_of_the_arrays() -> None:
     assert found.optimizer == 2 * 4 * numbers
     assert found.index == sum(t.numel() * 4 for t in (c.crow_indices, c.col_indices, c.soma_ptr))
     assert found.plan == c.columns.nbytes
-    assert found.activations == 4 * 2 * c.num_dendrites + 4 * 4 * 64 * c.num_somas
+    assert found.activations == 4 * 2 * c.num_dendrites + 2 * 4 * 64 * c.num_somas
     parts = [value for name, value in vars(found).items() if name != "dense"]
     assert found.total == sum(parts)
     assert "total" in str(found)
