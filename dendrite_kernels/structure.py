@@ -11,15 +11,13 @@ import hashlib
 import os
 import sys
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 
-from ._replace import replaced
+from . import _npz
 from ._validate import (
     SIZE_LIMIT,
     Array,
@@ -40,14 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
-_FORMAT = "dendrite_kernels.Connectivity"
-_FORMAT_VERSION = 1
-_UNREADABLE = (
-    EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-
-
 _MISSING: Any = object()  # no value of a cache
 
 
@@ -245,19 +235,7 @@ class Connectivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file."""
-        shape = [] if self.in_shape is None else list(self.in_shape)
-        with replaced(path) as temporary, open(temporary, "xb") as file:
-            np.savez(
-                file,
-                format=np.array(_FORMAT),
-                version=np.array(_FORMAT_VERSION),
-                in_features=np.array(self.in_features),
-                in_shape=np.array(shape, np.int64),
-                channels_first=np.array(self.channels_first),
-                crow_indices=self.crow_indices.numpy(),
-                col_indices=self.columns,
-                soma_ptr=self.soma_ptr.numpy(),
-            )
+        _npz.write(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Connectivity:
@@ -267,18 +245,7 @@ class Connectivity:
             OSError: the file cannot be opened.
             ValueError: not such a file, damaged, or of a newer format version.
         """
-        with open(path, "rb") as file:
-            try:
-                archive = np.load(file, allow_pickle=False)
-                found = str(archive["format"]), int(archive["version"])
-                if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
-                    raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
-                crow, col, soma = (archive[name] for name in _ARRAYS)
-                image = archive["in_shape"].tolist() or None, _channels_first(archive)
-                return Connectivity(crow, col, soma, int(archive["in_features"]), *image)
-            except _UNREADABLE as error:
-                expected = "Expected a file written by Connectivity.save"
-                raise ValueError(f"{expected}, got {os.fspath(path)}: {error}") from error
+        return _npz.read(path, Connectivity)
 
     def cached(self, key: Hashable, factory: Callable[[], T]) -> T:
         """What a backend keeps for this object under `key`, made by `factory()` at the first call.
@@ -423,10 +390,6 @@ def _untraced(factory: Callable[[], T]) -> T:
         return factory()
     value: T = dynamo.disable(lambda: factory())()  # of a class it would be a changed class
     return value
-
-
-def _channels_first(archive: Any) -> bool:
-    return "channels_first" in archive and bool(archive["channels_first"])  # older files have none
 
 
 def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
