@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ._replace import replaced
+from ._validate import Array
+from .labels import Labels, from_json, to_json
 
 if TYPE_CHECKING:
     from .structure import Connectivity
@@ -20,7 +22,7 @@ T = TypeVar("T")
 _FORMAT = "dendrite_kernels.Connectivity"
 _FORMAT_VERSION = 1
 _UNREADABLE = (
-    EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
+    EOFError, IndexError, KeyError, NotImplementedError, RecursionError, TypeError, ValueError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
@@ -28,6 +30,7 @@ _UNREADABLE = (
 def write(c: Connectivity, path: str | os.PathLike[str]) -> None:
     """See `Connectivity.save`."""
     shape = [] if c.in_shape is None else list(c.in_shape)
+    labels: dict[str, Any] = {} if c.labels is None else {"labels": _bytes(c.labels)}
     with replaced(path) as temporary, open(temporary, "xb") as file:
         np.savez(
             file,
@@ -39,6 +42,7 @@ def write(c: Connectivity, path: str | os.PathLike[str]) -> None:
             crow_indices=c.crow_indices.numpy(),
             col_indices=c.columns,
             soma_ptr=c.soma_ptr.numpy(),
+            **labels,
         )
 
 
@@ -65,4 +69,9 @@ def _arguments(archive: Any) -> dict[str, Any]:
         "in_shape": archive["in_shape"].tolist() or None,
         # older files have none
         "channels_first": "channels_first" in archive and bool(archive["channels_first"]),
+        "labels": from_json(archive["labels"].tobytes().decode()) if "labels" in archive else None,
     }
+
+
+def _bytes(labels: Labels) -> Array:
+    return np.frombuffer(to_json(labels).encode(), np.uint8)
