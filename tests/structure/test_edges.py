@@ -434,6 +434,8 @@ def test_layers_share_the_labels_but_state_dicts_have_none() -> None:
     plain = dk.SparseLinear(Connectivity.from_csr([0, 1, 2, 3], [0, 1, 2], 4, [0, 2, 3]))
     plain.load_state_dict(layer.state_dict())
     assert plain.connectivity.labels is None
+    layer.load_state_dict(plain.state_dict())
+    assert layer.connectivity.labels == labelled().labels
 
 
 # Documentation
