@@ -8,11 +8,26 @@
 Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 """
 
-from . import backends, connectivity, functional, interop, models, reference
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import backends, connectivity, functional, interop, models, optim, reference
 from .backends import BackendUnavailable, backend_info, use_backend
+from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
+
+if TYPE_CHECKING:
+    from . import parallel
+else:  # hidden from type checkers, which would take any name for granted
+
+    def __getattr__(name: str) -> Any:
+        """`parallel`, imported when first asked for: torch.distributed takes its time."""
+        if name == "parallel":
+            return importlib.import_module(".parallel", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -20,14 +35,18 @@ __all__ = [
     "BackendUnavailable",
     "Connectivity",
     "DendriticLayer",
+    "MemoryEstimate",
     "SparseLinear",
     "backend_info",
     "backends",
     "connectivity",
+    "estimate_memory",
     "functional",
     "interop",
     "load",
     "models",
+    "optim",
+    "parallel",
     "reference",
     "save",
     "use_backend",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import activations, functional, operators
+from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
 
@@ -55,7 +56,7 @@ class _Sparse(nn.Module):
 
     WEIGHT: ClassVar[str]  # the parameter that has one number for each synapse
     BIAS: ClassVar[str]
-    precision: str | None
+    precision: functional.Precision | None
 
     def __init__(self, connectivity: Connectivity, init: Init) -> None:
         super().__init__()
@@ -212,11 +213,11 @@ class DendriticLayer(_Sparse):
         connectivity: Connectivity,
         *,
         bias: bool = True,
-        activation: str = "leaky_relu",
+        activation: ActivationName = "leaky_relu",
         negative_slope: float = 0.1,
-        soma_activation: str | None = None,
+        soma_activation: ActivationName | None = None,
         init: Init = "fan_in",
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -304,7 +305,7 @@ class SparseLinear(_Sparse):
         bias: bool = True,
         init: Init = "fan_in",
         negative_slope: float = 0.1,
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .activations import function_of
+from .activations import ActivationName, function_of
 from .structure import Connectivity
 
 
@@ -50,7 +50,7 @@ def dendritic_layer(
     soma_bias: torch.Tensor | None,
     connectivity: Connectivity,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
     soma_activation: str | None = None,
 ) -> torch.Tensor:
