@@ -62,6 +62,8 @@ def from_masked_dense(
             soma, stably, where they are not contiguous.
         activation, negative_slope: what follows both layers, see functional.dendritic_layer.
 
+    A frozen parameter stays frozen.
+
     Raises:
         TypeError, ValueError: masks that do not fit, a dendrite that feeds no soma or several.
     """
@@ -91,15 +93,16 @@ def from_masked_dense(
         device=weight.device,
         dtype=weight.dtype,
     )
+    cable = soma.weight[owner, torch.arange(owner.numel(), device=owner.device)]
     values = {
-        "synapse_weight": weight[order][mask],
-        "cable_weight": soma.weight[owner, torch.arange(owner.numel(), device=owner.device)][order],
-        "dendrite_bias": None if dendrite.bias is None else dendrite.bias[order],
-        "soma_bias": soma.bias,
+        "synapse_weight": (weight[order][mask], weight),
+        "cable_weight": (cable[order], soma.weight),
     }
-    for name, value in values.items():
-        if value is not None:
-            getattr(layer, name).copy_(value)
+    if dendrite.bias is not None:
+        values["dendrite_bias"] = dendrite.bias[order], dendrite.bias
+        values["soma_bias"] = soma.bias, soma.bias
+    for name, (value, source) in values.items():
+        layer.get_parameter(name).copy_(value).requires_grad_(source.requires_grad)
     return layer
 
 

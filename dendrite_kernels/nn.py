@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import activations, functional, operators
+from ._subset import largest, subset
 from .packing import difference, pack, unpack
 from .structure import Connectivity
 
@@ -55,6 +56,8 @@ class _Sparse(nn.Module):
 
     WEIGHT: ClassVar[str]  # the parameter that has one number for each synapse
     BIAS: ClassVar[str]
+    PARAMETERS: ClassVar[tuple[str, ...]]
+    OPTIONS: ClassVar[tuple[str, ...]]  # of the constructor, beside what a state holds
     precision: str | None
 
     def __init__(self, connectivity: Connectivity, init: Init) -> None:
@@ -103,6 +106,42 @@ class _Sparse(nn.Module):
                 f"Expected a state of {expected}, got another one. {reason}. "
                 f"{type(self).__name__}.from_state_dict makes a layer with the state's connectivity"
             )
+
+    def prune(self, amount: float) -> Self:
+        """A new layer without the synapses of least |weight| in each dendrite.
+
+        What remains is copied: weights, biases, options, device, dtype, requires_grad and mode.
+        Hooks are not. An optimizer must be given the new layer's parameters.
+
+        Args:
+            amount: a fraction from 0 to 1 of each dendrite's synapses, rounded to a number (half to
+                even), or as an int how many; a dendrite that has fewer keeps none.
+
+        Raises:
+            TypeError, ValueError: not such an amount; or the layer is a shard, parametrized, or
+                under torch.nn.utils.prune (interop.from_pruned takes that).
+        """
+        values = dict(self.named_parameters())
+        if not values.keys() <= set(self.PARAMETERS) or self.described() is not self.connectivity:
+            raise ValueError(
+                f"Expected a whole layer with parameters {list(self.PARAMETERS)}, "
+                f"got {type(self).__name__} with {list(values)}"
+            )
+        return self._without(largest(self.connectivity, values[self.WEIGHT], amount), values)
+
+    def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:
+        """A new layer of the synapses True in `kept` [nnz], with these values of parameters."""
+        weight = values[self.WEIGHT].detach()
+        state = {
+            **values,
+            self.WEIGHT: weight[kept.to(weight.device)],
+            "_extra_state": pack(subset(self.connectivity, kept)),
+        }
+        options = {name: getattr(self, name) for name in self.OPTIONS}
+        layer = type(self).from_state_dict(state, **options)
+        for name, value in values.items():
+            layer.get_parameter(name).requires_grad_(value.requires_grad)
+        return layer.train(self.training)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> Self:
@@ -205,6 +244,8 @@ class DendriticLayer(_Sparse):
     """
 
     WEIGHT, BIAS = "synapse_weight", "dendrite_bias"
+    PARAMETERS = "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"
+    OPTIONS = "activation", "negative_slope", "init", "precision"
 
     def __init__(
         self,
@@ -291,6 +332,8 @@ class SparseLinear(_Sparse):
     """
 
     WEIGHT, BIAS = "weight", "bias"
+    PARAMETERS = "weight", "bias"
+    OPTIONS = "negative_slope", "init", "precision"
 
     def __init__(
         self,
