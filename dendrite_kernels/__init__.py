@@ -8,7 +8,7 @@
 Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 """
 
-from . import backends, connectivity, functional, interop, models, reference
+from . import backends, connectivity, functional, interop, models, optim, reference
 from .backends import BackendUnavailable, backend_info, use_backend
 from .files import load, save
 from .nn import DendriticLayer, SparseLinear
@@ -28,6 +28,7 @@ __all__ = [
     "interop",
     "load",
     "models",
+    "optim",
     "reference",
     "save",
     "use_backend",

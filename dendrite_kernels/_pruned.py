@@ -20,7 +20,7 @@ def _value(module: nn.Module, name: str) -> Maybe:
     """
     original: Maybe = getattr(module, f"{name}_orig", None)
     if original is None:
-        whole: Maybe = getattr(module, name)
+        whole: Maybe = getattr(module, name, None)
         return whole
     value: torch.Tensor = original.detach() * getattr(module, f"{name}_mask")
     return value.requires_grad_(original.requires_grad)
@@ -32,10 +32,8 @@ def _mask(module: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask != 0
 
 
-def _unpruned(module: nn.Linear) -> tuple[nn.Linear, torch.Tensor]:
-    """The nn.Linear behind one of torch.nn.utils.prune, and its bool mask (all True if none)."""
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"Expected an nn.Linear, got {type(module).__name__}")
+def unpruned(module: nn.Module) -> tuple[nn.Linear, torch.Tensor]:
+    """A module's weight [out, in] and bias as an nn.Linear, and the bool mask that prunes it."""
     weight, bias = _value(module, "weight"), _value(module, "bias")
     assert weight is not None
     plain = linear(weight, bias)
@@ -70,10 +68,21 @@ def from_pruned(module: Any) -> Any:
     """
     if isinstance(module, (DendriticLayer, SparseLinear)):
         return _smaller(module)
-    plain, mask = _unpruned(module)
-    layer = sparse_linear(Connectivity.from_mask(mask.cpu()), plain.weight[mask], plain.bias)
+    return masked_linear(*unpruned(_linear(module))).train(module.training)
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"Expected an nn.Linear, got {type(module).__name__}")
+    return module
+
+
+def masked_linear(plain: nn.Linear, mask: torch.Tensor) -> SparseLinear:
+    """The SparseLinear of an nn.Linear under a bool mask."""
+    weight = plain.weight.detach()[mask]
+    layer = sparse_linear(Connectivity.from_mask(mask.cpu()), weight, plain.bias)
     _train_alike(layer, plain.weight, plain.bias)
-    return layer.train(module.training)
+    return layer
 
 
 def from_pruned_pair(
@@ -84,7 +93,7 @@ def from_pruned_pair(
     negative_slope: float = 0.1,
 ) -> DendriticLayer:
     """from_masked_dense of two layers pruned by torch.nn.utils.prune, with their own masks."""
-    first, first_mask = _unpruned(dendrite)
-    second, second_mask = _unpruned(soma)
+    first, first_mask = unpruned(_linear(dendrite))
+    second, second_mask = unpruned(_linear(soma))
     options: Any = {"activation": activation, "negative_slope": negative_slope}
     return from_masked_dense(first, first_mask, second, second_mask, **options)

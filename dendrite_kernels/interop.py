@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._convert import Conversion, convert
 from ._keras import read_dense
 from ._masked import from_masked_dense, linear, sparse_linear, to_masked_dense
 from ._pruned import from_pruned, from_pruned_pair
@@ -18,6 +19,8 @@ from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 
 __all__ = [
+    "Conversion",
+    "convert",
     "from_keras",
     "from_masked_dense",
     "from_pruned",

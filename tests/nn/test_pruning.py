@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def rows(made: Any) -> list[dict[int, float]]:
     c: Connectivity = made.connectivity
     pairs = list(zip(c.col_indices.tolist(), weights(made).tolist(), strict=True))
     crow = c.crow_indices.tolist()
-    return [dict(pairs[a:b]) for a, b in zip(crow, crow[1:], strict=False)]
+    return [dict(pairs[a:b]) for a, b in itertools.pairwise(crow)]
 
 
 @KINDS
@@ -68,10 +69,6 @@ def test_the_rest_of_the_layer_stays(kind: Any) -> None:
     before = kind(c, bias=False, init="paper", precision="bf16", dtype=torch.float16, **special)
     weights(before).requires_grad_(False)
     after = before.eval().prune(2)
-    assert (
-        after.extra_repr().replace("fan_in=6", "fan_in=8").split(", ")[-3:]
-        == (before.extra_repr().split(", ")[-3:])
-    )
     assert all(getattr(after, name) == getattr(before, name) for name in kind.OPTIONS)
     assert after.connectivity.in_shape == (5, 6)
     assert not after.training
