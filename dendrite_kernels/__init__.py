@@ -12,6 +12,7 @@ from . import backends, connectivity, functional, interop, models, optim, refere
 from .backends import BackendUnavailable, backend_info, use_backend
 from .files import load, save
 from .nn import DendriticLayer, SparseLinear
+from .signs import Signed
 from .structure import Connectivity
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "BackendUnavailable",
     "Connectivity",
     "DendriticLayer",
+    "Signed",
     "SparseLinear",
     "backend_info",
     "backends",

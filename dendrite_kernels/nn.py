@@ -37,6 +37,10 @@ def glorot_bound(fan_in: int, fan_out: int) -> float:
 
 @torch.no_grad()
 def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
+    if not isinstance(weight, nn.Parameter):  # what is drawn would not reach the parameter
+        raise RuntimeError(
+            "Expected parameters to draw, got a weight that is parametrized or pruned: draw first"
+        )
     if not weight.is_meta:
         weight.uniform_(-1, 1).mul_(
             torch.as_tensor(bound, dtype=weight.dtype, device=weight.device)
@@ -193,16 +197,19 @@ class _Sparse(nn.Module):
     ) -> None:
         # First the connectivity: a mismatch must leave the parameters untouched.
         key = prefix + "_extra_state"
+        tensors = *self.named_parameters(), *self.named_buffers()  # of parametrizations too
+        own = {prefix + name: tensor for name, tensor in tensors}
         try:
             if key in state_dict:
                 self.set_extra_state(state_dict[key])
-            elif any(prefix + name in state_dict for name in self._parameters):
+            elif own.keys() & state_dict.keys():
                 raise RuntimeError(
                     f"Missing key {key!r}, the connectivity that these weights belong to. If it is "
                     f"this layer's, say so by state[{key!r}] = layer.get_extra_state()"
                 )
         except RuntimeError as error:
             error_msgs.append(str(error))
+            state_dict.update(own)  # parametrizations load next, then: what they hold
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
