@@ -26,7 +26,8 @@ class Signed(nn.Module):
     derivative is the sign, so that it can grow again.
 
     Args:
-        signs: of each weight, 1 (excitatory) or -1 (inhibitory), in the shape of the parameter.
+        signs: of each weight, 1 (excitatory) or -1 (inhibitory), in the shape of the parameter and
+            on its device.
 
     Raises:
         ValueError: other signs; in register_parametrization, another shape.
