@@ -9,12 +9,15 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
 SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
+QUICK := -m 'not slow and not tools'
+
+.PHONY: help demo test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
 	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
 	@echo 'make test         run the tests; make test-all: the slow ones too'
+	@echo 'make test-tools   the layers in Lightning, accelerate, transformers, skorch, tensorboard: installs them'
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
 	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
@@ -29,9 +32,12 @@ demo: .venv/.installed-demo
 	$(VENV_PYTHON) -m bench.paper.demo --data '$(DATA)' --data-root '$(DATA_ROOT)' $(ARGS)
 
 test: .venv/.installed-test
-	$(VENV_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
+	$(VENV_PYTHON) -m pytest -q $(QUICK) $(ARGS)
 
-test-all: .venv/.installed-test
+test-tools: .venv/.installed-tools
+	$(VENV_PYTHON) -m pytest -q -m tools $(ARGS)
+
+test-all: .venv/.installed-tools
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
 
 test-neon: .venv/.installed-test
@@ -58,7 +64,7 @@ test-numba:
 	$(NUMBA_PYTHON) -c 'import dendrite_kernels as dk; dk.use_backend("numba"); \
 	  reason = dk.backend_info()["cpp"]["reason"]; print("cpp:", reason); \
 	  assert reason and "compiler" in reason, reason'
-	$(NUMBA_PYTHON) -m pytest -q -m 'not slow' $(ARGS)
+	$(NUMBA_PYTHON) -m pytest -q $(QUICK) $(ARGS)
 
 # `make test` runs on the newest one that pyproject.toml allows, which constraints.txt pins.
 OLDEST := 'numba==0.61.*' 'numpy<2.3' $(shell sed -nE 's/^((torch|pytest)==[^;]*).*/\1/p' constraints.txt) scipy

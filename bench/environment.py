@@ -1,44 +1,23 @@
-"""What a measurement must be published with: processor, threads, versions, commit, date."""
+"""The environment of a measurement with the commit of the checkout; how results are written."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
-import re
 import subprocess
 from collections.abc import Mapping
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from dendrite_kernels.benchmark import environment
 
-PACKAGES = ("dendrite_kernels", "torch", "numpy", "scipy", "numba")
+TIMES = ("p20", "p50", "p80", "samples")
+_WIDTH = 160
 
 
 def describe(threads: int | None = None) -> dict[str, Any]:
-    """`threads`: the number the measured work was given, where that is not torch's choice."""
-    return {
-        "cpu": cpu_model(),
-        "threads": threads or torch.get_num_threads(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        found = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    """As the package's `describe`, and the commit."""
+    return {**environment.describe(threads), "commit": commit()}
 
 
 def commit() -> str | None:
@@ -54,17 +33,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-TIMES = ("p20", "p50", "p80", "samples")
-_WIDTH = 160
 
 
 def write_json(path: Path, content: dict[str, Any], digits: int = 6) -> None:

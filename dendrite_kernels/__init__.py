@@ -8,12 +8,27 @@
 Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import backends, connectivity, functional, interop, models, optim, reference
 from .backends import BackendUnavailable, backend_info, use_backend
+from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
 from .nn import DendriticLayer, SparseLinear
 from .signs import Signed
 from .structure import Connectivity
+
+if TYPE_CHECKING:
+    from . import parallel
+else:  # hidden from type checkers, which would take any name for granted
+
+    def __getattr__(name: str) -> Any:
+        """`parallel`, imported when first asked for: torch.distributed takes its time."""
+        if name == "parallel":
+            return importlib.import_module(".parallel", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -21,16 +36,19 @@ __all__ = [
     "BackendUnavailable",
     "Connectivity",
     "DendriticLayer",
+    "MemoryEstimate",
     "Signed",
     "SparseLinear",
     "backend_info",
     "backends",
     "connectivity",
+    "estimate_memory",
     "functional",
     "interop",
     "load",
     "models",
     "optim",
+    "parallel",
     "reference",
     "save",
     "use_backend",

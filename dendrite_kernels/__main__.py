@@ -1,68 +1,45 @@
-"""python -m dendrite_kernels: what runs here, and whether it computes right (about ten seconds)."""
+"""python -m dendrite_kernels [check | info | bench]: see docs/command-line.md."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
 
-import torch
-
-import dendrite_kernels as dk
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative L2 error against float64
-BATCH = 70  # whole and partial tiles of every width
+from . import _info
+from ._check import check
+from .benchmark import command
 
 
-def _networks() -> dict[str, dk.Connectivity]:
-    draw = dk.connectivity
-    return {
-        "variable fan-in": draw.random(784, 32, 16, 16, seed=0),
-        "constant fan-in": draw.random(784, 32, 16, 16, constant_fan_in=True, seed=0),
-        "receptive fields": draw.local_receptive_fields((28, 28), 32, 4, 9, seed=0),
-        "70000 inputs": draw.random(70_000, 4, 2, 16, constant_fan_in=True, seed=0),
-    }
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 1 where a result is wrong; argparse ends with 2 for bad arguments."""
+    parser, bench = _parsers()
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return command.run(bench, options)
+    if options.command == "info":
+        _info.print_machine()
+    _info.print_backends()
+    return 0 if options.command == "info" else int(check() > 0)
 
 
-def _results(layer: dk.DendriticLayer, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
-
-
-def _worst_error(connectivity: dk.Connectivity, dtype: torch.dtype, name: str) -> float:
-    """Largest relative L2 error of the output and all gradients against the float64 reference."""
-    layer = dk.DendriticLayer(connectivity, dtype=dtype)
-    x = torch.randn(BATCH, connectivity.in_features, dtype=dtype)
-    grad = torch.randn(BATCH, connectivity.num_somas, dtype=dtype) + 1
-    with dk.use_backend(name):
-        actual = _results(layer, x, grad)
-    with dk.use_backend("reference"):
-        exact = _results(layer.double(), x.double(), grad.double())
-    errors = [float((a.double() - e).norm() / e.norm()) for a, e in zip(actual, exact, strict=True)]
-    return max(errors)
-
-
-def main() -> int:
-    failures = 0
-    for name, entry in dk.backend_info().items():
-        details = {k: v for k, v in entry.items() if k not in ("available", "reason")}
-        print(f"{name}: {'available' if entry['available'] else 'not available'}")
-        print(f"    {entry['reason'] or ', '.join(f'{k} {v}' for k, v in details.items())}")
-    torch.manual_seed(0)
-    for name in ("cpp", "numba"):
-        if not dk.backend_info()[name]["available"]:
-            continue
-        started = time.perf_counter()
-        for title, connectivity in _networks().items():
-            for dtype, tolerance in TOLERANCE.items():
-                worst = _worst_error(connectivity, dtype, name)
-                correct = worst <= tolerance
-                failures += not correct
-                verdict = "ok" if correct else f"WRONG, expected at most {tolerance:.0e}"
-                print(f"{name}: {title}, {dtype}: relative error {worst:.1e} {verdict}")
-        print(f"{name}: checked in {time.perf_counter() - started:.1f} s")
-    print("All checks passed" if failures == 0 else f"{failures} checks FAILED")
-    return 1 if failures else 0
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole, and that of `bench`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dendrite_kernels",
+        description="What runs here, whether it computes right, and how fast a layer is.",
+        epilog="Without a command: check.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="check | info | bench")
+    for name, what in (
+        ("check", "the backends, and a self-check of about ten seconds"),
+        ("info", "the backends, versions, threads and devices"),
+    ):
+        commands.add_parser(name, help=what, description=f"Print {what}.")
+    bench = commands.add_parser(
+        "bench", help="a layer of your size against every other way to compute it"
+    )
+    command.add_arguments(bench)
+    return parser, bench
 
 
 if __name__ == "__main__":

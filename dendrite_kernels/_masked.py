@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .activations import ActivationName
 from .nn import DendriticLayer, SparseLinear
 from .reference import owners
 from .structure import Connectivity
@@ -48,7 +49,7 @@ def from_masked_dense(
     soma: nn.Linear,
     soma_mask: torch.Tensor,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
 ) -> DendriticLayer:
     """The DendriticLayer that computes what the two masked layers do.

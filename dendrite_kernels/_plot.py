@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class Fields(NamedTuple):
 
     in_shape: tuple[int, ...] | None  # (H, W), (H, W, C) or, channels first, (C, H, W)
     channels_first: bool
+    names: Sequence[object] | None  # [S], of the somas
     crow: Array  # [R + 1]
     columns: Array  # [nnz]
     soma_ptr: Array  # [S + 1]
@@ -90,8 +91,9 @@ def _draw_soma(
     panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
     panel.set(xticks=[], yticks=[], facecolor=_PAPER)
     count = end - first
-    title = f"soma {soma}: {count} dendrite{'' if count == 1 else 's'}"
-    panel.set_title(title, fontsize=8, color=_INK, pad=4)
+    name = f"soma {soma}" if fields.names is None else fields.names[soma]
+    title = f"{name}: {count} dendrite{'' if count == 1 else 's'}"
+    panel.set_title(title, fontsize=8, color=_INK, pad=4, parse_math=False)
     for spine in panel.spines.values():
         spine.set(color=_INK, linewidth=0.6)
     if grey is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._masked import Maybe, from_masked_dense, linear, sparse_linear
+from .activations import ActivationName
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 
@@ -89,7 +90,7 @@ def from_pruned_pair(
     dendrite: nn.Linear,
     soma: nn.Linear,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
 ) -> DendriticLayer:
     """from_masked_dense of two layers pruned by torch.nn.utils.prune, with their own masks."""

@@ -51,6 +51,5 @@ def subset(c: Connectivity, kept: torch.Tensor) -> Connectivity:
     before = np.concatenate([[0], np.cumsum(taken)])  # [nnz + 1]
     crow = before[c.crow_indices.numpy()]
     columns = c.col_indices.numpy()[taken]
-    return Connectivity(
-        crow, columns, c.soma_ptr, c.in_features, c.in_shape, channels_first=c.channels_first
-    )
+    image = c.in_shape, c.channels_first
+    return Connectivity(crow, columns, c.soma_ptr, c.in_features, *image, c.labels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Duplicates = Literal["refuse", "sum"]
 
 SIZE_LIMIT = 2**31  # every size and index must fit int32
 
@@ -113,3 +114,8 @@ def soma_pointer(rows: int, soma_ptr: Any, dendrites_per_soma: SupportsIndex | N
     if rows % step:
         raise ValueError(f"Expected dendrites_per_soma to divide {rows} dendrites, got {step}")
     return np.arange(0, rows + 1, step)
+
+
+def check_duplicates(value: object) -> None:
+    if value not in ("refuse", "sum"):
+        raise ValueError(f"Expected duplicates='refuse' or 'sum', got {value!r}")

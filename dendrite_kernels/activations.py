@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+ActivationName = Literal["leaky_relu", "relu", "identity", "tanh", "sigmoid", "gelu", "silu", "elu"]
 
 # The slope left of 0 of those that are piecewise linear through the origin (u right of it), None
 # for the others; and the function. leaky_relu is not here, since its slope is an argument.

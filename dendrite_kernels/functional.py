@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from . import activations, autograd, operators, transforms
+from .activations import ActivationName
 from .backends.protocol import Maybe
 from .structure import Connectivity
+
+Precision = Literal["bf16"]
 
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = operators.LOW
@@ -182,7 +185,7 @@ def sparse_linear(
     bias: Maybe,
     connectivity: Connectivity,
     *,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> torch.Tensor:
     """u = x W^T + bias with W [R, N] sparse: only the synapses that exist are computed.
 
@@ -236,9 +239,9 @@ def dendritic_layer(
     soma_bias: Maybe,
     connectivity: Connectivity,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> torch.Tensor:
     """A dendrosomatic layer: synapses -> dendrites -> cable -> somas.
 

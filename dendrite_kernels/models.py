@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -24,8 +25,13 @@ from ._validate import check_size
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .structure import Connectivity
 
+Kind = Literal[
+    "dANN-R", "dANN-LRF", "dANN-GRF", "pdANN", "sANN", "sANN-LRF", "sANN-GRF", "psANN", "vANN",
+    "vANN-R", "vANN-LRF", "vANN-GRF",
+]  # fmt: skip
+
 # kind -> (rule of the synapses, rule of the dendrite -> soma stage)
-_KINDS = {
+_KINDS: dict[Kind, tuple[str, str]] = {
     "dANN-R": ("random", "cable"),
     "dANN-LRF": ("local", "cable"),
     "dANN-GRF": ("global", "cable"),
@@ -118,7 +124,7 @@ def _to_somas(synapses: Connectivity, rule: str, init: Init, rng: np.random.Gene
 
 
 def build(
-    kind: str,
+    kind: Kind,
     in_shape: Sequence[int],
     somas: int,
     dendrites: int,

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import activations, functional, operators
 from ._subset import largest, subset
+from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
 
@@ -62,7 +63,7 @@ class _Sparse(nn.Module):
     BIAS: ClassVar[str]
     PARAMETERS: ClassVar[tuple[str, ...]]
     OPTIONS: ClassVar[tuple[str, ...]]  # of the constructor, beside what a state holds
-    precision: str | None
+    precision: functional.Precision | None
 
     def __init__(self, connectivity: Connectivity, init: Init) -> None:
         super().__init__()
@@ -135,14 +136,12 @@ class _Sparse(nn.Module):
 
     def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:
         """A new layer of the synapses True in `kept` [nnz], with these values of parameters."""
-        weight = values[self.WEIGHT].detach()
-        state = {
-            **values,
-            self.WEIGHT: weight[kept.to(weight.device)],
-            "_extra_state": pack(subset(self.connectivity, kept)),
-        }
+        connectivity, weight = subset(self.connectivity, kept), values[self.WEIGHT].detach()
+        rest = {self.WEIGHT: weight[kept.to(weight.device)], "_extra_state": pack(connectivity)}
         options = {name: getattr(self, name) for name in self.OPTIONS}
-        layer = type(self).from_state_dict(state, **options)
+        layer = type(self).from_state_dict({**values, **rest}, **options)
+        layer.connectivity = connectivity  # equal, with labels, which a state does not hold
+        operators.index_tensors(connectivity)
         for name, value in values.items():
             layer.get_parameter(name).requires_grad_(value.requires_grad)
         return layer.train(self.training)
@@ -259,10 +258,10 @@ class DendriticLayer(_Sparse):
         connectivity: Connectivity,
         *,
         bias: bool = True,
-        activation: str = "leaky_relu",
+        activation: ActivationName = "leaky_relu",
         negative_slope: float = 0.1,
         init: Init = "fan_in",
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -349,7 +348,7 @@ class SparseLinear(_Sparse):
         bias: bool = True,
         init: Init = "fan_in",
         negative_slope: float = 0.1,
-        precision: str | None = None,
+        precision: functional.Precision | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

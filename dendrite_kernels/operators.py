@@ -21,6 +21,8 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import profiler
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.flop_counter import register_flop_formula
 
 from .activations import check_slope
@@ -214,11 +216,16 @@ def observed() -> bool:
     return (
         torch.compiler.is_compiling()  # first: the compiler guards whatever it reads before it
         or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
+        or (_len_torch_function_stack() > 0 and _function_mode())
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None
         or profiler._is_profiler_enabled
     )
+
+
+def _function_mode() -> bool:
+    """Whether a mode sees functions of torch; `with torch.device(...)` sees factories only."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _needs_dispatch(*tensors: Maybe) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .activations import function_of
+from .activations import ActivationName, function_of
 from .structure import Connectivity
 
 
@@ -42,7 +42,7 @@ def dendritic_layer(
     soma_bias: torch.Tensor | None,
     connectivity: Connectivity,
     *,
-    activation: str = "leaky_relu",
+    activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
 ) -> torch.Tensor:
     """y = phi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""

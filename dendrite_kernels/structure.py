@@ -11,18 +11,18 @@ import hashlib
 import os
 import sys
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 
-from ._replace import replaced
+from . import _npz, edges
+from ._pattern import of_mask, of_scipy
 from ._validate import (
     SIZE_LIMIT,
     Array,
+    Duplicates,
     as_numpy,
     check_size,
     column_array,
@@ -32,6 +32,7 @@ from ._validate import (
     pointer_array,
     soma_pointer,
 )
+from .labels import Labels, Names, chained, checked, common, shortened
 from .transposed import TransposedPlan, build_transposed_plan, choose_block_rows
 
 if TYPE_CHECKING:
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
-_FORMAT = "dendrite_kernels.Connectivity"
-_FORMAT_VERSION = 1
-_UNREADABLE = (
-    EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-
-
 _MISSING: Any = object()  # no value of a cache
 
 
@@ -57,7 +50,8 @@ class Connectivity:
     Immutable, validated once, inputs copied. Treat the index tensors as read-only too.
 
     Two connectivities are equal (and hash alike) if they connect the same inputs, dendrites and
-    somas. `in_shape` only says which image the inputs are and takes no part in that.
+    somas. `in_shape` only says which image the inputs are and takes no part in that. Nor do
+    `labels`, which only name them; state dicts do not hold labels.
 
     Args:
         crow_indices: [R + 1] integers from 0 to nnz, not decreasing; row r owns
@@ -69,6 +63,7 @@ class Connectivity:
         in_shape: (H, W) or (H, W, C) with product N, if the inputs are an image.
         channels_first: in_shape is (C, H, W), as images are in torch: input c * H * W + row * W +
             column. Otherwise channels come last: input (row * W + column) * C + c.
+        labels: names of the N inputs, R dendrites and S somas: three sequences or Nones.
 
     Raises:
         TypeError: an index array or a size is not of an integer type.
@@ -82,6 +77,7 @@ class Connectivity:
     density: float  # nnz / (R * N)
     in_shape: tuple[int, ...] | None
     channels_first: bool
+    labels: Labels | None
     fan_in: int | None  # synapses of every dendrite, None if that varies
     dendrites_per_soma: int | None  # dendrites of every soma, None if that varies
     is_dense: bool
@@ -99,6 +95,7 @@ class Connectivity:
         in_features: SupportsIndex,
         in_shape: Sequence[int] | None = None,
         channels_first: bool = False,
+        labels: Sequence[Sequence[Hashable] | None] | None = None,
     ) -> None:
         n = check_size("in_features", in_features)
         col = integers("col_indices", col_indices)
@@ -116,6 +113,7 @@ class Connectivity:
             "density": col.size / (rows * n),
             "in_shape": image_shape(in_shape, n, channels_first),
             "channels_first": bool(channels_first),
+            "labels": checked(labels, (n, rows, somas)),
             "fan_in": constant_step(crow),
             "dendrites_per_soma": constant_step(soma),
             "is_dense": col.size == rows * n,
@@ -154,25 +152,19 @@ class Connectivity:
         dendrites_per_soma: SupportsIndex | None = None,
         in_shape: Sequence[int] | None = None,
         channels_first: bool = False,
+        *,
+        duplicates: Duplicates = "refuse",
     ) -> Connectivity:
         """From the pattern of a scipy.sparse matrix [R, N], whose values are ignored.
 
-        Every stored entry is a synapse, a stored zero too. Indices may be unsorted.
+        Every stored entry is a synapse, a stored zero too. Indices may be unsorted. An entry that
+        is stored twice is refused, or one synapse with duplicates="sum", as scipy sums it.
 
         Raises:
             TypeError: not a scipy.sparse matrix or array.
             ValueError: not two-dimensional, or an entry is stored twice.
         """
-        if not all(hasattr(m, name) for name in ("tocsr", "nnz", "format")):
-            raise TypeError(f"Expected a scipy.sparse matrix, got {type(m).__name__}")
-        if len(m.shape) != 2:
-            raise ValueError(f"Expected a matrix of shape [R, N], got shape {list(m.shape)}")
-        csr = m.tocsr()
-        if m.format == "coo" and csr.nnz != m.nnz:  # the conversion sums duplicates
-            raise ValueError(f"Expected no duplicate entries, got {m.nnz - csr.nnz}")
-        if not csr.has_sorted_indices:
-            csr = csr.sorted_indices()  # a copy
-        pattern = csr.indptr, csr.indices, m.shape[1]
+        pattern = of_scipy(m, duplicates)
         return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape, channels_first)
 
     @classmethod
@@ -183,23 +175,76 @@ class Connectivity:
         dendrites_per_soma: SupportsIndex | None = None,
         in_shape: Sequence[int] | None = None,
         channels_first: bool = False,
+        *,
+        in_features: SupportsIndex | None = None,
     ) -> Connectivity:
-        """From a boolean mask [R, N] (tensor, numpy array, lists): True where a synapse is."""
-        array = as_numpy(mask)
-        if array.dtype != np.bool_:
-            raise TypeError(f"Expected a boolean mask, got dtype {array.dtype}")
-        if array.ndim != 2:
-            raise ValueError(f"Expected a mask of shape [R, N], got shape {list(array.shape)}")
-        crow = np.zeros(array.shape[0] + 1, np.int64)
-        np.cumsum(np.count_nonzero(array, axis=1), out=crow[1:])
-        pattern = crow, np.nonzero(array)[1], array.shape[1]
+        """From a boolean mask [R, N] (tensor, numpy array, lists): True where a synapse is.
+
+        A row is a dendrite, a column an input, as in the weight of torch.nn.Linear. Kernels in
+        Keras are [N, R]; transpose their masks. Given `in_features`, N is checked.
+        """
+        pattern = of_mask(mask, in_features)
         return cls.from_csr(*pattern, soma_ptr, dendrites_per_soma, in_shape, channels_first)
+
+    @classmethod
+    def from_edges(
+        cls,
+        pre: Any,
+        dendrite: Any = None,
+        soma: Any = None,
+        weight: Any = None,
+        *,
+        inputs: int | Iterable[Hashable] | None = None,
+        duplicates: Duplicates = "refuse",
+        in_shape: Sequence[int] | None = None,
+        channels_first: bool = False,
+    ) -> Any:
+        """From a table with one row for each synapse, whose labels it keeps.
+
+        Labels are ints, strings or other hashables, in lists, arrays, tensors or Series. Dendrites
+        and somas are numbered in order of appearance, soma by soma.
+
+        Args:
+            pre: [rows] the input of each synapse. Or all columns at once: a pandas or polars
+                DataFrame with columns "pre", "dendrite" and maybe "soma" and "weight" (others are
+                ignored), or a networkx DiGraph, whose edge u -> v is a synapse of dendrite v on
+                input u; edges may have the attribute "weight", their targets "soma".
+            dendrite: [rows] its dendrite.
+            soma: [rows] its soma; default: every dendrite is its own soma.
+            weight: [rows] its weight.
+            inputs: N, if `pre` are positions from 0 to N - 1; or the labels of all inputs in their
+                order; default: the labels in `pre` in order of appearance.
+            duplicates: "refuse" a second synapse of a dendrite on an input, or "sum" them.
+            in_shape, channels_first: as in the class.
+
+        Returns:
+            The Connectivity. With weights, (connectivity, weight): a new tensor [nnz] in the order
+            of col_indices, float32 or float64 as given; integers and lists get torch's default
+            dtype.
+
+        Raises:
+            TypeError, ValueError: columns of unequal lengths, a missing or unknown label, a
+                dendrite in two somas; names the first offender.
+        """
+        table = edges.table_of(pre, dendrite, soma, weight)
+        network = edges.network(table, inputs, duplicates)
+        c = cls(
+            network.crow,
+            network.columns,
+            network.soma_ptr,
+            network.in_features,
+            in_shape,
+            channels_first,
+            network.labels,
+        )
+        return c if network.weight is None else (c, network.weight)
 
     @staticmethod
     def stack(networks: Iterable[Connectivity]) -> Connectivity:
         """Several networks on the same inputs as one: their dendrites and somas in order.
 
-        `in_shape` is kept if all agree on it.
+        `in_shape` and the labels of inputs are kept if all agree on them, the labels of dendrites
+        and somas if all have them.
 
         Raises:
             ValueError: no network, or in_features differ.
@@ -210,18 +255,22 @@ class Connectivity:
             raise ValueError(f"Expected networks with the same in_features, got {sizes}")
         images = {(part.in_shape, part.channels_first) for part in parts}
         image = images.pop() if len(images) == 1 else (None, False)
-        return _concatenate(parts, [0] * len(parts), sizes[0], image)
+        inputs = common(_names(parts, "inputs"))
+        return _concatenate(parts, [0] * len(parts), sizes[0], inputs, image)
 
     @staticmethod
     def block_diagonal(networks: Iterable[Connectivity]) -> Connectivity:
         """Several networks side by side, each on its own inputs; `in_shape` is dropped.
+
+        Labels are kept where all have them.
 
         Raises:
             ValueError: no network.
         """
         parts = _networks(networks)
         ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
-        return _concatenate(parts, [0, *ends[:-1]], ends[-1], (None, False))
+        inputs = chained(_names(parts, "inputs"))
+        return _concatenate(parts, [0, *ends[:-1]], ends[-1], inputs, (None, False))
 
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
@@ -244,20 +293,12 @@ class Connectivity:
         return torch.from_numpy(mask)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file."""
-        shape = [] if self.in_shape is None else list(self.in_shape)
-        with replaced(path) as temporary, open(temporary, "xb") as file:
-            np.savez(
-                file,
-                format=np.array(_FORMAT),
-                version=np.array(_FORMAT_VERSION),
-                in_features=np.array(self.in_features),
-                in_shape=np.array(shape, np.int64),
-                channels_first=np.array(self.channels_first),
-                crow_indices=self.crow_indices.numpy(),
-                col_indices=self.columns,
-                soma_ptr=self.soma_ptr.numpy(),
-            )
+        """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file.
+
+        Raises:
+            TypeError: a label is neither a str nor an int.
+        """
+        _npz.write(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Connectivity:
@@ -267,18 +308,7 @@ class Connectivity:
             OSError: the file cannot be opened.
             ValueError: not such a file, damaged, or of a newer format version.
         """
-        with open(path, "rb") as file:
-            try:
-                archive = np.load(file, allow_pickle=False)
-                found = str(archive["format"]), int(archive["version"])
-                if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
-                    raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
-                crow, col, soma = (archive[name] for name in _ARRAYS)
-                image = archive["in_shape"].tolist() or None, _channels_first(archive)
-                return Connectivity(crow, col, soma, int(archive["in_features"]), *image)
-            except _UNREADABLE as error:
-                expected = "Expected a file written by Connectivity.save"
-                raise ValueError(f"{expected}, got {os.fspath(path)}: {error}") from error
+        return _npz.read(path, Connectivity)
 
     def cached(self, key: Hashable, factory: Callable[[], T]) -> T:
         """What a backend keeps for this object under `key`, made by `factory()` at the first call.
@@ -360,14 +390,17 @@ class Connectivity:
     def __reduce__(self) -> tuple[Any, ...]:
         # torch.load(weights_only=True) takes no numpy arrays; tensors cost spawned processes files.
         arrays = [getattr(self, name).numpy().tobytes() for name in _ARRAYS]
-        return _from_bytes, (*arrays, self.in_features, self.in_shape, self.channels_first)
+        labels = None if self.labels is None else tuple(self.labels)
+        return _from_bytes, (*arrays, self.in_features, self.in_shape, self.channels_first, labels)
 
     def __repr__(self) -> str:
+        labels = "" if self.labels is None else f", labels=({shortened(self.labels)})"
         return (
             f"Connectivity(in_features={self.in_features}, num_dendrites={self.num_dendrites}, "
             f"num_somas={self.num_somas}, nnz={self.nnz}, density={self.density:.3g}, "
             f"fan_in={self.fan_in}, dendrites_per_soma={self.dendrites_per_soma}, "
-            f"in_shape={self.in_shape}{', channels_first=True' if self.channels_first else ''})"
+            f"in_shape={self.in_shape}{', channels_first=True' if self.channels_first else ''}"
+            f"{labels})"
         )
 
     def plot(
@@ -394,7 +427,9 @@ class Connectivity:
         from ._plot import Fields, plot
 
         arrays = (t.numpy() for t in (self.crow_indices, self.col_indices, self.soma_ptr))
-        return plot(Fields(self.in_shape, self.channels_first, *arrays), somas, image, figure)
+        names = None if self.labels is None else self.labels.somas
+        fields = Fields(self.in_shape, self.channels_first, names, *arrays)
+        return plot(fields, somas, image, figure)
 
 
 def _from_bytes(crow: bytes, col: bytes, soma_ptr: bytes, *others: Any) -> Connectivity:
@@ -425,10 +460,6 @@ def _untraced(factory: Callable[[], T]) -> T:
     return value
 
 
-def _channels_first(archive: Any) -> bool:
-    return "channels_first" in archive and bool(archive["channels_first"])  # older files have none
-
-
 def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
     parts = list(networks)
     if not parts:
@@ -439,8 +470,16 @@ def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
     return parts
 
 
+def _names(parts: list[Connectivity], kind: str) -> list[Names | None]:
+    return [getattr(part.labels, kind, None) for part in parts]
+
+
 def _concatenate(
-    parts: list[Connectivity], column_offsets: list[int], in_features: int, image: tuple[Any, bool]
+    parts: list[Connectivity],
+    column_offsets: list[int],
+    in_features: int,
+    inputs: Names | None,
+    image: tuple[Any, bool],
 ) -> Connectivity:
     """One network of all dendrites and somas, the columns of each part moved by its offset."""
 
@@ -451,4 +490,5 @@ def _concatenate(
     columns = [part.col_indices.numpy() for part in parts]
     moved = [c + np.int64(offset) for c, offset in zip(columns, column_offsets, strict=True)]
     crow, soma = chain("crow_indices"), chain("soma_ptr")
-    return Connectivity(crow, np.concatenate(moved), soma, in_features, *image)
+    labels = inputs, chained(_names(parts, "dendrites")), chained(_names(parts, "somas"))
+    return Connectivity(crow, np.concatenate(moved), soma, in_features, *image, labels)

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.environment import describe, write_json
-from bench.memory import in_fresh_process
 from bench.paper import datasets
 from bench.paper.report import draw, print_table, ratios
 from bench.paper.training import Network, Outcome, Schedule, train_network
+from dendrite_kernels.benchmark.memory import in_fresh_process
 
 EPOCHS = {"digits": 60, "cifar10": 3}  # enough to see where the curves flatten
 OTHER_EPOCHS = 5

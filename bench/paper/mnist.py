@@ -15,10 +15,11 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import dendrite_kernels as dk
 from bench.environment import describe, write_json
-from bench.memory import in_fresh_process
 from bench.paper import datasets
 from bench.paper.training import Network, Outcome, Schedule, train_network
+from dendrite_kernels.benchmark.memory import in_fresh_process
 
 EPOCHS = 15
 
@@ -77,7 +78,7 @@ def _line(network: Network, outcome: Outcome) -> str:
     )
 
 
-def _judge(kind: str, twin: bool, accuracies: list[float]) -> dict[str, object]:
+def _judge(kind: dk.models.Kind, twin: bool, accuracies: list[float]) -> dict[str, object]:
     """The mean over the seeds against the expected range, printed and for the report."""
     case, mean = CASES[kind], statistics.mean(accuracies)
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None

@@ -17,10 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import dendrite_kernels as dk
-from bench.masked_dense import dense_parameters, masked_dense_twin, trainable_parameters
-from bench.memory import PeakMemory
 from bench.paper.datasets import ImageData, Split, split
-from bench.training_step import TrainingStep
+from dendrite_kernels.benchmark.masked_dense import (
+    dense_parameters,
+    masked_dense_twin,
+    trainable_parameters,
+)
+from dendrite_kernels.benchmark.memory import PeakMemory
+from dendrite_kernels.benchmark.training_step import TrainingStep
 
 WARM_UP_STEPS = 10  # not timed: allocator, thread pool and lazy imports
 
@@ -29,7 +33,7 @@ WARM_UP_STEPS = 10  # not timed: allocator, thread pool and lazy imports
 class Network:
     """Arguments of `dk.models.build` besides the data set; `twin`: build its masked-dense twin."""
 
-    kind: str
+    kind: dk.models.Kind
     somas: int
     dendrites: int
     synapses: int

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 from bench.speed.cases import CASES
-from bench.speed.problem import Problem
+from dendrite_kernels.benchmark.problem import Problem
 
 Run = Callable[[], object]
 

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 
 from bench.environment import describe, write_json
-from bench.speed.cases import Case
-from bench.speed.peers import MODES, OFFICIAL, OURS
-from bench.speed.problem import Problem, oracle
-from bench.speed.run import RESULTS, Configuration, admit_peers
-from bench.speed.timing import interleave
+from bench.speed.run import RESULTS
+from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.comparison import Comparison
+from dendrite_kernels.benchmark.oracle import oracle
+from dendrite_kernels.benchmark.peer import MODES
+from dendrite_kernels.benchmark.peers import OFFICIAL, OURS
+from dendrite_kernels.benchmark.problem import Problem
+from dendrite_kernels.benchmark.timing import interleave
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 BLOCK_SUM = "masked dense + block-sum cable"
@@ -94,23 +97,23 @@ def _point(inputs: int, density: float, options: argparse.Namespace) -> dict[str
     case = Case(f"K={k}", options.batch, inputs, 1, 1, options.somas, DENDRITES, k)
     problem = Problem.draw(case.connectivity("constant"), case.batch)
     expected = oracle(problem, gradients=True)
-    configuration = Configuration(case, "constant", options.threads)
-    admit_peers(configuration, [OURS, OFFICIAL, BLOCK_SUM], problem, expected)
-    interleave(list(configuration.tasks.values()), options.seconds)
-    times = configuration.times("peers")
+    comparison = Comparison(problem, expected)
+    comparison.admit_peers([OURS, OFFICIAL, BLOCK_SUM])
+    interleave(list(comparison.tasks.values()), options.seconds)
+    times = comparison.times("peers")
     print(f"K={k} ({k / inputs:.1%})")
     for name, modes in times.items():
         print(f"  {name:34s}" + " | ".join(f"{modes[mode]['p50']:9.3f}" for mode in MODES))
-    for name, reason in {**configuration.skipped, **configuration.refused}.items():
+    for name, reason in {**comparison.skipped, **comparison.refused}.items():
         print(f"  {name}: {reason}")
     sys.stdout.flush()
     return {
         "synapses": k,
         "density": k / inputs,
         "ms": times,
-        "relative_errors": configuration.errors,
-        "skipped": configuration.skipped,
-        "refused": configuration.refused,
+        "relative_errors": comparison.errors,
+        "skipped": comparison.skipped,
+        "refused": comparison.refused,
     }
 
 

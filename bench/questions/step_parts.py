@@ -18,10 +18,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.speed.cases import CASES, KINDS
+from bench.speed.cases import CASES
 from bench.speed.kernels import Kernels
-from bench.speed.problem import Problem
-from bench.speed.whole_step import step_of
+from dendrite_kernels.benchmark.case import KINDS
+from dendrite_kernels.benchmark.problem import Problem
+from dendrite_kernels.benchmark.whole_step import step_of
 
 Run = Callable[[], object]
 aten = torch.ops.aten

@@ -22,9 +22,9 @@ from torch import nn
 
 import dendrite_kernels as dk
 from bench.environment import describe
-from bench.masked_dense import MaskedDendriticLayer
 from bench.speed.gpu_problem import CASES, Case, adam, training_step
 from bench.speed.gpu_timing import milliseconds
+from dendrite_kernels.benchmark.masked_dense import MaskedDendriticLayer
 from dendrite_kernels.optim import StepInBackward
 
 DENDRITES, SYNAPSES, BATCH = 16, 32, 128

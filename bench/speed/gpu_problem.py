@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dendrite_kernels as dk
-from bench.masked_dense import MaskedDendriticLayer
+from dendrite_kernels.benchmark.masked_dense import MaskedDendriticLayer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.speed.problem import PARAMETERS, Problem
 from dendrite_kernels.backends.protocol import Operands
+from dendrite_kernels.benchmark.oracle import PARAMETERS
+from dendrite_kernels.benchmark.problem import Problem
 
 KERNELS = ("forward", "backward without dx", "backward")
 

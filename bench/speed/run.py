@@ -4,7 +4,7 @@
 
 A candidate is timed only after its results agree with the float64 oracle; one that does not agree
 is refused and the command ends with status 1. Candidates take turns. Written to
-bench/results/NAME.json after every configuration.
+bench/results/NAME.json after every comparison.
 
 Modes: forward (no gradients kept), training (forward + backward without the input's gradient, and
 the masks of gradients where there are any) and training with dx. Kernels are the same work without
@@ -15,83 +15,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import dendrite_kernels as dk
 from bench.environment import describe, write_json
-from bench.memory import in_fresh_process
-from bench.speed import roofline, whole_step
-from bench.speed.cases import CASES, KINDS, Case, find
+from bench.speed import roofline
+from bench.speed.cases import CASES, find
 from bench.speed.kernels import KERNELS, Kernels
-from bench.speed.peers import OFFICIAL, OURS, PEERS, MaskedDense, Peer, reason_to_skip
-from bench.speed.problem import TOLERANCE, Problem, largest_error, oracle
 from bench.speed.roofline import Roof
-from bench.speed.tables import print_configuration, ratios
-from bench.speed.timing import Task, interleave
+from bench.speed.tables import print_configuration
+from dendrite_kernels.benchmark import whole_step
+from dendrite_kernels.benchmark.case import KINDS, Case
+from dendrite_kernels.benchmark.comparison import Comparison
+from dendrite_kernels.benchmark.dense import MaskedDense
+from dendrite_kernels.benchmark.oracle import oracle
+from dendrite_kernels.benchmark.peer import Peer
+from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
+from dendrite_kernels.benchmark.problem import TOLERANCE, Problem
+from dendrite_kernels.benchmark.tables import ratios
+from dendrite_kernels.benchmark.timing import Task, interleave
 
 RESULTS = Path(__file__).parents[1] / "results"
 BF16 = "cpp kernels, precision bf16"
 MODEST_BYTES = 1 << 32  # of a dense layer that the optimizer's state may double
-
-
-@dataclass
-class Configuration:
-    """One case, kind of connectivity and number of threads: what was timed, and what was not."""
-
-    case: Case
-    kind: str
-    threads: int
-    skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not run
-    refused: dict[str, str] = field(default_factory=dict)  # candidate -> why its results are wrong
-    errors: dict[str, float] = field(default_factory=dict)  # candidate -> largest relative L2
-    tasks: dict[tuple[str, str, str], Task] = field(default_factory=dict)
-
-    def admit(
-        self,
-        group: str,
-        name: str,
-        modes: tuple[str, ...],
-        make: Callable[[], Any],
-        expected: Mapping[str, Tensor],
-    ) -> Any:
-        """Make a candidate, check its results in every mode, and only then plan to time it.
-
-        A candidate has `run(mode)` and `results(mode)`. Returns it, or None if it was refused.
-        """
-        try:
-            candidate = make()
-            surroundings = getattr(candidate, "surroundings", nullcontext)
-            errors = {}
-            for mode in modes:
-                with surroundings():
-                    errors[mode] = largest_error(candidate.results(mode), expected)
-        except Exception as error:  # whatever a candidate raises is the reason not to time it
-            self.refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return None
-        wrong = [f"{mode}: {error:.1e}" for mode, error in errors.items() if not error <= TOLERANCE]
-        if wrong:
-            self.refused[name] = f"relative error more than {TOLERANCE:.0e}: {', '.join(wrong)}"
-            return None
-        self.errors[name] = max(errors.values())
-        for mode in modes:
-            self.tasks[group, name, mode] = Task(partial(candidate.run, mode), surroundings)
-        return candidate
-
-    def times(self, group: str) -> dict[str, dict[str, dict[str, float]]]:
-        """Candidate -> mode -> percentiles in ms."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for (part, name, mode), task in self.tasks.items():
-            if part == group:
-                found.setdefault(name, {})[mode] = task.summary()
-        return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,70 +78,47 @@ def _configurations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 torch.compiler.reset()  # the compiler's code knows the number of threads
-                configuration = Configuration(case, kind, threads)
-                yield measure(configuration, problem, expected, options)
+                yield measure(case, kind, threads, Comparison(problem, expected), options)
 
 
 def measure(
-    configuration: Configuration,
-    problem: Problem,
-    expected: Mapping[str, Tensor],
-    options: argparse.Namespace,
+    case: Case, kind: str, threads: int, comparison: Comparison, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Verify and time everything; a record for the JSON file."""
-    case, kind, threads = configuration.case, configuration.kind, configuration.threads
-    peers = admit_peers(configuration, options.peers, problem, expected)
+    problem = comparison.problem
+    peers = comparison.admit_peers(options.peers)
     for backend in ("cpp", "numba"):
         if f"dendrite_kernels {backend}" in peers:
             make = partial(Kernels, backend, problem)
-            configuration.admit("kernels", f"{backend} kernels", KERNELS, make, expected)
+            comparison.admit("kernels", f"{backend} kernels", KERNELS, make)
     if OURS in peers:  # the problem's inputs are fractions of 256: rounding them changes nothing
         make = partial(Kernels, "cpp", problem, round_x=True)
-        configuration.admit("kernels", BF16, KERNELS[:1], make, expected)
+        comparison.admit("kernels", BF16, KERNELS[:1], make)
     for name, module in _step_modules(peers, problem).items():
         step = whole_step.step_of(module, problem)
         step()
-        configuration.tasks["steps", name, "step"] = Task(step)
+        comparison.tasks["steps", name, "step"] = Task(step)
     roof: list[Roof] = []
-    unavailable = _measure_roof(configuration, problem, roof)
-    interleave(list(configuration.tasks.values()), options.seconds)
-    _measure_roof(configuration, problem, roof)
-    candidates, kernels = configuration.times("peers"), configuration.times("kernels")
+    unavailable = _measure_roof(threads, problem, roof)
+    interleave(list(comparison.tasks.values()), options.seconds)
+    _measure_roof(threads, problem, roof)
+    candidates, kernels = comparison.times("peers"), comparison.times("kernels")
     c = problem.connectivity
     return {
         "case": asdict(case), "kind": kind, "threads": threads,
         "inputs": c.in_features, "synapses": c.nnz, "density": c.density,
         "ms": candidates,
         "kernels_ms": kernels,
-        "step_ms": {name: modes["step"] for name, modes in configuration.times("steps").items()},
+        "step_ms": {name: modes["step"] for name, modes in comparison.times("steps").items()},
         "ratios": ratios(candidates),
         "roofline": {"unavailable": unavailable} if unavailable else _fractions(
             roof, kernels, 2e-9 * c.nnz * case.batch
         ),
         "memory_mib": _memory(case, kind, threads, problem) if options.memory else {},
-        "relative_errors": configuration.errors,
-        "skipped": configuration.skipped,
-        "refused": configuration.refused,
+        "relative_errors": comparison.errors,
+        "skipped": comparison.skipped,
+        "refused": comparison.refused,
     }  # fmt: skip
-
-
-def admit_peers(
-    configuration: Configuration,
-    names: list[str],
-    problem: Problem,
-    expected: Mapping[str, Tensor],
-) -> dict[str, Peer]:
-    peers = {}
-    for name in names:
-        reason = reason_to_skip(name, problem)
-        if reason is not None:
-            configuration.skipped[name] = reason
-            continue
-        make = partial(PEERS[name], problem)
-        peer = configuration.admit("peers", name, PEERS[name].modes, make, expected)
-        if peer is not None:
-            peers[name] = peer
-    return peers
 
 
 def _step_modules(peers: Mapping[str, Peer], problem: Problem) -> dict[str, torch.nn.Module]:
@@ -203,11 +132,11 @@ def _step_modules(peers: Mapping[str, Peer], problem: Problem) -> dict[str, torc
     return modules
 
 
-def _measure_roof(configuration: Configuration, problem: Problem, roof: list[Roof]) -> str | None:
+def _measure_roof(threads: int, problem: Problem, roof: list[Roof]) -> str | None:
     """Add a measurement to `roof`; why there is none."""
     c = problem.connectivity
     try:
-        roof.append(roofline.measure(c.in_features, c.nnz, configuration.threads))
+        roof.append(roofline.measure(c.in_features, c.nnz, threads))
     except roofline.Unavailable as error:
         return str(error)
     return None
@@ -245,7 +174,7 @@ def _memory(case: Case, kind: str, threads: int, problem: Problem) -> dict[str, 
     if PEERS[OFFICIAL].bytes_needed(problem) >= MODEST_BYTES:
         del ways[OFFICIAL]
     return {
-        name: in_fresh_process(whole_step.memory_growth, case.name, kind, official, threads)
+        name: whole_step.memory_growth(whole_step.Training(case, kind, threads, official))
         for name, official in ways.items()
     }
 

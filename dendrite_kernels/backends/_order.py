@@ -21,6 +21,7 @@ from ..structure import Connectivity
 # weights and signs from more distant addresses (6 % slower on case B of the benchmarks).
 MIXED_DENDRITES, MOST_SOMAS = 1024, 64
 MIXED_ROWS = 512  # where there are no somas
+_AT_ONCE = 8192  # dendrites whose centres are found together, in little memory
 _BAND = 4  # rows of the image in a band: bands are visited one after another
 _PATCHES, _PIXELS = 256, 256  # dendrites, and inputs of each, to estimate the length of image rows
 _SAMPLE = 4096  # pairs of neighbours in the estimate of shared inputs
@@ -77,15 +78,16 @@ def _soma_of_dendrite(connectivity: Connectivity) -> Array:
 
 def _along_fields(connectivity: Connectivity) -> Array:
     """Dendrites by centre [R] in bands of rows of what may be an image, there and back again."""
-    crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
-    row, column = np.divmod(col, _row_length(connectivity))
-
-    def mean(values: Array) -> Array:
-        total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-        means: Array = (total[crow[1:]] - total[crow[:-1]]) / np.maximum(1, np.diff(crow))
-        return means
-
-    band, x = mean(row) // _BAND, mean(column)
+    crow, length = connectivity.crow_indices.numpy(), _row_length(connectivity)
+    centre = np.empty((2, crow.size - 1))  # row and column
+    for first in range(0, crow.size - 1, _AT_ONCE):
+        part = crow[first : first + _AT_ONCE + 1]
+        places = np.divmod(connectivity.col_indices.numpy()[part[0] : part[-1]], length)
+        for axis, place in enumerate(places):
+            total = np.concatenate(([0], np.cumsum(place, dtype=np.int64)))[part - part[0]]
+            mean = np.diff(total) / np.maximum(1, np.diff(part))
+            centre[axis, first : first + _AT_ONCE] = mean
+    band, x = centre[0] // _BAND, centre[1]
     order: Array = np.lexsort((np.where(band % 2, -x, x), band))
     return order
 

@@ -146,22 +146,19 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("cut", ["whole", "in passes", "in passes with phases each"])
+@pytest.mark.parametrize("private", [1 << 28, 160_000, 1])
 def test_work_may_be_cut_anyhow(
     network: dk.Connectivity,
     threads: int,
-    cut: str,
+    private: int,
     tasks: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Among threads, into passes over tiles that fit the cache, and into what fits the memory."""
+    """Among threads: into parts of the batch and groups of dendrites, as sums of theirs fit."""
     from dendrite_kernels.backends.numba import plan
 
     monkeypatch.setattr(plan, "_GRAIN", 1)
-    if cut != "whole":
-        monkeypatch.setattr(plan, "_PASS", 1)
-    if cut == "in passes with phases each":
-        monkeypatch.setattr(plan, "_PRIVATE", 1)
+    monkeypatch.setattr(plan, "_PRIVATE", private)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import dendrite_kernels as dk
-from bench.masked_dense import (
+from dendrite_kernels.benchmark.masked_dense import (
     MaskedDendriticLayer,
     dense_parameters,
     masked_dense_twin,
     trainable_parameters,
 )
-from bench.training_step import TrainingStep
+from dendrite_kernels.benchmark.training_step import TrainingStep
 
 INPUTS, DENDRITES, SOMAS = 11, 12, 4
 

@@ -12,16 +12,18 @@ from torch import Tensor
 
 import dendrite_kernels as dk
 from bench.questions import crossover
-from bench.speed import cases, peers, roofline, run
-from bench.speed.cases import Case
+from bench.speed import cases, roofline, run
 from bench.speed.kernels import KERNELS, Kernels
-from bench.speed.peers import OFFICIAL, OURS, PEERS
-from bench.speed.problem import PARAMETERS, TOLERANCE, Problem, largest_error, oracle
-from bench.speed.timing import Task, interleave
+from dendrite_kernels.benchmark import case, peer, peers
+from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.oracle import PARAMETERS, oracle
+from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
+from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, largest_error
+from dendrite_kernels.benchmark.timing import Task, interleave
 
 TINY = Case("T", 9, 6, 5, 2, 7, 3, 4)
 COMPILED = ("embedding_bag, compiled", "gather, compiled")
-KINDS = list(cases.KINDS)
+KINDS = list(case.KINDS)
 
 
 @pytest.fixture(params=KINDS)
@@ -75,12 +77,22 @@ def test_kernels_agree_with_the_oracle(backend: str, problem: Problem) -> None:
         assert largest_error(kernels.results(kernel), expected) <= TOLERANCE
 
 
-def test_oracle_in_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = oracle(problem, gradients=True)
-    monkeypatch.setattr("bench.speed.problem._CHUNK_BYTES", 1)
-    parts = oracle(problem, gradients=True)
-    assert set(whole) == {"x", "y", *PARAMETERS}
-    assert largest_error(parts, whole) < 1e-14
+def test_oracle_is_the_reference(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soma by soma, a few synapses at a time."""
+    monkeypatch.setattr("dendrite_kernels.benchmark.oracle._CHUNK", 1)
+    monkeypatch.setattr("dendrite_kernels.benchmark.oracle._SYNAPSES", 5)
+    found, p = oracle(problem, gradients=True), problem
+    inputs: dict[str, Any] = {
+        name: t.double().requires_grad_() for name, t in {"x": p.x, **p.parameters}.items()
+    }
+    y = dk.reference.dendritic_layer(
+        connectivity=p.connectivity, negative_slope=p.negative_slope, **inputs
+    )
+    gradients = torch.autograd.grad(y, list(inputs.values()), p.grad.double())
+    expected = {"y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
+    assert set(found) == set(expected)
+    assert largest_error(found, expected) < 1e-14
+    assert largest_error(oracle(problem), expected) < 1e-14
 
 
 def test_dendrites_of_a_problem_are_exact_and_never_at_the_kink(problem: Problem) -> None:
@@ -129,7 +141,7 @@ def test_run_writes_what_a_figure_must_be_published_with(
         assert configuration["refused"] == {}
         assert set(configuration["ms"]) == set(names)
         assert 0 <= configuration["relative_errors"][OURS] <= TOLERANCE
-        for mode in peers.MODES:
+        for mode in peer.MODES:
             p20, p50, p80, samples = configuration["ms"][OURS][mode]
             assert 0 < p20 <= p50 <= p80
             assert samples >= 1
@@ -148,7 +160,7 @@ def test_run_writes_what_a_figure_must_be_published_with(
     ("wrong", "reason"), [(_Wrong, "relative error"), (_Failing, "RuntimeError: no such")]
 )
 def test_run_refuses_a_wrong_peer(
-    wrong: type[peers.Peer],
+    wrong: type[peer.Peer],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -187,6 +199,14 @@ def test_every_task_gets_samples() -> None:
     assert calls.count("a") >= len(tasks[0].samples)
 
 
+def test_what_is_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dendrite_kernels.benchmark.timing.SLOW", -1.0)
+    calls: list[int] = []
+    task = Task(lambda: calls.append(0))
+    interleave([task], seconds=0.0)
+    assert len(calls) == len(task.samples) == 1
+
+
 def test_crossover_is_interpolated() -> None:
     assert crossover.crossover([0.01, 0.1, 0.2], [8.0, 4.0, 0.25]) == pytest.approx(
         0.1 * 2**0.5, rel=1e-9
@@ -203,7 +223,7 @@ def test_crossover_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert crossover.main([*sizes, *rest]) == 0
     (sweep,) = json.loads(path.read_text())["sweeps"]
     assert [point["synapses"] for point in sweep["points"]] == [4, 20]
-    assert set(sweep["crossovers"][OFFICIAL]) == set(peers.MODES)
+    assert set(sweep["crossovers"][OFFICIAL]) == set(peer.MODES)
     assert "density" in capsys.readouterr().out
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.memory import PeakMemory, in_fresh_process
 from bench.paper import demo, mnist
 from bench.paper.datasets import Split
 from bench.paper.training import Outcome, Schedule, evaluate, train
-from bench.training_step import TrainingStep
+from dendrite_kernels.benchmark.memory import PeakMemory, in_fresh_process
+from dendrite_kernels.benchmark.training_step import TrainingStep
 
 
 def blobs(n: int = 300) -> Split:

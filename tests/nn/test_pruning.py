@@ -81,6 +81,15 @@ def test_the_rest_of_the_layer_stays(kind: Any) -> None:
     assert all(map(torch.equal, after.parameters(), before_values))
 
 
+@KINDS
+def test_labels_stay(kind: Any) -> None:
+    labels = ["a", "b", "c"], ["left", "right"], ["out"]
+    c = Connectivity([0, 2, 4], [0, 2, 1, 2], [0, 2], 3, labels=labels)
+    assert kind(c).prune(1).connectivity.labels == c.labels
+    pruned: Any = prune.l1_unstructured(kind(c), kind.WEIGHT, 2)
+    assert interop.from_pruned(pruned).connectivity.labels == c.labels
+
+
 def test_of_equal_weights_the_later_go_first() -> None:
     before = dk.SparseLinear(Connectivity.from_csr([0, 4], [0, 2, 5, 6], 8))
     nn.init.ones_(before.weight)

@@ -201,6 +201,24 @@ def test_from_scipy_errors() -> None:
         Connectivity.from_scipy(twice_csr)
     with pytest.raises(TypeError, match=r"Expected a scipy.sparse matrix, got ndarray"):
         Connectivity.from_scipy(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="Expected duplicates='refuse' or 'sum', got 'first'"):
+        Connectivity.from_scipy(twice, duplicates="first")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["coo", "csr", "csc"])
+def test_from_scipy_sums_duplicates(form: str) -> None:
+    once = scipy.sparse.coo_array((np.ones(4), ([0, 1, 1, 1], [2, 3, 0, 3])), shape=(2, 4))
+    rows, values, pointer = [2, 3, 0, 3], np.ones(4), [0, 1, 4]
+    m = {
+        "coo": once,
+        "csr": scipy.sparse.csr_array((values, rows, pointer), shape=(2, 4)),
+        "csc": scipy.sparse.csc_array((values, [1, 0, 1, 1], [0, 1, 1, 2, 4]), shape=(2, 4)),
+    }[form]
+    c = Connectivity.from_scipy(m, duplicates="sum")
+    assert c == Connectivity.from_csr([0, 1, 3], [2, 0, 3], 4)
+    assert m.nnz == 4  # as it was
+    with pytest.raises(ValueError, match="duplicate"):
+        Connectivity.from_scipy(m)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda m: m.tolist()])
@@ -222,6 +240,20 @@ def test_from_mask_errors() -> None:
         Connectivity.from_mask(np.ones(4, bool))
     with pytest.raises(ValueError, match="in_features from 1"):
         Connectivity.from_mask(np.ones((4, 0), bool))
+
+
+def test_from_mask_refuses_a_transposed_mask() -> None:
+    mask = np.ones((64, 784), bool)
+    assert Connectivity.from_mask(mask, in_features=784).in_features == 784
+    expected = (
+        r"Expected a mask \[R, 784\], got \[784, 64\]: Keras kernels are \[inputs, outputs\], "
+    )
+    with pytest.raises(ValueError, match=f"^{expected}transpose it$"):
+        Connectivity.from_mask(mask.T, in_features=784)
+    with pytest.raises(ValueError, match=r"^Expected a mask \[R, 783\], got \[64, 784\]$"):
+        Connectivity.from_mask(mask, in_features=783)
+    with pytest.raises(TypeError, match=r"in_features to be an integer, got 784\.0"):
+        Connectivity.from_mask(mask, in_features=784.0)  # type: ignore[arg-type]
 
 
 def test_stack() -> None:

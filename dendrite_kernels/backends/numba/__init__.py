@@ -81,36 +81,32 @@ def _threads() -> int:
 def forward(
     x: torch.Tensor, operands: Operands, save_signs: bool, round_x: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, dendrite_bias, cable, soma_bias, connectivity, _ = operands
     batch, rows = _check_layer(x, operands)
-    y = x.new_empty(batch, rows if cable is None else connectivity.num_somas)
+    linear = operands.cable_weight is None
+    y = x.new_empty(batch, rows if linear else operands.connectivity.num_somas)
     words = -(-batch // _SIGN_BITS) if save_signs else 0
     signs = x.new_empty(words, rows, dtype=torch.int32)
-    _run(
-        None, operands, x=x, y=y, signs=signs if save_signs else None, weight=weight,
-        dendrite_bias=dendrite_bias, cable=cable, soma_bias=soma_bias,
-    )  # fmt: skip
+    _run(None, operands, x, y=y, signs=signs if save_signs else None)
     return y, signs
 
 
 def backward(
     grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
 ) -> Gradients:
-    weight, dendrite_bias, cable, _, connectivity, _ = operands
+    connectivity, linear = operands.connectivity, operands.cable_weight is None
     batch, rows = _check_layer(x, operands)
-    outputs = rows if cable is None else connectivity.num_somas
+    outputs = rows if linear else connectivity.num_somas
     _check("grad", grad, x, (batch, outputs))
-    if cable is not None:
+    if not linear:
         _check("y", y, x, (batch, outputs))
         _check("signs", signs, x, (-(-batch // _SIGN_BITS), rows), torch.int32)
     new = x.new_empty if batch else x.new_zeros  # no sample, no kernel: gradients are zero
     dx = x.new_empty(batch if need_x else 0, connectivity.in_features)
     dw, dbd = new(connectivity.nnz), new(rows)
-    dc, dbs = new(0 if cable is None else rows), new(0 if cable is None else outputs)
+    dc, dbs = new(0 if linear else rows), new(0 if linear else outputs)
     _run(
-        need_x, operands, x=x, grad=grad, y=y, signs=signs, weight=weight,
-        dendrite_bias=dendrite_bias, cable=cable, dx=dx, dw=dw, d_dendrite_bias=dbd, d_cable=dc,
-        d_soma_bias=dbs,
+        need_x, operands, x, grad=grad, y=y, signs=signs, dx=dx, dw=dw, d_dendrite_bias=dbd,
+        d_cable=dc, d_soma_bias=dbs,
     )  # fmt: skip
     return dx, dw, dbd, dc, dbs
 
@@ -189,21 +185,20 @@ _scratch = _Scratch()
 
 def _plan(need_x: bool | None, operands: Operands, x: torch.Tensor) -> Plan:
     """The plan kept for such calls, or a new one; need_x None: of forward."""
-    from . import plan  # imports Numba
-
-    connectivity, linear = operands.connectivity, operands.cable_weight is None
-    call = plan.Call(x.shape[0], _ELEMENTS[x.dtype], _threads(), linear)
+    connectivity = operands.connectivity
+    call = x.shape[0], _ELEMENTS[x.dtype], _threads(), operands.cable_weight is None
     plans: dict[Any, Plan] = connectivity.cached("numba", dict)
-    key = need_x, *call
-    found = plans.get(key)
+    found = plans.get((need_x, call))
     if found is None:
+        from . import plan  # imports Numba
+
         if need_x is None:
-            found = plan.forward_plan(connectivity, call)
+            found = plan.forward_plan(connectivity, plan.Call(*call))
         else:
-            found = plan.backward_plan(connectivity, call, need_x)
+            found = plan.backward_plan(connectivity, plan.Call(*call), need_x)
         if len(plans) >= _KEPT_PLANS:
             plans.clear()
-        plans[key] = found
+        plans[need_x, call] = found
     return found
 
 
@@ -212,17 +207,16 @@ def _run(need_x: bool | None, operands: Operands, x: torch.Tensor, **arrays: May
     if x.shape[0] == 0:
         return
     plan = _plan(need_x, operands, x)
-    job = plan.new_job()
-    job.slope, job.x = operands.negative_slope, x.data_ptr()
-    for name, array in arrays.items():
+    job = type(plan.job).from_buffer_copy(plan.job)
+    job.slope = operands.negative_slope
+    layer = zip(("weight", "dendrite_bias", "cable", "soma_bias"), operands[:4], strict=True)
+    for name, array in (("x", x), *layer, *arrays.items()):
         if array is not None:
             setattr(job, name, array.data_ptr())
     taken = _scratch.take(plan.scratch)
     for name, offset in plan.regions:
         setattr(job, name, taken[0] + offset)
     address = ctypes.addressof(job)
-    for step in plan.steps:
-        for name, value in step.fields:
-            setattr(job, name, value)
-        _pool.run(step.native, step.tasks, address)
+    for native, job.tasks in plan.steps:
+        _pool.run(native, job.tasks, address)
     _scratch.give(taken)

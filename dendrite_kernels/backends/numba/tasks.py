@@ -6,6 +6,7 @@ different places; what they sum is added up in a fixed order in a later phase. S
 depend on which thread does what, only on the number of tasks.
 """
 
+# ruff: noqa: I001  (one name per line would hide the code)
 from __future__ import annotations
 
 import functools
@@ -17,40 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import types
 
 from .kernels import (
-    CHUNK,
-    JOB,
-    STRIP,
-    collect_rows,
-    correlate_rows,
-    fill_q,
-    finish_rows,
-    gather_block,
-    inline,
-    kernel,
-    load_gradients,
-    load_tile,
-    outputs,
-    sign_words,
-    store_tile,
-    weigh_slots,
-)
+    CHUNK, JOB, OPTIONS, STRIP, collect_rows, first_of, forward_rows, forward_somas, gather_blocks,
+    inline, kernel, load_gradients, load_tile, store_tile, summed, take_q, weigh_slots,
+)  # fmt: skip
 from .vectors import (
-    Spec,
-    add,
-    clear,
-    element,
-    is_linear,
-    lanes_of,
-    load_int32,
-    load_int64,
-    register_of,
-    size_of,
-    vload,
-    vstore,
-)
+    Spec, add, clear, lanes_of, load_int32, load_int64, size_of, store, vload, width_of,
+)  # fmt: skip
 
 
 @inline
@@ -61,207 +38,168 @@ def share(count, width, task, tasks):
     return first * width, count if last == units else last * width
 
 
-@kernel
-def row_at(crow, rows, task, tasks):
+@inline
+def row_at(job, task, tasks):
     """First dendrite of the task's share, when each costs its synapses and a little more."""
-    target = (load_int32(crow, rows) + 4 * rows) * task // tasks
-    low, high = 0, rows
-    while low < high:
-        middle = (low + high) // 2
-        if load_int32(crow, middle) + 4 * middle < target:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    total = load_int32(job.crow, job.rows) + 4 * job.rows
+    return first_of(job.crow, job.rows, 4, total * task // tasks)
 
 
 def forward_tasks(spec):
     """y (and signs) of an equal share of all (tile, chunk of somas) pairs.
 
-    Workspace per task: a tile of inputs, then 2 * CHUNK vectors of outputs, then a spare one.
+    Workspace per task: a tile of inputs, then 2 * CHUNK vectors of outputs.
     """
+    linear = spec.linear
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
+        job = carray(jobs, 1)[0]
         lanes, size, n = lanes_of(spec), size_of(spec), job.features
         chunks = max(1, job.somas // CHUNK)  # the last one takes what remains
         for task in range(begin_task, end_task):
             tile = job.workspace + task * job.workspace_stride
             out = tile + size * lanes * n
-            spare = out + size * lanes * 2 * CHUNK
             loaded = -1
-            begin = job.tiles * chunks * task // job.tasks
-            for unit in range(begin, job.tiles * chunks * (task + 1) // job.tasks):
+            for unit in range(*share(job.tiles * chunks, 1, task, job.tasks)):
                 k = unit // chunks
                 sample = k * lanes
                 samples = min(lanes, job.samples - sample)
                 if k != loaded:
-                    x = job.x + size * sample * n
-                    load_tile(spec, x, None, element(spec, 1.0), n, samples, 0, n, tile)
+                    load_tile(spec, job.x + size * sample * n, n, samples, 0, n, tile)
                     loaded = k
                 first = (unit - k * chunks) * CHUNK
                 last = first + CHUNK if unit + 1 - k * chunks < chunks else job.somas
-                outputs(spec, job, tile, sign_words(job, sample), first, last, out)
+                if linear:
+                    forward_rows(spec, job, tile, first, last, out)
+                else:
+                    forward_somas(spec, job, tile, sample, first, last, out)
                 y = job.y + size * (sample * job.somas + first)
-                store_tile(spec, out, last - first, y, job.somas, samples, spare)
+                store_tile(spec, out, last - first, y, job.somas, samples)
 
     return entry
 
 
-# --- backward: first phase of a pass over some tiles ---
+# --- backward: threads own parts of the batch and, where these are few, groups of dendrites ---
 
 
 def prepare_tasks(spec):
-    """A share of the columns of every x tile, unless tasks have their own, and of the somas of
-    every gradient tile.
+    """With dx, first: w * c of a share of the blocks, in the order of their slots, and where groups
+    share x, its tiles for a share of the columns.
     """
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        lanes, width, size, n = lanes_of(spec), register_of(spec), size_of(spec), job.features
+        job = carray(jobs, 1)[0]
+        lanes, size, n = lanes_of(spec), size_of(spec), job.features
         for task in range(begin_task, end_task):
-            begin, end = share(n, width, task, job.tasks)
-            first, last = share(job.somas, width, task, job.tasks)
-            if job.accumulate == 0 and not is_linear(spec):
-                clear(spec, job.d_soma_bias, first, last)
-            for k in range(job.tiles):
-                sample = (job.first_tile + k) * lanes
-                samples = min(lanes, job.samples - sample)
-                if begin < end and job.own_x == 0:
-                    x, tile = job.x + size * sample * n, job.x_tiles + size * k * lanes * n
-                    load_tile(spec, x, None, element(spec, 1.0), n, samples, begin, end, tile)
-                if first < last and not is_linear(spec):
-                    tile = job.grad_tiles + size * k * lanes * job.somas
-                    load_gradients(spec, job, sample, first, last, tile, job.d_soma_bias)
+            products = job.workspace + task * job.workspace_stride
+            for block in range(*share(job.blocks, 1, task, job.tasks)):
+                weigh_slots(spec, job, block, products)
+            begin, end = share(n, width_of(spec), task, job.tasks)
+            for k in range(job.tiles if job.x_tiles != 0 else 0):
+                samples, offset = min(lanes, job.samples - k * lanes), size * k * lanes * n
+                load_tile(spec, job.x + offset, n, samples, begin, end, job.x_tiles + offset)
 
     return entry
-
-
-# --- backward without dx: second and last phase ---
-
-
-def rows_tasks(spec):
-    """All tiles for a share of the dendrites, in blocks whose sums stay in cache, pass by pass over
-    tiles that do too.
-
-    Workspace per task: the q of a strip.
-    """
-
-    def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        lanes, size, n, crow = lanes_of(spec), size_of(spec), job.features, job.crow
-        tile_size = size * lanes * n
-        for task in range(begin_task, end_task):
-            q = job.workspace + task * job.workspace_stride
-            x_tiles = job.x_tiles
-            if job.own_x != 0:
-                x_tiles += tile_size * job.tiles * task
-                for k in range(job.tiles):
-                    sample = (job.first_tile + k) * lanes
-                    samples = min(lanes, job.samples - sample)
-                    x, tile = job.x + size * sample * n, x_tiles + tile_size * k
-                    load_tile(spec, x, None, element(spec, 1.0), n, samples, 0, n, tile)
-            begin = row_at(crow, job.rows, task, job.tasks)
-            end = job.rows if task + 1 == job.tasks else row_at(crow, job.rows, task + 1, job.tasks)
-            for start in range(0, job.tiles, job.pass_tiles):
-                stop = min(job.tiles, start + job.pass_tiles)
-                for first in range(begin, end, job.block_rows):
-                    last = min(end, first + job.block_rows)
-                    if job.accumulate == 0 and start == 0:
-                        clear(spec, job.dw, load_int32(crow, first), load_int32(crow, last))
-                        clear(spec, job.d_dendrite_bias, first, last)
-                    for k in range(start, stop):
-                        correlate_rows(spec, job, k, x_tiles + tile_size * k, first, last, q)
-                    if job.finish != 0 and stop == job.tiles and not is_linear(spec):
-                        finish_rows(spec, job, first, last)
-
-    return entry
-
-
-# --- backward with dx: threads own groups of blocks of dendrites ---
-
-
-@kernel
-def gather_tiles(spec, job, group, block, fresh, tiles, q):
-    """One block of a group on the tiles [begin, end) = `tiles`; q: scratch. fresh: these tiles' dx
-    hold nothing yet.
-    """
-    lanes, size = lanes_of(spec), size_of(spec)
-    tile_size, grad_size = size * lanes * job.features, size * lanes * job.somas
-    first = block * job.block_rows
-    last = min(job.rows, first + job.block_rows)
-    dx_tiles = job.dx_tiles + tile_size * job.tiles * group
-    offset = size * load_int64(job.slot_ptr, block)
-    sums, weights = job.sums + offset, job.weights + offset
-    for k in range(*tiles):
-        sample, grads = (job.first_tile + k) * lanes, job.grad_tiles + grad_size * k
-        fill_q(spec, job, sample, grads, first, last, q, job.row_sums)
-        x, dx = job.x_tiles + tile_size * k, dx_tiles + tile_size * k
-        gather_block(spec, job, block, q, weights, x, dx, sums, fresh)
-
-
-@kernel
-def begin_block(spec, job, block, products):
-    """The sums of a block before its first tile, and its weights; products: scratch."""
-    first = block * job.block_rows
-    clear(spec, job.sums, load_int64(job.slot_ptr, block), load_int64(job.slot_ptr, block + 1))
-    clear(spec, job.row_sums, first, min(job.rows, first + job.block_rows))
-    weigh_slots(spec, job, block, products)
 
 
 def gather_tasks(spec):
-    """Groups of blocks: own sums of dx per group; pass by pass over tiles that stay in cache, block
-    by block.
+    return tile_tasks(spec, need_x=True)
 
-    Workspace per task: the q of a block.
+
+def correlate_tasks(spec):
+    return tile_tasks(spec, need_x=False)
+
+
+def tile_tasks(spec, need_x):
+    """Sums of G of a group of dendrites over the tiles of a part, and dx; a group that has all
+    dendrites writes dx itself. With dx, groups are of blocks.
+
+    Workspace per task: a tile of x, of gradients and of y, then the q of a block or of a strip.
     """
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        for group in range(begin_task, end_task):
-            q = job.workspace + group * job.workspace_stride
-            first_block = job.blocks * group // job.block_groups
-            last_block = job.blocks * (group + 1) // job.block_groups
-            for start in range(0, job.tiles, job.pass_tiles):
-                stop = min(job.tiles, start + job.pass_tiles)
-                for block in range(first_block, last_block):
-                    if job.accumulate == 0 and start == 0:
-                        begin_block(spec, job, block, q)
-                    gather_tiles(spec, job, group, block, block == first_block, (start, stop), q)
-                    if job.finish != 0 and stop == job.tiles:
-                        first = block * job.block_rows
-                        last = min(job.rows, first + job.block_rows)
-                        collect_rows(spec, job, block, first, last)
+        job = carray(jobs, 1)[0]
+        lanes, size, n, groups = lanes_of(spec), size_of(spec), job.features, job.block_groups
+        for task in range(begin_task, end_task):
+            part, group = task // groups, task % groups
+            own_x = job.workspace + task * job.workspace_stride
+            grads = own_x + size * lanes * n
+            gates = grads + size * lanes * job.somas
+            q = gates + size * lanes * job.somas
+            sums, row_sums = job.dw, job.d_dendrite_bias
+            if job.sums != 0:  # of one part of several, or in another order
+                sums = job.sums + size * part * job.slots
+                row_sums = job.row_sums + size * part * job.rows
+            soma_sums = job.soma_sums + size * task * job.somas
+            if need_x:
+                begin, end = share(job.blocks, 1, group, groups)
+                first, last = begin * job.block_rows, min(job.rows, end * job.block_rows)
+                clear(spec, sums, load_int64(job.slot_ptr, begin), load_int64(job.slot_ptr, end))
+            else:
+                first, last = row_at(job, group, groups), row_at(job, group + 1, groups)
+                clear(spec, sums, load_int32(job.crow, first), load_int32(job.crow, last))
+            clear(spec, row_sums, first, last)
+            clear(spec, soma_sums, 0, job.somas)
+            for k in range(*share(job.tiles, 1, part, job.parts)):
+                sample = k * lanes
+                samples = min(lanes, job.samples - sample)
+                x_tile = job.x_tiles + size * sample * n
+                if job.x_tiles == 0:
+                    x_tile = own_x
+                    load_tile(spec, job.x + size * sample * n, n, samples, 0, n, x_tile)
+                load_gradients(spec, job, sample, grads, gates, soma_sums)
+                if need_x:
+                    own = task if groups == 1 else group * job.tiles + k
+                    dx = job.dx_tiles + size * lanes * n * own
+                    gather_blocks(
+                        spec, job, sample, x_tile, grads, begin, end, q, sums, row_sums, dx
+                    )
+                    if groups == 1:
+                        store_tile(spec, dx, n, job.dx + size * sample * n, n, samples)
+                else:
+                    for strip in range(first, last, STRIP):
+                        stop = min(last, strip + STRIP)
+                        take_q(spec, job, sample, grads, strip, stop, q, row_sums, x_tile, sums)
 
     return entry
 
 
-def output_tasks(spec):
-    """A share of the columns of dx: add the sums of the groups of blocks and write them out."""
+def collect_tasks(spec):
+    """Last: gradients of a share of the dendrites and of the somas, from the sums of all parts, and
+    a share of the columns of dx, from those of all groups.
+    """
 
     def entry(begin_task, end_task, jobs):
-        job = numba.carray(jobs, 1)[0]
-        lanes, size, n = lanes_of(spec), size_of(spec), job.features
+        job = carray(jobs, 1)[0]
         for task in range(begin_task, end_task):
-            spare = job.workspace + task * job.workspace_stride
-            begin, end = share(n, register_of(spec), task, job.tasks)
-            for k in range(job.tiles):
-                sample = (job.first_tile + k) * lanes
-                samples = min(lanes, job.samples - sample)
-                tile = job.dx_tiles + size * lanes * n * k
-                start = begin
-                while start < end:  # strip by strip: added values are still in L1 when written
-                    stop = start + STRIP if end - start >= 2 * STRIP else end
-                    for i in range(start * lanes, stop * lanes, lanes):
-                        value = vload(spec, tile, i)
-                        for t in range(1, job.block_groups):
-                            value = add(value, vload(spec, tile, t * lanes * n * job.tiles + i))
-                        vstore(tile, i, value)
-                    dx, source = job.dx + size * (sample * n + start), tile + size * start * lanes
-                    store_tile(spec, source, stop - start, dx, n, samples, spare)
-                    start = stop
+            first, end = row_at(job, task, job.tasks), row_at(job, task + 1, job.tasks)
+            while first < end:
+                last = min(end, (first // job.block_rows + 1) * job.block_rows)
+                collect_rows(spec, job, first, last)
+                first = last
+            for s in range(*share(job.somas, 1, task, job.tasks)):
+                stride = job.block_groups * job.somas
+                store(job.d_soma_bias, s, summed(spec, job.soma_sums, s, job.parts, stride))
+            if job.dx_tiles != 0 and job.block_groups > 1:
+                write_columns(spec, job, *share(job.features, width_of(spec), task, job.tasks))
 
     return entry
+
+
+@kernel
+def write_columns(spec, job, begin, end):
+    """Columns [begin, end) of dx: what the groups of blocks gave."""
+    lanes, size, n = lanes_of(spec), size_of(spec), job.features
+    for k in range(job.tiles):
+        tile = job.dx_tiles + size * lanes * n * k
+        for i in range(begin * lanes, end * lanes, lanes):
+            value = vload(spec, tile, i)
+            for group in range(1, job.block_groups):
+                value = add(value, vload(spec, tile, group * job.tiles * lanes * n + i))
+            store(tile, i, value)
+        dx = job.dx + size * (k * lanes * n + begin)
+        samples = min(lanes, job.samples - k * lanes)
+        store_tile(spec, tile + size * begin * lanes, end - begin, dx, n, samples)
 
 
 # --- from Python source to machine code that torch's thread pool can call ---
@@ -295,13 +233,12 @@ def compiled(entry: Callable[..., Any], signature: Any) -> Any:
     installation and an unwritable home, a full disk, a damaged file.
     """
     global _uncached
-    options = {"boundscheck": False, "error_model": "numpy"}
     if _uncached is None:
         try:
-            return numba.cfunc(signature, cache=True, **options)(entry)
+            return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
         except Exception as error:
             _uncached = f"{type(error).__name__}: {error}"
-    return numba.cfunc(signature, **options)(entry)
+    return numba.cfunc(signature, **OPTIONS)(entry)
 
 
 @functools.cache

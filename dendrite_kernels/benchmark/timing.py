@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 ROUNDS = 10
 MIN_SAMPLES = 3
 MAX_SAMPLES = 2000
-SLOW = 2.0  # seconds: of slower tasks one sample is enough
-QUICK = 0.02  # seconds: faster tasks run once before each block of samples, to warm the caches
+SLOW = 2.0  # seconds: what estimates the time is a sample, and may be the only one
+QUICK = 0.02  # seconds: caches are warmed up before each block of samples
 
 
 @dataclass
@@ -35,6 +36,18 @@ class Task:
         return {**ms, "samples": len(self.samples)}
 
 
+def waiting_for(device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, until the device has done what it was given."""
+    if device.type == "cpu":
+        return run
+
+    def run_to_the_end() -> None:
+        run()
+        torch.accelerator.synchronize(device)
+
+    return run_to_the_end
+
+
 def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:
     """Measure samples of all tasks, about `seconds` in all, an equal share for each task.
 
@@ -42,14 +55,16 @@ def interleave(tasks: Sequence[Task], seconds: float, seed: int = 0) -> None:
     samples of every task, in random order. Tasks with few samples are not in every round.
     """
     share = seconds / max(1, len(tasks))
-    estimates = []
+    estimates, wanted = [], []
     for task in tasks:
         with task.surroundings():
-            estimates.append(task.measure())
-    wanted = [
-        int(np.clip(share / estimate, 1 if estimate > SLOW else MIN_SAMPLES, MAX_SAMPLES))
-        for estimate in estimates
-    ]
+            estimate = task.measure()
+        slow = estimate > SLOW
+        task.samples += [estimate] * slow
+        estimates.append(estimate)
+        wanted.append(
+            int(np.clip(share / estimate - slow, 0 if slow else MIN_SAMPLES, MAX_SAMPLES))
+        )
     rng = np.random.default_rng(seed)
     gc.collect()
     gc.disable()

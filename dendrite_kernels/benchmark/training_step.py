@@ -1,4 +1,4 @@
-"""One step of the paper's training, which the benchmarks time as well."""
+"""One step of training, as in the paper: what benchmarks time and weigh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.masked_dense import masked_layers
+from .masked_dense import masked_layers
 
 BETAS = (0.9, 0.999)
 KERAS_EPS = 1e-7

@@ -43,8 +43,12 @@ class PeakMemory:
         with contextlib.suppress(OSError):  # then growth() is a lower bound
             Path("/proc/self/clear_refs").write_text("5")
 
+    def peak(self) -> float | None:
+        """All that was resident at the peak, the process's code included."""
+        return _status_mib("VmHWM")
+
     def growth(self) -> float | None:
-        peak = _status_mib("VmHWM")
+        peak = self.peak()
         return None if peak is None or self._start is None else max(0.0, peak - self._start)
 
 

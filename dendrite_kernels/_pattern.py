@@ -1,0 +1,53 @@
+"""The pattern (crow, columns, N) of a scipy.sparse matrix or a mask."""
+
+from __future__ import annotations
+
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from ._validate import Array, Duplicates, as_numpy, check_duplicates, check_size
+
+Pattern = tuple[Array, Array, int]
+
+
+def of_scipy(m: Any, duplicates: Duplicates) -> Pattern:
+    """See `Connectivity.from_scipy`."""
+    check_duplicates(duplicates)
+    if not all(hasattr(m, name) for name in ("tocsr", "nnz", "format")):
+        raise TypeError(f"Expected a scipy.sparse matrix, got {type(m).__name__}")
+    if len(m.shape) != 2:
+        raise ValueError(f"Expected a matrix of shape [R, N], got shape {list(m.shape)}")
+    csr = m.tocsr()
+    if duplicates == "sum":
+        csr = csr.copy()
+        csr.sum_duplicates()
+    elif m.format == "coo" and csr.nnz != m.nnz:  # the conversion sums duplicates
+        raise ValueError(
+            f"Expected no duplicate entries, got {m.nnz - csr.nnz}: "
+            'duplicates="sum" makes one synapse of those in one place'
+        )
+    if not csr.has_sorted_indices:
+        csr = csr.sorted_indices()  # a copy
+    return csr.indptr, csr.indices, m.shape[1]
+
+
+def of_mask(mask: Any, in_features: SupportsIndex | None) -> Pattern:
+    """See `Connectivity.from_mask`."""
+    array = as_numpy(mask)
+    if array.dtype != np.bool_:
+        raise TypeError(f"Expected a boolean mask, got dtype {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"Expected a mask of shape [R, N], got shape {list(array.shape)}")
+    if in_features is not None:
+        _check_inputs(array.shape, check_size("in_features", in_features))
+    crow = np.zeros(array.shape[0] + 1, np.int64)
+    np.cumsum(np.count_nonzero(array, axis=1), out=crow[1:])
+    return crow, np.nonzero(array)[1], array.shape[1]
+
+
+def _check_inputs(shape: tuple[int, ...], in_features: int) -> None:
+    rows, columns = shape
+    if columns != in_features:
+        hint = ": Keras kernels are [inputs, outputs], transpose it" if rows == in_features else ""
+        raise ValueError(f"Expected a mask [R, {in_features}], got {list(shape)}{hint}")
