@@ -63,10 +63,10 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
       that the modules behind keep their places and names.
     - A SparseLinear or DendriticLayer that torch.nn.utils.prune prunes: see from_pruned.
 
-    All else is copied as copy.deepcopy does; the model itself does not change. A module is left
-    that has hooks, parametrizations or a place of its own more than once, whose parameters others
-    share, or whose weight a torch module above it reads. Code of yours that reads the weight of a
-    layer finds one number for each synapse. An optimizer must be given the new parameters.
+    All else is copied as copy.deepcopy does; the model itself does not change. A module is left as
+    it is, with the reason in the report, if it has hooks or parametrizations, is in several places,
+    shares a parameter, or if a torch module above it reads its weight. Code of yours that reads the
+    weight of a layer finds one number for each synapse. Give an optimizer the new parameters.
 
     Returns:
         The copy, and what became of each layer.
