@@ -16,6 +16,7 @@ from .backends import BackendUnavailable, backend_info, use_backend
 from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
 from .nn import DendriticLayer, SparseLinear
+from .signs import Signed
 from .structure import Connectivity
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "Connectivity",
     "DendriticLayer",
     "MemoryEstimate",
+    "Signed",
     "SparseLinear",
     "backend_info",
     "backends",

@@ -25,8 +25,8 @@ _UNREADABLE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, Sa
 
 # Each module that a file may hold, with the attributes that are its constructor's options.
 _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    DendriticLayer: ("activation", "negative_slope", "soma_activation", "init", "precision"),
-    SparseLinear: ("negative_slope", "init", "precision"),
+    DendriticLayer: DendriticLayer.OPTIONS,
+    SparseLinear: SparseLinear.OPTIONS,
     nn.Linear: ("in_features", "out_features"),
     nn.Identity: (),
     nn.Flatten: ("start_dim", "end_dim"),

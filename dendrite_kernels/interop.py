@@ -10,157 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._convert import Conversion, convert
 from ._keras import read_dense
+from ._masked import from_masked_dense, linear, sparse_linear, to_masked_dense
+from ._pruned import from_pruned, from_pruned_pair
 from .activations import function_of
 from .nn import DendriticLayer, SparseLinear
-from .reference import owners
 from .structure import Connectivity
 
+__all__ = [
+    "Conversion",
+    "convert",
+    "from_keras",
+    "from_masked_dense",
+    "from_pruned",
+    "from_pruned_pair",
+    "from_scipy",
+    "portable",
+    "to_masked_dense",
+    "to_scipy",
+]
+
 Maybe = torch.Tensor | None
-
-
-def _check_mask(name: str, mask: torch.Tensor, linear: nn.Linear) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Expected {name} of dtype bool, got {mask.dtype}")
-    if mask.shape != linear.weight.shape:
-        raise ValueError(
-            f"Expected {name} of its weight's shape {list(linear.weight.shape)},"
-            f" got {list(mask.shape)}"
-        )
-
-
-def _paired(name: str, dendrite: nn.Linear, soma: nn.Linear) -> bool:
-    """Whether the layers have biases: both or neither."""
-    has = dendrite.bias is not None, soma.bias is not None
-    if has[0] != has[1]:
-        raise ValueError(f"Expected both layers or neither to have a {name}, got {has}")
-    return has[0]
-
-
-@torch.no_grad()
-def from_masked_dense(
-    dendrite: nn.Linear, dendrite_mask: torch.Tensor, soma: nn.Linear, soma_mask: torch.Tensor
-) -> DendriticLayer:
-    """The DendriticLayer (leaky ReLU 0.1) that computes what the two masked layers do.
-
-    Args:
-        dendrite: N -> R, with dendrite_mask bool [R, N]; weights outside the mask are dropped.
-        soma: R -> S, with soma_mask bool [S, R]: one True in each column. Dendrites are reordered
-            by soma, stably, where they are not contiguous.
-
-    Raises:
-        TypeError, ValueError: masks that do not fit, a dendrite that feeds no soma or several.
-    """
-    _check_mask("dendrite_mask", dendrite_mask, dendrite)
-    _check_mask("soma_mask", soma_mask, soma)
-    if soma.in_features != dendrite.out_features:
-        raise ValueError(
-            f"Expected soma with {dendrite.out_features} inputs, got {soma.in_features}"
-        )
-    feeds = soma_mask.sum(0)
-    if not bool((feeds == 1).all()):
-        r = int((feeds != 1).nonzero()[0])
-        raise ValueError(
-            f"Expected every dendrite to feed one soma, got {int(feeds[r])} for dendrite {r}"
-        )
-    owner = soma_mask.to(torch.uint8).argmax(0)  # [R]
-    order = owner.argsort(stable=True)
-    mask = dendrite_mask[order]
-    ends = torch.bincount(owner, minlength=soma.out_features).cumsum(0)
-    soma_ptr = torch.cat([ends.new_zeros(1), ends])
-    weight = dendrite.weight
-    layer = DendriticLayer(
-        Connectivity.from_mask(mask.cpu(), soma_ptr=soma_ptr.cpu()),
-        bias=_paired("bias", dendrite, soma),
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    values = {
-        "synapse_weight": weight[order][mask],
-        "cable_weight": soma.weight[owner, torch.arange(owner.numel(), device=owner.device)][order],
-        "dendrite_bias": None if dendrite.bias is None else dendrite.bias[order],
-        "soma_bias": soma.bias,
-    }
-    for name, value in values.items():
-        if value is not None:
-            getattr(layer, name).copy_(value)
-    return layer
-
-
-@torch.no_grad()
-def to_masked_dense(
-    layer: DendriticLayer,
-) -> tuple[nn.Linear, torch.Tensor, nn.Linear, torch.Tensor]:
-    """The masked-dense twin of a layer: (dendrite, dendrite_mask, soma, soma_mask).
-
-    dendrite: N -> R with bool mask [R, N]; soma: R -> S with bool mask [S, R]; weights are zero
-    outside the masks. The activation between and after them is not part of the result.
-    """
-    if not isinstance(layer, DendriticLayer):
-        raise TypeError(f"Expected a DendriticLayer, got {type(layer).__name__}")
-    c = layer.connectivity
-    bias = layer.dendrite_bias is not None
-    options = {"device": layer.synapse_weight.device, "dtype": layer.synapse_weight.dtype}
-    dendrite = nn.Linear(c.in_features, c.num_dendrites, bias=bias, **options)
-    soma = nn.Linear(c.num_dendrites, c.num_somas, bias=bias, **options)
-    # Row by row, the True places of a mask are in the order of the weights.
-    dendrite_mask = c.to_mask().to(dendrite.weight.device)
-    dendrite.weight.zero_()[dendrite_mask] = layer.synapse_weight
-    owner = owners(c.soma_ptr, soma.weight.device)
-    soma_mask = owner == torch.arange(c.num_somas, device=owner.device)[:, None]
-    soma.weight.zero_()[soma_mask] = layer.cable_weight
-    if bias:
-        dendrite.bias.copy_(layer.dendrite_bias)  # type: ignore[arg-type]
-        soma.bias.copy_(layer.soma_bias)  # type: ignore[arg-type]
-    return dendrite, dendrite_mask, soma, soma_mask
-
-
-def _unpruned(linear: nn.Linear) -> tuple[nn.Linear, torch.Tensor]:
-    """The nn.Linear behind one of torch.nn.utils.prune, and its bool mask (all True if none)."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"Expected an nn.Linear, got {type(linear).__name__}")
-    original = getattr(linear, "weight_orig", linear.weight).detach()
-    mask = getattr(linear, "weight_mask", torch.ones_like(original)) != 0
-    bias: Any = linear.bias
-    if hasattr(linear, "bias_orig"):
-        pruned: Any = linear
-        bias = pruned.bias_orig * pruned.bias_mask
-    return _linear(original * mask, None if bias is None else bias.detach()), mask
-
-
-def _linear(weight: torch.Tensor, bias: Maybe) -> nn.Linear:
-    rows, inputs = weight.shape
-    plain = nn.Linear(inputs, rows, bias is not None, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        plain.weight.copy_(weight)
-        if bias is not None:
-            plain.bias.copy_(bias)
-    return plain
-
-
-def from_pruned(linear: nn.Linear) -> SparseLinear:
-    """The SparseLinear that computes what a layer pruned by torch.nn.utils.prune does.
-
-    An nn.Linear that is not pruned gives all-to-all synapses. Weights are copied.
-    """
-    plain, mask = _unpruned(linear)
-    return _sparse_linear(Connectivity.from_mask(mask.cpu()), plain.weight[mask], plain.bias)
-
-
-def from_pruned_pair(dendrite: nn.Linear, soma: nn.Linear) -> DendriticLayer:
-    """from_masked_dense of two layers pruned by torch.nn.utils.prune, with their own masks."""
-    first, first_mask = _unpruned(dendrite)
-    second, second_mask = _unpruned(soma)
-    return from_masked_dense(first, first_mask, second, second_mask)
-
-
-@torch.no_grad()
-def _sparse_linear(c: Connectivity, weight: torch.Tensor, bias: Maybe) -> SparseLinear:
-    layer = SparseLinear(c, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    layer.weight.copy_(weight)
-    if layer.bias is not None:
-        layer.bias.copy_(bias)  # type: ignore[arg-type]
-    return layer
 
 
 def from_scipy(matrix: Any, bias: Any = None) -> SparseLinear:
@@ -180,7 +51,7 @@ def from_scipy(matrix: Any, bias: Any = None) -> SparseLinear:
     if not csr.has_sorted_indices:
         csr = csr.sorted_indices()  # a copy, in the order of the connectivity
     weight = torch.from_numpy(csr.data.copy())
-    return _sparse_linear(
+    return sparse_linear(
         connectivity, weight, None if bias is None else torch.as_tensor(bias, dtype=weight.dtype)
     )
 
@@ -229,14 +100,14 @@ def from_keras(
     for i in range(0, len(linears) - 1, 2):
         (dendrite, mask), (soma, soma_mask) = linears[i : i + 2]
         if bool((soma_mask.sum(0) == 1).all()) and (dendrite.bias is None) == (soma.bias is None):
-            layer = from_masked_dense(dendrite, mask, soma, soma_mask)
-            layer.negative_slope = float(negative_slope)
-            modules.append(layer)
+            modules.append(
+                from_masked_dense(dendrite, mask, soma, soma_mask, negative_slope=negative_slope)
+            )
             continue
-        for linear, its_mask in ((dendrite, mask), (soma, soma_mask)):
+        for plain, its_mask in ((dendrite, mask), (soma, soma_mask)):
             c = None if its_mask.all() else Connectivity.from_mask(its_mask)
             modules.append(
-                linear if c is None else _sparse_linear(c, linear.weight[its_mask], linear.bias)
+                plain if c is None else sparse_linear(c, plain.weight[its_mask], plain.bias)
             )
             modules.append(nn.LeakyReLU(negative_slope))
     return nn.Sequential(*modules, linears[-1][0])
@@ -255,7 +126,7 @@ def _from_kernel(name: str, kernel: Any, bias: Any, mask: Any) -> tuple[nn.Linea
             raise ValueError(
                 f"Expected a mask {list(kernel.shape)} for {name}, got {list(taken.t().shape)}"
             )
-    return _linear(weight * taken, None if bias is None else torch.from_numpy(bias)), taken
+    return linear(weight * taken, None if bias is None else torch.from_numpy(bias)), taken
 
 
 class _PaddedRows(nn.Module):

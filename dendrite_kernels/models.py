@@ -97,24 +97,30 @@ def _sparse_or_dense(connections: Connectivity, init: Init) -> nn.Module:
 
 
 def _stage(
-    synapses: Connectivity, soma_rule: str, init: Init, rng: np.random.Generator
+    synapses: Connectivity, soma_rule: str, init: Init, rng: np.random.Generator, dropout: float
 ) -> list[nn.Module]:
     """One dendrosomatic layer: the modules from its inputs to its somas' activation."""
-    if soma_rule == "cable":
+    if soma_rule == "cable" and dropout == 0:
         return [DendriticLayer(synapses, init=init, negative_slope=_NEGATIVE_SLOPE)]
+    to_soma = _to_somas(synapses, soma_rule, init, rng)
+    modules: list[nn.Module] = []
+    for linear in (_sparse_or_dense(synapses, init), to_soma):
+        modules += [linear, nn.LeakyReLU(_NEGATIVE_SLOPE)]
+        if dropout > 0:
+            modules.append(nn.Dropout(dropout))
+    return modules
+
+
+def _to_somas(synapses: Connectivity, rule: str, init: Init, rng: np.random.Generator) -> nn.Module:
+    """From dendrites to somas, where these are a module of their own."""
     rows, somas = synapses.num_dendrites, synapses.num_somas
-    if soma_rule == "random":  # D * S positions out of (D * S) x S
-        to_soma = _sparse_or_dense(
-            connectivity.random(rows, somas, 1, rows // somas, seed=rng), init
-        )
-    else:
-        to_soma = _linear(rows, somas, init)
-    return [
-        _sparse_or_dense(synapses, init),
-        nn.LeakyReLU(_NEGATIVE_SLOPE),
-        to_soma,
-        nn.LeakyReLU(_NEGATIVE_SLOPE),
-    ]
+    if rule == "cable":
+        own = Connectivity.from_csr(synapses.soma_ptr, range(rows), rows)
+        return SparseLinear(own, init=init, negative_slope=_NEGATIVE_SLOPE)
+    if rule == "random":  # D * S positions out of (D * S) x S
+        drawn = connectivity.random(rows, somas, 1, rows // somas, seed=rng)
+        return _sparse_or_dense(drawn, init)
+    return _linear(rows, somas, init)
 
 
 def build(
@@ -130,6 +136,7 @@ def build(
     layers: int = 1,
     seed: int | np.random.Generator | None = None,
     init: Init = "paper",
+    dropout: float = 0.0,
 ) -> nn.Sequential:
     """A network of the paper: `layers` dendrosomatic layers and a dense output layer.
 
@@ -147,6 +154,9 @@ def build(
         seed: of the connectivity, drawn layer by layer from one generator. Parameters come from
             torch's generator (torch.manual_seed).
         init: "paper" or "fan_in", see DendriticLayer.
+        dropout: the probability of nn.Dropout after each activation, of dendrites and of somas, as
+            in the article's code. A dANN or pdANN with dropout is made of two SparseLinear layers
+            instead of a DendriticLayer, whose dendrites nothing can reach; it is slower.
 
     Returns:
         nn.Sequential that maps [..., H * W * channels] to logits [..., classes].
@@ -163,6 +173,8 @@ def build(
     shape = check_size("H", in_shape[0]), check_size("W", in_shape[1])
     check_size("classes", classes)
     _check_init(init)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Expected dropout from 0 to less than 1, got {dropout}")
     synapse_rule, soma_rule = _KINDS[kind]
     rng = np.random.default_rng(seed)
     modules: list[nn.Module] = []
@@ -170,7 +182,7 @@ def build(
         drawn = _synapses(
             synapse_rule, shape, channels, channels_first, somas, dendrites, synapses, rng
         )
-        modules += _stage(drawn, soma_rule, init, rng)
+        modules += _stage(drawn, soma_rule, init, rng, dropout)
         shape, channels = connectivity.pseudo_image(somas), 1
     return nn.Sequential(*modules, _linear(somas, classes, init))
 

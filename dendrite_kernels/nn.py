@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import activations, functional, operators
+from ._subset import largest, subset
 from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
@@ -37,6 +38,10 @@ def glorot_bound(fan_in: int, fan_out: int) -> float:
 
 @torch.no_grad()
 def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
+    if not isinstance(weight, nn.Parameter):  # what is drawn would not reach the parameter
+        raise RuntimeError(
+            "Expected parameters to draw, got a weight that is parametrized or pruned: draw first"
+        )
     if not weight.is_meta:
         weight.uniform_(-1, 1).mul_(
             torch.as_tensor(bound, dtype=weight.dtype, device=weight.device)
@@ -56,6 +61,8 @@ class _Sparse(nn.Module):
 
     WEIGHT: ClassVar[str]  # the parameter that has one number for each synapse
     BIAS: ClassVar[str]
+    PARAMETERS: ClassVar[tuple[str, ...]]
+    OPTIONS: ClassVar[tuple[str, ...]]  # of the constructor, beside what a state holds
     precision: functional.Precision | None
 
     def __init__(self, connectivity: Connectivity, init: Init) -> None:
@@ -104,6 +111,40 @@ class _Sparse(nn.Module):
                 f"Expected a state of {expected}, got another one. {reason}. "
                 f"{type(self).__name__}.from_state_dict makes a layer with the state's connectivity"
             )
+
+    def prune(self, amount: float) -> Self:
+        """A new layer without the synapses of least |weight| in each dendrite.
+
+        What remains is copied: weights, biases, options, device, dtype, requires_grad and mode.
+        Hooks are not. An optimizer must be given the new layer's parameters.
+
+        Args:
+            amount: a fraction from 0 to 1 of each dendrite's synapses, rounded to a number (half to
+                even), or as an int how many; a dendrite that has fewer keeps none.
+
+        Raises:
+            TypeError, ValueError: not such an amount; or the layer is a shard, parametrized, or
+                under torch.nn.utils.prune (interop.from_pruned takes that).
+        """
+        values = dict(self.named_parameters())
+        if not values.keys() <= set(self.PARAMETERS) or self.described() is not self.connectivity:
+            raise ValueError(
+                f"Expected a whole layer with parameters {list(self.PARAMETERS)}, "
+                f"got {type(self).__name__} with {list(values)}"
+            )
+        return self._without(largest(self.connectivity, values[self.WEIGHT], amount), values)
+
+    def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:
+        """A new layer of the synapses True in `kept` [nnz], with these values of parameters."""
+        connectivity, weight = subset(self.connectivity, kept), values[self.WEIGHT].detach()
+        rest = {self.WEIGHT: weight[kept.to(weight.device)], "_extra_state": pack(connectivity)}
+        options = {name: getattr(self, name) for name in self.OPTIONS}
+        layer = type(self).from_state_dict({**values, **rest}, **options)
+        layer.connectivity = connectivity  # equal, with labels, which a state does not hold
+        operators.index_tensors(connectivity)
+        for name, value in values.items():
+            layer.get_parameter(name).requires_grad_(value.requires_grad)
+        return layer.train(self.training)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> Self:
@@ -155,16 +196,19 @@ class _Sparse(nn.Module):
     ) -> None:
         # First the connectivity: a mismatch must leave the parameters untouched.
         key = prefix + "_extra_state"
+        tensors = *self.named_parameters(), *self.named_buffers()  # of parametrizations too
+        own = {prefix + name: tensor for name, tensor in tensors}
         try:
             if key in state_dict:
                 self.set_extra_state(state_dict[key])
-            elif any(prefix + name in state_dict for name in self._parameters):
+            elif own.keys() & state_dict.keys():
                 raise RuntimeError(
                     f"Missing key {key!r}, the connectivity that these weights belong to. If it is "
                     f"this layer's, say so by state[{key!r}] = layer.get_extra_state()"
                 )
         except RuntimeError as error:
             error_msgs.append(str(error))
+            state_dict.update(own)  # parametrizations load next, then: what they hold
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -207,6 +251,8 @@ class DendriticLayer(_Sparse):
     """
 
     WEIGHT, BIAS = "synapse_weight", "dendrite_bias"
+    PARAMETERS = "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"
+    OPTIONS = "activation", "negative_slope", "init", "precision"
 
     def __init__(
         self,
@@ -297,6 +343,8 @@ class SparseLinear(_Sparse):
     """
 
     WEIGHT, BIAS = "weight", "bias"
+    PARAMETERS = "weight", "bias"
+    OPTIONS = "negative_slope", "init", "precision"
 
     def __init__(
         self,

@@ -1,12 +1,66 @@
-"""Training in little memory: step each parameter as soon as its gradient is there."""
+"""Training: groups of parameters, and steps taken during backward, in little memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
+
+from .nn import DendriticLayer, SparseLinear
+
+_NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
+)  # fmt: skip
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for any torch.optim optimizer: parameters that decay, then those that do not.
+
+    Recipes often tell weights from biases by their dimensions: what has two or more decays. The
+    weights of our layers have one, a number for each synapse or cable, and would not decay. Here
+    they do, like matrices, convolutions and embeddings; biases and parameters of norms do not. A
+    parameter that several modules share is in one group once, and decays if it is a weight of one.
+
+        torch.optim.AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)
+
+    Rules for matrices, such as torch.optim.Muon, do not take our weights: choose matrices for them
+    by `p.ndim == 2`, and leave what remains to AdamW.
+
+    Args:
+        model: all its parameters are in the groups, frozen ones too.
+        weight_decay: of the first group; the second has 0. A group may be empty.
+
+    Raises:
+        ValueError: a weight_decay that is negative or not finite.
+    """
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"Expected a finite weight_decay >= 0, got {weight_decay}")
+    weights = {id(p) for module in model.modules() for p in _weights(module)}
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for p in model.parameters():
+        groups[id(p) not in weights].append(p)
+    return [
+        {"params": groups[0], "weight_decay": weight_decay},
+        {"params": groups[1], "weight_decay": 0.0},
+    ]
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """Those of a module's parameters that decay, without those of its children."""
+    if isinstance(module, (DendriticLayer, SparseLinear)):
+        return [p for name, p in module.named_parameters() if _stem(name).endswith("weight")]
+    if isinstance(module, _NORMS):
+        return []
+    return [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+
+
+def _stem(name: str) -> str:
+    """Of which parameter this is, where it is parametrized or under torch.nn.utils.prune."""
+    return name.removeprefix("parametrizations.").partition(".")[0].removesuffix("_orig")
 
 
 class StepInBackward:
@@ -14,19 +68,37 @@ class StepInBackward:
 
     A parameter's gradient is used and freed before backward goes on to earlier layers, so a model
     needs memory for the gradients of one layer at a time. `backward()` then is the whole step:
-    there is no `zero_grad` and no `step`. What needs all gradients at once does not work with it:
-    clipping by the global norm, accumulating gradients over several backward calls, gradient
-    scaling that may skip a step.
+    there is no `zero_grad` and no `step`.
 
         trainer = StepInBackward(model.parameters(), lambda p: torch.optim.Adam(p, lr=1e-3))
         loss(model(x)).backward()
 
+    Every parameter has an optimizer of its own, in `trainer.optimizers`. A schedule of learning
+    rates is one scheduler for each:
+
+        schedulers = [torch.optim.lr_scheduler.StepLR(o, 10) for o in trainer.optimizers]
+        ...
+        for scheduler in schedulers:
+            scheduler.step()
+
+    What needs all gradients at once does not work:
+
+    - Gradients accumulated over several backward calls: each call is a step. Call backward once, on
+      the mean of the losses.
+    - `clip_grad_norm_`: after backward it finds no gradient, returns 0 and clips nothing. Clipping
+      each gradient alone works, by parameter.register_hook.
+    - `torch.amp.GradScaler`: gradients would be used before they are unscaled and checked.
+      Its `step` raises; nothing can tell before. bfloat16 needs no scaler.
+
     Args:
         parameters: those to train; ones that need no gradient are passed over.
-        make: called with [parameter] for each, returns its optimizer.
+        make: called with [parameter] for each, returns its optimizer, of this parameter alone.
 
     Raises:
-        ValueError: no parameter needs a gradient, or one already holds one.
+        ValueError: no parameter needs a gradient, one already holds one or is given twice, or an
+            optimizer has other parameters.
+        RuntimeError: in backward: a parameter already holds a gradient, so that they would be
+            accumulated; or a group was added to an optimizer, which no backward would step.
     """
 
     def __init__(
@@ -39,8 +111,14 @@ class StepInBackward:
             raise ValueError("Expected parameters that need gradients, got none")
         if any(p.grad is not None for p in chosen):
             raise ValueError("Expected parameters without gradients, got some that hold one")
+        if len({id(p) for p in chosen}) < len(chosen):
+            raise ValueError("Expected each parameter once, got some twice")
         self.optimizers = [make([p]) for p in chosen]
-        self._handles = [
+        for p, optimizer in zip(chosen, self.optimizers, strict=True):
+            if not _steps_only(optimizer, p):
+                raise ValueError("Expected an optimizer of the given parameter, got other ones")
+        self._handles = [p.register_hook(_refuse_accumulation(p)) for p in chosen]
+        self._handles += [
             p.register_post_accumulate_grad_hook(_step(optimizer))
             for p, optimizer in zip(chosen, self.optimizers, strict=True)
         ]
@@ -63,8 +141,30 @@ class StepInBackward:
             optimizer.load_state_dict(state)
 
 
+def _steps_only(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+    """Whether this is the one parameter of an optimizer."""
+    groups = optimizer.param_groups
+    return len(groups) == 1 and [id(p) for p in groups[0]["params"]] == [id(parameter)]
+
+
+def _refuse_accumulation(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def hook(_: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            raise RuntimeError(
+                "Expected a parameter without a gradient, got one that holds one: each backward "
+                "is a step, so gradients do not accumulate. Set parameter.grad = None"
+            )
+
+    return hook
+
+
 def _step(optimizer: Optimizer) -> Callable[[torch.Tensor], None]:
     def hook(parameter: torch.Tensor) -> None:
+        if not _steps_only(optimizer, parameter):
+            raise RuntimeError(
+                "Expected an optimizer of one parameter, got a group added to it: make another "
+                "StepInBackward for the new parameters"
+            )
         optimizer.step()
         parameter.grad = None
 

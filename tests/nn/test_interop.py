@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,34 @@ def test_any_ownership_gives_the_same_function(backend: str, owner: list[int], b
         assert torch.equal(layer.soma_bias, form[2].bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.uint8])
+def test_masks_of_zeros_and_ones(dtype: torch.dtype) -> None:
+    form = dense([2, 0, 2, 0, 0, 3, 2])
+    layer = from_masked_dense(*form)
+    again = from_masked_dense(form[0], form[1].to(dtype), form[2], form[3].to(dtype))
+    assert again.connectivity == layer.connectivity
+    assert all(map(torch.equal, layer.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        ({"negative_slope": 0.3}, functools.partial(F.leaky_relu, negative_slope=0.3)),
+        ({"activation": "relu"}, torch.relu),
+        ({"activation": "tanh"}, torch.tanh),
+    ],
+    ids=str,
+)
+def test_activation_of_masked_layers(options: dict[str, Any], function: Any) -> None:
+    dendrite, dendrite_mask, soma, soma_mask = form = dense([2, 0, 2, 0, 0, 3, 2])
+    layer, x = from_masked_dense(*form, **options), torch.randn(7, N).double()
+    a = function(F.linear(x, dendrite.weight * dendrite_mask, dendrite.bias))
+    expected = function(F.linear(a, soma.weight * soma_mask, soma.bias))
+    assert oracle.relative_error(layer(x), expected) < 1e-13
+    with pytest.raises(ValueError, match="Expected an activation of"):
+        from_masked_dense(*form, activation="step")
+
+
 def test_gradients_are_those_of_the_masked_layers(backend: str) -> None:
     form = dense([2, 0, 2, 0, 0, 3, 2])
     layer = from_masked_dense(*form)
@@ -199,12 +228,22 @@ def owners(*extra: tuple[int, int], without: int | None = None) -> Tensor:
     [
         ({"soma_mask": owners(without=2)}, ValueError, "one soma, got 0 for dendrite 2"),
         ({"soma_mask": owners((2, 1))}, ValueError, "one soma, got 2 for dendrite 1"),
-        ({"dendrite_mask": torch.ones(4, N)}, TypeError, "dendrite_mask .*bool, got torch.float32"),
-        ({"soma_mask": owners().int()}, TypeError, "soma_mask .*bool, got torch.int32"),
+        (
+            {"dendrite_mask": torch.full((4, N), 0.5)},
+            ValueError,
+            "dendrite_mask .*0 and 1, got 0.5",
+        ),
+        ({"soma_mask": owners() * torch.nan}, ValueError, "soma_mask of values 0 and 1, got nan"),
+        ({"soma_mask": owners() * -1}, ValueError, "soma_mask of values 0 and 1, got -1"),
+        (
+            {"soma_mask": owners().numpy()},
+            TypeError,
+            r"soma_mask to be a torch.Tensor, got ndarray",
+        ),
         (
             {"dendrite_mask": torch.ones(N, 4, dtype=torch.bool)},
             ValueError,
-            r"dendrite_mask .*shape \[4, 11\], got \[11, 4\]",
+            r"dendrite_mask .*shape \[4, 11\], got \[11, 4\]: give dendrite_mask\.T, for Keras",
         ),
         ({"soma_mask": owners().T}, ValueError, r"soma_mask .*shape \[4, 4\]|one soma"),
         ({"soma_mask": owners()[:, :3]}, ValueError, r"soma_mask .*shape \[4, 4\], got \[4, 3\]"),
