@@ -252,7 +252,8 @@ class DendriticLayer(_Sparse):
 
     WEIGHT, BIAS = "synapse_weight", "dendrite_bias"
     PARAMETERS = "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias"
-    OPTIONS = "activation", "negative_slope", "init", "precision"
+    OPTIONS = "activation", "negative_slope", "soma_activation", "init", "precision"
+    soma_activation: ActivationName | None = None  # of layers pickled before they had one
 
     def __init__(
         self,
