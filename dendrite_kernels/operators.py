@@ -52,11 +52,25 @@ _OWNER = "_dendrite_kernels_connectivity"  # on the columns of a Connectivity: t
 _FOREIGN = "_dendrite_kernels_foreign"  # on other columns: the last Connectivity made of them
 
 
+def _nobody() -> None:
+    """What the pickle of an _Owner becomes."""
+
+
+class _Owner(weakref.ref[Connectivity]):
+    """A weak reference that does not keep a tensor with it from being pickled."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nobody, ()
+
+
+torch.serialization.add_safe_globals([_nobody])  # torch.load(weights_only=True)
+
+
 def index_tensors(connectivity: Connectivity) -> Three:
     """The operators' index arguments, marked so that they lead back to `connectivity`."""
     col = connectivity.col_indices
-    if not torch.compiler.is_compiling() and not hasattr(col, _OWNER):
-        setattr(col, _OWNER, weakref.ref(connectivity))
+    if not torch.compiler.is_compiling() and getattr(col, _OWNER, None) is None:
+        setattr(col, _OWNER, _Owner(connectivity))
     return connectivity.crow_indices, col, connectivity.soma_ptr
 
 

@@ -135,11 +135,11 @@ def call(kind: str, **changed: Any) -> None:
     order = {
         "forward": (
             "topology", "x", "synapse_weight", "dendrite_bias", "cable_weight", "soma_bias",
-            "slope", "round_x", "y", "signs", "threads",
+            "slope", "soma_slope", "round_x", "y", "signs", "threads",
         ),
         "backward": (
             "topology", "grad", "x", "y", "signs", "synapse_weight", "dendrite_bias",
-            "cable_weight", "slope", "dx", "dw", "dbd", "dc", "dbs", "threads",
+            "cable_weight", "slope", "soma_slope", "dx", "dw", "dbd", "dc", "dbs", "threads",
         ),
     }  # fmt: skip
     getattr(EXTENSION, kind)(*(values[name] for name in order[kind]))

@@ -167,14 +167,14 @@ def check_guarded(c: dk.Connectivity, batch: int, dtype: torch.dtype, at_end: bo
     found = oracle.errors([y, dx, dw, dbd, dc, dbs], [exact.detach(), *gradients])
     assert max(found) < (1e-5 if dtype == torch.float32 else 1e-12), (c, batch, found)
     u, grad_u = blank(batch, c.num_dendrites), draw(batch, c.num_dendrites)
-    EXTENSION.forward(topology, x, w, bd, None, None, 1.0, False, u, None, 2)
+    EXTENSION.forward(topology, x, w, bd, None, None, 1.0, 1.0, False, u, None, 2)
     u_in_order = blank(batch, c.num_dendrites)
-    EXTENSION.forward(ordered_rows, x, w, bd, None, None, 1.0, False, u_in_order, None, 2)
+    EXTENSION.forward(ordered_rows, x, w, bd, None, None, 1.0, 1.0, False, u_in_order, None, 2)
     assert torch.equal(u, u_in_order)
     for wanted in (dx, None):
         EXTENSION.backward(
-            topology, grad_u, x, None, None, w, None, None, 1.0, wanted, dw, dbd, None, None,
-            2,
+            topology, grad_u, x, None, None, w, None, None, 1.0, 1.0, wanted, dw, dbd, None,
+            None, 2,
         )  # fmt: skip
     linear: Any = oracle.sparse_linear
     exact = linear(*leaves[:3], c)

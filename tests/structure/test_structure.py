@@ -17,6 +17,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import dendrite_kernels as dk
 from dendrite_kernels.structure import Connectivity
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -336,6 +337,24 @@ def test_torch_loads_it_with_weights_only() -> None:
     back = torch.load(file, weights_only=True)["hyper_parameters"]["connectivity"]
     assert back == c
     assert (back.in_shape, back.channels_first) == (c.in_shape, True)
+
+
+def test_index_tensors_of_a_used_layer_can_be_pickled() -> None:
+    """Backends mark them; the mark stays behind."""
+    c = Connectivity.from_csr([0, 1, 2], [5, 0], 12, dendrites_per_soma=1)
+    layer = dk.DendriticLayer(c)
+    layer(torch.randn(3, 12)).sum().backward()
+    file = io.BytesIO()
+    torch.save(c.col_indices, file)
+    file.seek(0)
+    for back in (
+        torch.load(file, weights_only=True),
+        pickle.loads(pickle.dumps(c.col_indices)),
+        copy.deepcopy(c.col_indices),
+    ):
+        assert torch.equal(back, c.col_indices)
+        twin = Connectivity(c.crow_indices, back, c.soma_ptr, 12)
+        assert torch.equal(dk.SparseLinear(twin).connectivity.col_indices, back)
 
 
 def test_index_tensors_are_ordinary_under_inference_mode(tmp_path: Path) -> None:
