@@ -272,7 +272,7 @@ topology = _cpu.Topology(2, np.array([0, 1], np.int32), np.array([1], np.uint16)
                          np.array([0, 1], np.int32), 1)
 x = torch.ones(1, 2)
 try:
-    _cpu.forward(topology, x, x[0, :1], None, None, None, 1.0, False, x[:, :1], None, 1)
+    _cpu.forward(topology, x, x[0, :1], None, None, None, 1.0, 1.0, False, x[:, :1], None, 1)
 except TypeError as error:
     assert "Expected a torch.Tensor" in str(error)
 else:
