@@ -101,7 +101,7 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
             FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, save_signs)
         )
     y, signs = FORWARD(x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, True)
-    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
+    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, 1.0, False))
     for need_x in (True, False):
         torch.library.opcheck(
             BACKWARD,
@@ -109,13 +109,13 @@ def test_opcheck(backend: str, name: str, biased: bool) -> None:
         )
         grad = torch.randn(5, c.num_dendrites)
         torch.library.opcheck(
-            BACKWARD, (grad, x, None, None, weight, bias, None, *indices, 1.0, need_x)
+            BACKWARD, (grad, x, None, None, weight, bias, None, *indices, 1.0, 1.0, need_x)
         )
     for leaf in (x, weight, bias, cable, soma_bias):
         if leaf is not None:
             leaf.requires_grad_()
     torch.library.opcheck(FORWARD, (x, weight, bias, cable, soma_bias, *indices, 0.1, 0.1, True))
-    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, False))
+    torch.library.opcheck(FORWARD, (x, weight, bias, None, None, *indices, 1.0, 1.0, False))
 
 
 def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
