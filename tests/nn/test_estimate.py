@@ -38,7 +38,8 @@ def _estimated(training: Training) -> dk.MemoryEstimate:
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", ["A", "B", "C", "D", pytest.param("W", marks=pytest.mark.slow)])
+@pytest.mark.slow  # what an allocator keeps depends on the machine
+@pytest.mark.parametrize("name", ["A", "B", "C", "D", "W"])
 def test_within_15_percent_of_what_training_adds(name: str) -> None:
     training = Training(CASES[name], "constant", torch.get_num_threads())
     assert _estimated(training).total / MIB == pytest.approx(_measured(training), rel=0.15)
