@@ -98,7 +98,7 @@ def parts() -> dict[str, Run]:
         "check the operands": lambda: topology.accepts(*operands),
         "forward": lambda: topology.forward(*operands, 0.1, 0.1, False),
         "forward that saves signs": lambda: topology.forward(*operands, 0.1, 0.1, True),
-        "the same in an autograd.Function": lambda: record(*operands, (c, 0.1, topology)),
+        "the same in an autograd.Function": lambda: record(*operands, (c, (0.1, 0.1), topology)),
         "backward": lambda: operators.backward(grad, *backward, *indices, 0.1, 0.1, True),
     }
 
