@@ -21,6 +21,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import profiler
+from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.flop_counter import register_flop_formula
@@ -38,8 +39,7 @@ library = torch.library.Library("dendrite_kernels", "DEF")
 library.define(
     "forward(Tensor x, Tensor synapse_weight, Tensor? dendrite_bias, Tensor? cable_weight,"
     f" Tensor? soma_bias, {_INDICES}, float negative_slope, float soma_slope,"
-    " bool save_signs,"
-    " bool round_x=False) -> (Tensor, Tensor)"
+    " bool save_signs, bool round_x=False) -> (Tensor, Tensor)"
 )
 library.define(
     "backward(Tensor grad, Tensor x, Tensor? y, Tensor? signs, Tensor synapse_weight,"
@@ -69,7 +69,7 @@ torch.serialization.add_safe_globals([_nobody])  # torch.load(weights_only=True)
 def index_tensors(connectivity: Connectivity) -> Three:
     """The operators' index arguments, marked so that they lead back to `connectivity`."""
     col = connectivity.col_indices
-    if not torch.compiler.is_compiling() and getattr(col, _OWNER, None) is None:
+    if not is_compiling() and getattr(col, _OWNER, None) is None:
         setattr(col, _OWNER, _Owner(connectivity))
     return connectivity.crow_indices, col, connectivity.soma_ptr
 
@@ -235,7 +235,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def observed() -> bool:
     """Whether a compiler, tracer, mode, transform or profiler must see the operator."""
     return (
-        torch.compiler.is_compiling()  # first: the compiler guards whatever it reads before it
+        is_compiling()  # first: the compiler guards whatever it reads before it
         or _len_torch_dispatch_stack() > 0
         or (_len_torch_function_stack() > 0 and _function_mode())
         or _are_functorch_transforms_active()

@@ -52,7 +52,7 @@ def dendritic_layer(
     *,
     activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
-    soma_activation: str | None = None,
+    soma_activation: ActivationName | None = None,
 ) -> torch.Tensor:
     """y = psi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
     phi = function_of(activation, negative_slope)
