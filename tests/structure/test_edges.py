@@ -436,17 +436,3 @@ def test_layers_share_the_labels_but_state_dicts_have_none() -> None:
     assert plain.connectivity.labels is None
     layer.load_state_dict(plain.state_dict())
     assert layer.connectivity.labels == labelled().labels
-
-
-# Documentation
-
-
-def test_the_example_of_the_documentation_runs() -> None:
-    pytest.importorskip("pandas")
-    pytest.importorskip("networkx")
-    text = (Path(__file__).parents[2] / "docs" / "connectivity.md").read_text()
-    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert blocks
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
