@@ -38,11 +38,13 @@ def _row(name: str) -> tuple[float | None, Activation]:
 
 
 def slope_of(name: str, negative_slope: float) -> float | None:
-    """The slope left of 0, None where there is none.
+    """The slope left of 0, None where there is none; negative_slope has passed `check_slope`.
 
-    ValueError for an unknown activation, and for a slope that is negative or not finite.
+    ValueError for an unknown activation.
     """
-    slope = negative_slope if name == "leaky_relu" else _row(name)[0]
+    if name == "leaky_relu":
+        return negative_slope
+    slope = _row(name)[0]
     if slope is not None:
         check_slope(slope)
     return slope
@@ -51,7 +53,10 @@ def slope_of(name: str, negative_slope: float) -> float | None:
 def slopes_of(
     activation: str, soma_activation: str | None, negative_slope: float
 ) -> tuple[float, float] | None:
-    """The slopes of dendrites and somas, None if one of them has none; errors as slope_of."""
+    """The slopes of dendrites and somas, None if one of them has none.
+
+    ValueError for an unknown activation, errors of `check_slope` for the slope.
+    """
     check_slope(negative_slope)
     slope = slope_of(activation, negative_slope)
     soma_slope = slope if soma_activation is None else slope_of(soma_activation, negative_slope)
