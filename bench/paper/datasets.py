@@ -1,4 +1,4 @@
-"""Image data sets by name, from files of the user, and their split for training.
+"""Image data sets by name, from files of the user, as arrays.
 
 Nothing is downloaded.
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bench.paper.readers import (
@@ -56,17 +55,6 @@ class ImageData:
         return int(max(self.y_train.max(), self.y_test.max())) + 1
 
 
-class Split(NamedTuple):
-    """What training reads: x float32 [n, N], y int64 [n]."""
-
-    x_train: torch.Tensor
-    y_train: torch.Tensor
-    x_val: torch.Tensor
-    y_val: torch.Tensor
-    x_test: torch.Tensor
-    y_test: torch.Tensor
-
-
 class _Candidate(NamedTuple):
     """One way in which a data set may be stored on disk."""
 
@@ -100,21 +88,20 @@ def load(name: str = "digits", root: str | Path | None = None) -> ImageData:
     raise FileNotFoundError(_what_was_looked_for(name, folder, candidates))
 
 
+def from_arrays(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, name: str = "arrays"
+) -> ImageData:
+    """A data set of your own: uint8 images [n, H, W] or [n, H, W, C], integer labels [n] from 0."""
+    raw = RawImages(*(np.asarray(array) for array in (x_train, y_train, x_test, y_test)))
+    return _image_data(name, raw, "arrays in memory")
+
+
 def load_or_exit(name: str, root: str | Path | None) -> ImageData:
     """`load` for a command: errors in the data end the program with a message, no traceback."""
     try:
         return load(name, root)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-
-
-def split(data: ImageData, rng: np.random.Generator) -> Split:
-    """Shuffle the training set with `rng` and keep its last 10 % for validation, as the paper."""
-    order = rng.permutation(len(data.y_train))
-    kept = len(order) - len(order) // 10
-    x, y = torch.from_numpy(data.x_train[order]), torch.from_numpy(data.y_train[order])
-    x_test, y_test = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
-    return Split(x[:kept], y[:kept], x[kept:], y[kept:], x_test, y_test)
 
 
 def _candidates(name: str, root: Path) -> list[_Candidate]:

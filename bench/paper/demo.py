@@ -14,8 +14,9 @@ from pathlib import Path
 
 from bench.environment import describe, write_json
 from bench.paper import datasets
-from bench.paper.report import draw, print_table, ratios
-from bench.paper.training import Network, Outcome, Schedule, train_network
+from bench.paper.demo_report import draw, print_table, ratios
+from bench.paper.measured import Measured, train_measured
+from bench.paper.run import Run
 from dendrite_kernels.benchmark.memory import in_fresh_process
 
 EPOCHS = {"digits": 60, "cifar10": 3}  # enough to see where the curves flatten
@@ -38,10 +39,12 @@ class Agreement:
     EPOCHS_TOLERANCE = 5e-2
 
     @classmethod
-    def of(cls, sparse: Outcome, twin: Outcome) -> Agreement:
+    def of(cls, sparse: Measured, twin: Measured) -> Agreement:
         return cls(
-            _largest_difference(sparse.step_loss[:FIRST_STEPS], twin.step_loss[:FIRST_STEPS]),
-            _largest_difference(sparse.history["train_loss"], twin.history["train_loss"]),
+            _largest_difference(sparse.steps.loss[:FIRST_STEPS], twin.steps.loss[:FIRST_STEPS]),
+            _largest_difference(
+                sparse.outcome.history["train_loss"], twin.outcome.history["train_loss"]
+            ),
         )
 
     @property
@@ -63,25 +66,30 @@ class Agreement:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     data = datasets.load_or_exit(options.data, options.data_root)
-    network = Network(
-        options.kind, options.somas, options.dendrites, options.synapses, options.seed
+    run = Run(
+        data.name,
+        options.kind,
+        options.dendrites,
+        options.somas,
+        options.synapses,
+        trial=options.seed,
+        epochs=options.epochs or EPOCHS.get(data.name, OTHER_EPOCHS),
+        batch=options.batch,
+        lr=options.lr,
     )
-    epochs = options.epochs or EPOCHS.get(data.name, OTHER_EPOCHS)
-    schedule = Schedule(epochs, options.batch, options.lr)
-    print(_introduction(data, network, schedule), flush=True)
+    print(_introduction(data, run), flush=True)
     sparse, twin = (
-        in_fresh_process(train_network, data, variant, schedule, options.threads)
-        for variant in (network, replace(network, twin=True))
+        in_fresh_process(train_measured, data, variant, options.threads)
+        for variant in (run, replace(run, twin=True))
     )
     agreement = Agreement.of(sparse, twin)
     environment = describe(options.threads)
-    print_table(network.kind, sparse, twin)
+    print_table(run.kind, sparse, twin)
     print(agreement)
     print("{cpu}, {threads} threads, torch {versions[torch]}".format_map(environment))
     report = {
         "data": {"name": data.name, "source": data.source, "in_shape": data.in_shape},
-        "network": asdict(network),
-        "schedule": asdict(schedule),
+        "run": asdict(run),
         "sparse": sparse.summary(),
         "masked_dense": twin.summary(),
         "ratios": ratios(sparse, twin),
@@ -89,20 +97,20 @@ def main(arguments: list[str] | None = None) -> int:
         "environment": environment,
     }
     write_json(options.output / "demo.json", report)
-    draw(options.output / "demo.png", data, network, sparse, twin)
+    draw(options.output / "demo.png", data, run, sparse, twin)
     print(f"Wrote {options.output / 'demo.json'} and {options.output / 'demo.png'}")
     return 0 if agreement.holds else 1
 
 
-def _introduction(data: datasets.ImageData, network: Network, schedule: Schedule) -> str:
+def _introduction(data: datasets.ImageData, run: Run) -> str:
     return (
         f"Data: {data.name}: {data.source}\n"
         f"      {len(data.y_train)} training images (10 % of them for validation), "
         f"{len(data.y_test)} test images, {data.classes} classes\n"
-        f"Network: {network.kind}, {network.somas} somas x {network.dendrites} dendrites "
-        f"x {network.synapses} synapses\n"
-        f"Training: {schedule.epochs} epochs, batches of {schedule.batch}, Adam {schedule.lr:g}, "
-        f"seed {network.seed}"
+        f"Network: {run.kind}, {run.somas} somas x {run.dendrites} dendrites "
+        f"x {run.synapses} synapses\n"
+        f"Training: {run.epochs} epochs, batches of {run.batch}, Adam {run.lr:g}, "
+        f"seed {run.trial}"
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 
 from bench.paper import datasets
 from bench.paper.readers import CIFAR10_TEST, CIFAR10_TRAIN, read_cifar10, read_idx, read_jpeg_npz
@@ -343,17 +342,6 @@ def test_data_that_needs_a_folder_asks_for_it() -> None:
         datasets.load("mnist")
     with pytest.raises(SystemExit, match=r"^error: Expected a folder"):
         datasets.load_or_exit("mnist", None)
-
-
-def test_split_keeps_the_last_tenth_of_the_shuffled_set(tmp_path: Path) -> None:
-    x = np.arange(25, dtype=np.uint8).reshape(25, 1, 1)
-    write_npz(tmp_path / "own.npz", x_train=x, y_train=x.ravel(), x_test=x[:10])
-    data = datasets.load("own", tmp_path)
-    parts = datasets.split(data, np.random.default_rng(7))
-    assert (len(parts.y_train), len(parts.y_val), len(parts.y_test)) == (23, 2, 10)
-    order = torch.cat([parts.y_train, parts.y_val])
-    assert order.tolist() == np.random.default_rng(7).permutation(25).tolist()
-    torch.testing.assert_close(torch.cat([parts.x_train, parts.x_val])[:, 0], order / 255)
 
 
 class TestRealData:

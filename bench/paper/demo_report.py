@@ -1,4 +1,4 @@
-"""Turns training outcomes into a table, a JSON file and a picture."""
+"""Turns the two trainings of the demo into a table and a picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import dendrite_kernels as dk
 from bench.paper.datasets import ImageData
-from bench.paper.training import Network, Outcome
+from bench.paper.measured import Measured
+from bench.paper.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,34 +18,34 @@ COLORS = ("#0b5fa5", "#f0b67f")  # sparse, masked dense
 DRAWN_SOMAS = 4
 
 
-def ratios(sparse: Outcome, twin: Outcome) -> dict[str, float | None]:
+def ratios(sparse: Measured, twin: Measured) -> dict[str, float | None]:
     """Quantities of the masked-dense twin divided by those of the sparse network."""
     quantities = {
-        "stored_parameters": (sparse.dense_parameters, twin.dense_parameters),
-        "step_ms": (sparse.step_percentiles().get("p50"), twin.step_percentiles().get("p50")),
+        "stored_parameters": (sparse.outcome.dense_parameters, twin.outcome.dense_parameters),
+        "step_ms": (sparse.steps.percentiles().get("p50"), twin.steps.percentiles().get("p50")),
         "peak_memory": (sparse.peak_memory_mib, twin.peak_memory_mib),
-        "seconds": (sparse.seconds, twin.seconds),
+        "seconds": (sparse.outcome.seconds, twin.outcome.seconds),
     }
     return {name: b / a if a and b else None for name, (a, b) in quantities.items()}
 
 
-def print_table(kind: str, sparse: Outcome, twin: Outcome) -> None:
+def print_table(kind: str, sparse: Measured, twin: Measured) -> None:
     ratio = ratios(sparse, twin)
 
-    def row(label: str, cell: Callable[[Outcome], str], ratio_name: str = "") -> tuple[str, ...]:
+    def row(label: str, cell: Callable[[Measured], str], ratio_name: str = "") -> tuple[str, ...]:
         value = ratio.get(ratio_name)
         return label, cell(sparse), cell(twin), f"{value:.1f}x" if value else ""
 
     rows = [
         ("", kind, "masked dense", "ratio"),
-        row("test accuracy", lambda o: f"{o.history['test_accuracy'][-1]:.2%}"),
-        row("test loss", lambda o: f"{o.history['test_loss'][-1]:.4f}"),
-        row("trainable parameters", lambda o: f"{o.trainable_parameters:,}"),
-        row("stored parameters", lambda o: f"{o.dense_parameters:,}", "stored_parameters"),
-        row("ms per training step (median)", lambda o: _step(o, "p50"), "step_ms"),
-        row("  20th to 80th percentile", lambda o: f"{_step(o, 'p20')} to {_step(o, 'p80')}"),
-        row("peak memory of training", lambda o: _mib(o.peak_memory_mib), "peak_memory"),
-        row("whole training with evaluation", lambda o: f"{o.seconds:.1f} s", "seconds"),
+        row("test accuracy", lambda m: f"{m.outcome.history['test_accuracy'][-1]:.2%}"),
+        row("test loss", lambda m: f"{m.outcome.history['test_loss'][-1]:.4f}"),
+        row("trainable parameters", lambda m: f"{m.outcome.trainable_parameters:,}"),
+        row("stored parameters", lambda m: f"{m.outcome.dense_parameters:,}", "stored_parameters"),
+        row("ms per training step (median)", lambda m: _step(m, "p50"), "step_ms"),
+        row("  20th to 80th percentile", lambda m: f"{_step(m, 'p20')} to {_step(m, 'p80')}"),
+        row("peak memory of training", lambda m: _mib(m.peak_memory_mib), "peak_memory"),
+        row("whole training with evaluation", lambda m: f"{m.outcome.seconds:.1f} s", "seconds"),
     ]
     widths = [max(len(cells[i]) for cells in rows) for i in range(4)]
     lines = [
@@ -60,8 +61,8 @@ def print_table(kind: str, sparse: Outcome, twin: Outcome) -> None:
     print("\n" + "\n".join(lines) + "\n")
 
 
-def _step(outcome: Outcome, percentile: str) -> str:
-    value = outcome.step_percentiles().get(percentile)
+def _step(measured: Measured, percentile: str) -> str:
+    value = measured.steps.percentiles().get(percentile)
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -69,27 +70,27 @@ def _mib(value: float | None) -> str:
     return "not known" if value is None else f"{value:.1f} MiB"
 
 
-def draw(path: Path, data: ImageData, network: Network, sparse: Outcome, twin: Outcome) -> None:
+def draw(path: Path, data: ImageData, run: Run, sparse: Measured, twin: Measured) -> None:
     """Learning curves, time, memory, and receptive fields of a few somas over the mean image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.2), layout="constrained", dpi=130)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False).ravel()
     loss, accuracy, time, memory = top.subplots(1, 4, width_ratios=(2, 2, 1, 1))
-    outcomes = {network.kind: sparse, "masked dense": twin}
-    _curves(loss, outcomes, "train_loss", 1, "training loss")
+    both = {run.kind: sparse, "masked dense": twin}
+    _curves(loss, both, "train_loss", 1, "training loss")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False)
-    _curves(accuracy, outcomes, "test_accuracy", 100, "test accuracy (%)")
-    step_ms = [outcome.step_percentiles().get("p50") for outcome in (sparse, twin)]
-    _bars(time, list(outcomes), step_ms, "ms per step")
-    peaks = [outcome.peak_memory_mib for outcome in (sparse, twin)]
-    _bars(memory, list(outcomes), peaks, "peak MiB")
+    _curves(accuracy, both, "test_accuracy", 100, "test accuracy (%)")
+    step_ms = [m.steps.percentiles().get("p50") for m in (sparse, twin)]
+    _bars(time, list(both), step_ms, "ms per step")
+    peaks = [m.peak_memory_mib for m in (sparse, twin)]
+    _bars(memory, list(both), peaks, "peak MiB")
     top.suptitle(
-        f"{data.name}: {network.kind} with {network.somas} somas x {network.dendrites} dendrites "
-        f"x {network.synapses} synapses, and its masked-dense twin"
+        f"{data.name}: {run.kind} with {run.somas} somas x {run.dendrites} dendrites "
+        f"x {run.synapses} synapses, and its masked-dense twin"
     )
-    layer = next(m for m in network.build(data).modules() if isinstance(m, dk.DendriticLayer))
+    layer = next(m for m in run.build(data).modules() if isinstance(m, dk.DendriticLayer))
     c, shape = layer.connectivity, (*data.in_shape, data.channels)
     fields = dk.Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, c.in_features, shape)
     mean_image = data.x_train.mean(0).reshape(shape)
@@ -99,13 +100,13 @@ def draw(path: Path, data: ImageData, network: Network, sparse: Outcome, twin: O
     figure.savefig(path)
 
 
-def _curves(axes: Axes, outcomes: dict[str, Outcome], key: str, scale: float, title: str) -> None:
+def _curves(axes: Axes, both: dict[str, Measured], key: str, scale: float, title: str) -> None:
     """The curve of the twin is wide, so that both are visible where they agree."""
     from matplotlib.ticker import MaxNLocator
 
     widths = (1.4, 5.0)
-    for (label, outcome), color, width in zip(outcomes.items(), COLORS, widths, strict=True):
-        values = [scale * value for value in outcome.history[key]]
+    for (label, measured), color, width in zip(both.items(), COLORS, widths, strict=True):
+        values = [scale * value for value in measured.outcome.history[key]]
         epochs, marker = range(1, len(values) + 1), "o" if len(values) < 6 else None
         axes.plot(epochs, values, c=color, lw=width, marker=marker, label=label, zorder=-width)
     axes.set(xlabel="epoch", title=title)

@@ -1,0 +1,104 @@
+"""One training of the article: which network, which data, which protocol.
+
+Source: Chavlis & Poirazi (2025), Methods; docs/equations.md, sections 4 to 8.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+import dendrite_kernels as dk
+from bench.paper.datasets import ImageData
+from dendrite_kernels.benchmark.masked_dense import masked_dense_twin
+
+Task = Literal["shuffled", "sequential"]
+
+EPOCHS = {"mnist": 15, "fmnist": 25, "kmnist": 25, "emnist": 50, "cifar10": 50}  # as published
+OTHER_EPOCHS = 25
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the result of a training, and nothing else.
+
+    data: name of the data set.
+    kind, somas, dendrites, synapses, layers, dropout: arguments of `dk.models.build`.
+    trial: seed of masks, weights, split, noise and batches.
+    noise: standard deviation of the noise that is added to all images once; they are in 0..1.
+    task: "sequential" shows the classes one after the other, in every epoch.
+    epochs: None: those of the article for this data set, twice as many for the sequential task.
+    patience: stop after so many epochs without a lower validation loss, and take the weights of
+        the best one; None: never, and take the last ones.
+    twin: train the masked-dense twin of the network instead.
+    """
+
+    data: str
+    kind: dk.models.Kind
+    dendrites: int
+    somas: int
+    synapses: int = 16
+    layers: int = 1
+    trial: int = 0
+    noise: float = 0.0
+    task: Task = "shuffled"
+    epochs: int | None = None
+    batch: int = 128
+    lr: float = 1e-3
+    dropout: float = 0.0
+    patience: int | None = None
+    twin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(Task):
+            raise ValueError(f"Expected a task of {list(get_args(Task))}, got {self.task!r}")
+        if self.epochs is None:
+            epochs = EPOCHS.get(self.data.partition("-")[0], OTHER_EPOCHS)
+            object.__setattr__(self, "epochs", epochs * (2 if self.task == "sequential" else 1))
+        for name in ("epochs", "batch", *(() if self.patience is None else ("patience",))):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Expected {name} >= 1, got {value!r}")
+        if not self.noise >= 0:
+            raise ValueError(f"Expected noise >= 0, got {self.noise}")
+        if not self.lr > 0:
+            raise ValueError(f"Expected lr > 0, got {self.lr}")
+
+    @property
+    def key(self) -> str:
+        """The run as JSON, the same for equal runs."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls, key: str) -> Run:
+        """The run with this key; ValueError for other text."""
+        try:
+            given: dict[str, Any] = json.loads(key)
+            missing = {field.name for field in fields(cls)} ^ set(given)
+            if missing:
+                raise ValueError(f"fields that differ: {sorted(missing)}")
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected the key of a run, got {key!r}: {error}") from error
+
+    def build(self, data: ImageData) -> nn.Sequential:
+        """The network before training."""
+        torch.manual_seed(self.trial)
+        model = dk.models.build(
+            self.kind,
+            data.in_shape,
+            self.somas,
+            self.dendrites,
+            self.synapses,
+            data.classes,
+            channels=data.channels,
+            layers=self.layers,
+            seed=self.trial,
+            init="paper",
+            dropout=self.dropout,
+        )
+        return masked_dense_twin(model) if self.twin else model
