@@ -51,6 +51,18 @@ else:
     )
 
 
+def test_the_package_can_be_reloaded() -> None:
+    output(
+        """
+import importlib, torch, dendrite_kernels as dk
+layer, x = dk.DendriticLayer(dk.connectivity.random(9, 2, 2, 3, seed=0)), torch.randn(4, 9)
+before = layer(x)
+assert importlib.reload(dk) is dk and dk.SparseLinear
+assert isinstance(layer, dk.DendriticLayer) and torch.equal(layer(x), before)
+"""
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
 def test_mypy_finds_typos_in_a_users_file(tmp_path: Path) -> None:
