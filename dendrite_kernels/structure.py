@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 import torch
 
-from . import _npz, edges
+from . import _combine, _npz, edges
 from ._pattern import of_mask, of_scipy
 from ._validate import (
     SIZE_LIMIT,
@@ -32,7 +32,7 @@ from ._validate import (
     pointer_array,
     soma_pointer,
 )
-from .labels import Labels, Names, chained, checked, common, shortened
+from .labels import Labels, checked, shortened
 from .transposed import TransposedPlan, build_transposed_plan, choose_block_rows
 
 if TYPE_CHECKING:
@@ -157,8 +157,9 @@ class Connectivity:
     ) -> Connectivity:
         """From the pattern of a scipy.sparse matrix [R, N], whose values are ignored.
 
-        Every stored entry is a synapse, a stored zero too. Indices may be unsorted. An entry that
-        is stored twice is refused, or one synapse with duplicates="sum", as scipy sums it.
+        Every stored entry is a synapse, a stored zero too (but scipy drops those of DIA matrices).
+        Indices may be unsorted. An entry that is stored twice is refused, or one synapse with
+        duplicates="sum", as in `from_edges`; values that cancel leave a synapse too.
 
         Raises:
             TypeError: not a scipy.sparse matrix or array.
@@ -249,14 +250,7 @@ class Connectivity:
         Raises:
             ValueError: no network, or in_features differ.
         """
-        parts = _networks(networks)
-        sizes = [part.in_features for part in parts]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"Expected networks with the same in_features, got {sizes}")
-        images = {(part.in_shape, part.channels_first) for part in parts}
-        image = images.pop() if len(images) == 1 else (None, False)
-        inputs = common(_names(parts, "inputs"))
-        return _concatenate(parts, [0] * len(parts), sizes[0], inputs, image)
+        return _combine.stack(networks, Connectivity)
 
     @staticmethod
     def block_diagonal(networks: Iterable[Connectivity]) -> Connectivity:
@@ -267,10 +261,7 @@ class Connectivity:
         Raises:
             ValueError: no network.
         """
-        parts = _networks(networks)
-        ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
-        inputs = chained(_names(parts, "inputs"))
-        return _concatenate(parts, [0, *ends[:-1]], ends[-1], inputs, (None, False))
+        return _combine.block_diagonal(networks, Connectivity)
 
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
@@ -458,37 +449,3 @@ def _untraced(factory: Callable[[], T]) -> T:
         return factory()
     value: T = dynamo.disable(lambda: factory())()  # of a class it would be a changed class
     return value
-
-
-def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
-    parts = list(networks)
-    if not parts:
-        raise ValueError("Expected at least one Connectivity, got none")
-    for part in parts:
-        if not isinstance(part, Connectivity):
-            raise TypeError(f"Expected Connectivity objects, got {type(part).__name__}")
-    return parts
-
-
-def _names(parts: list[Connectivity], kind: str) -> list[Names | None]:
-    return [getattr(part.labels, kind, None) for part in parts]
-
-
-def _concatenate(
-    parts: list[Connectivity],
-    column_offsets: list[int],
-    in_features: int,
-    inputs: Names | None,
-    image: tuple[Any, bool],
-) -> Connectivity:
-    """One network of all dendrites and somas, the columns of each part moved by its offset."""
-
-    def chain(name: str) -> Array:
-        steps = [np.diff(getattr(part, name).numpy()) for part in parts]
-        return np.cumsum(np.concatenate([[0], *steps]), dtype=np.int64)
-
-    columns = [part.col_indices.numpy() for part in parts]
-    moved = [c + np.int64(offset) for c, offset in zip(columns, column_offsets, strict=True)]
-    crow, soma = chain("crow_indices"), chain("soma_ptr")
-    labels = inputs, chained(_names(parts, "dendrites")), chained(_names(parts, "somas"))
-    return Connectivity(crow, np.concatenate(moved), soma, in_features, *image, labels)
