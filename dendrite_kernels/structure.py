@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from . import _combine, _npz, edges
-from ._pattern import of_mask, of_scipy
+from ._pattern import of_mask, of_scipy, to_mask, to_scipy
 from ._validate import (
     SIZE_LIMIT,
     Array,
     Duplicates,
-    as_numpy,
     check_size,
     column_array,
     constant_step,
@@ -36,7 +35,10 @@ from .labels import Labels, checked, shortened
 from .transposed import TransposedPlan, build_transposed_plan, choose_block_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .nn import DendriticLayer, SparseLinear
 
 T = TypeVar("T")
 
@@ -265,23 +267,11 @@ class Connectivity:
 
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
-        from scipy.sparse import csr_array
-
-        if data is None:
-            values = np.ones(self.nnz, np.float32)
-        else:
-            values = np.array(as_numpy(data))
-            if values.shape != (self.nnz,):
-                raise ValueError(f"Expected data of shape [{self.nnz}], got {list(values.shape)}")
-        col, crow = self.col_indices.numpy().copy(), self.crow_indices.numpy().copy()
-        return csr_array((values, col, crow), shape=(self.num_dendrites, self.in_features))
+        return to_scipy(self, data)
 
     def to_mask(self) -> torch.Tensor:
         """The dense boolean mask [R, N]: True where a synapse is."""
-        mask = np.zeros((self.num_dendrites, self.in_features), np.bool_)
-        rows = np.repeat(np.arange(self.num_dendrites), np.diff(self.crow_indices.numpy()))
-        mask[rows, self.col_indices.numpy()] = True
-        return torch.from_numpy(mask)
+        return torch.from_numpy(to_mask(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file.
@@ -400,27 +390,40 @@ class Connectivity:
         *,
         image: Any = None,
         figure: Figure | None = None,
+        weights: DendriticLayer | SparseLinear | torch.Tensor | None = None,
+        ax: Axes | None = None,
     ) -> Figure:
-        """Draw the receptive fields of some somas: a panel for each, a colour for each dendrite.
+        """Draw the receptive fields of some somas, or the synapses as a matrix.
 
-        Every synapse is one mark; dendrites that share a pixel split it between them. A pixel is
-        marked if the dendrite sees any of its channels.
+        With an in_shape: a panel for each soma, a colour for each dendrite. Every synapse is one
+        mark; dendrites that share a pixel split it between them. A pixel is marked if the dendrite
+        sees any of its channels; with weights, each channel's synapse is a mark.
+
+        Without: a row for each dendrite, soma by soma, and a column for each input, with `labels`
+        where there is room. Where there would be more than 100 to the inch, a cell stands for
+        several: it shows which share of them are synapses, or the weight of largest size.
 
         Args:
-            somas: which ones; default: the first eight.
+            somas: which ones; default: the first eight (the first one in `ax`), all in a matrix.
             image: [H, W] or [H, W, C] to show in grey underneath.
             figure: draw into this one, say `plt.figure()`; default: a new one unknown to pyplot.
+            weights: colour synapses by weight, red above 0 and blue below, with a colour bar: a
+                layer on this connectivity, or [nnz] numbers in the order of col_indices. Colours
+                reach to the largest size of all weights, also of those not drawn.
+            ax: draw one soma, or the matrix, into these axes. Their figure should have
+                layout="constrained", which makes room for names and the colour bar.
+
+        Returns:
+            The figure drawn into; with `ax`, the one that holds it.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: the connectivity has no in_shape, or there is no such soma.
+            TypeError, ValueError: no such soma, or several in `ax`; weights of another layer,
+                dtype or shape, or not finite; `figure` and `ax`; an image without an in_shape.
         """
-        from ._plot import Fields, plot
+        from ._plot import plot
 
-        arrays = (t.numpy() for t in (self.crow_indices, self.col_indices, self.soma_ptr))
-        names = None if self.labels is None else self.labels.somas
-        fields = Fields(self.in_shape, self.channels_first, names, *arrays)
-        return plot(fields, somas, image, figure)
+        return plot(self, somas, image, figure, weights, ax)
 
 
 def _from_bytes(crow: bytes, col: bytes, soma_ptr: bytes, *others: Any) -> Connectivity:
