@@ -35,7 +35,8 @@ class Weights(NamedTuple):
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-        colours = LinearSegmentedColormap.from_list("weights", _DIVERGING)
+        odd = 257  # so that 0 is exactly in the middle
+        colours = LinearSegmentedColormap.from_list("weights", _DIVERGING, odd)
         return ScalarMappable(Normalize(-self.limit, self.limit), colours)
 
 
@@ -47,8 +48,8 @@ def weights_of(weights: Any, c: Connectivity) -> Weights:
     """
     if isinstance(weights, torch.nn.Module):
         weights = _of_layer(weights, c)
-    if isinstance(weights, torch.Tensor):
-        weights = weights.detach().double()  # numpy has no bfloat16
+    if isinstance(weights, torch.Tensor) and weights.is_floating_point():
+        weights = weights.double()  # numpy has no bfloat16
     array = as_numpy(weights)
     if array.dtype.kind not in "iuf":
         raise TypeError(f"Expected weights of a real dtype, got {array.dtype}")
