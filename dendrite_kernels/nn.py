@@ -325,7 +325,7 @@ class DendriticLayer(_Sparse):
             x: [..., N] or images, as forward takes them.
 
         Returns:
-            [..., R], before the cable weights.
+            [..., R], before the cable weights. With low precision u is rounded, then a.
 
         Raises:
             TypeError, ValueError: as forward.
