@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PANEL = 2.4  # inches, the longer side
 _TITLE_WIDTH = 1.5  # inches
-_BAR = 0.7  # inches, of a colour bar and its numbers
+_BAR = 1.1  # inches, of a colour bar, its numbers and its name
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Okabe and Ito's colours, which colour-blind readers tell apart, without black; then a grey.
 _FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#7a7a7a")
