@@ -1,12 +1,15 @@
-"""The pattern (crow, columns, N) of a scipy.sparse matrix or a mask."""
+"""The pattern (crow, columns, N) of a scipy.sparse matrix or a mask, and the way back."""
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
 from ._validate import Array, Duplicates, as_numpy, check_duplicates, check_size
+
+if TYPE_CHECKING:
+    from .structure import Connectivity
 
 Pattern = tuple[Array, Array, int]
 
@@ -51,3 +54,22 @@ def _check_inputs(shape: tuple[int, ...], in_features: int) -> None:
     if columns != in_features:
         hint = ": Keras kernels are [inputs, outputs], transpose it" if rows == in_features else ""
         raise ValueError(f"Expected a mask [R, {in_features}], got {list(shape)}{hint}")
+
+
+def to_scipy(c: Connectivity, data: Any) -> Any:
+    """See `Connectivity.to_scipy`."""
+    from scipy.sparse import csr_array
+
+    values = np.ones(c.nnz, np.float32) if data is None else np.array(as_numpy(data))
+    if values.shape != (c.nnz,):
+        raise ValueError(f"Expected data of shape [{c.nnz}], got {list(values.shape)}")
+    col, crow = c.col_indices.numpy().copy(), c.crow_indices.numpy().copy()
+    return csr_array((values, col, crow), shape=(c.num_dendrites, c.in_features))
+
+
+def to_mask(c: Connectivity) -> Array:
+    """See `Connectivity.to_mask`."""
+    mask = np.zeros((c.num_dendrites, c.in_features), np.bool_)
+    rows = np.repeat(np.arange(c.num_dendrites), np.diff(c.crow_indices.numpy()))
+    mask[rows, c.col_indices.numpy()] = True
+    return mask

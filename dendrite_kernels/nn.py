@@ -315,6 +315,27 @@ class DendriticLayer(_Sparse):
             precision=self.precision,
         )
 
+    def dendrites(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., R]
+        """What the dendrites send to the somas: a = phi(u), after their activation.
+
+        Differentiable. Forward keeps no a, so this computes it anew; hooks of the module do not
+        run. The dendrites of soma s are columns connectivity.soma_ptr[s] to soma_ptr[s + 1].
+
+        Args:
+            x: [..., N] or images, as forward takes them.
+
+        Returns:
+            [..., R], before the cable weights. With low precision u is rounded, then a.
+
+        Raises:
+            TypeError, ValueError: as forward.
+
+        Source: docs/equations.md, section 1.
+        """
+        weight, bias, c = self.synapse_weight, self.dendrite_bias, self.connectivity
+        u = functional.sparse_linear(x, weight, bias, c, precision=self.precision)
+        return activations.function_of(self.activation, self.negative_slope)(u)
+
     def extra_repr(self) -> str:
         slope = f"({self.negative_slope:g})" if self.activation == "leaky_relu" else ""
         bias = self.dendrite_bias is not None

@@ -128,6 +128,9 @@ class ShardedDendriticLayer(DendriticLayer):
         y = y.redistribute(placements=[somas if wanted.is_shard() else wanted])
         return y.to_local() if self.style.use_local_output else y
 
+    def dendrites(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Expected a layer that is whole, got a sharded one: see parallel.gather")
+
     def reset_parameters(self) -> None:
         raise RuntimeError("Expected a layer that is whole, got a sharded one: reset, then shard")
 

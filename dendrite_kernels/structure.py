@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 import torch
 
-from . import _npz, edges
-from ._pattern import of_mask, of_scipy
+from . import _combine, _npz, edges
+from ._pattern import of_mask, of_scipy, to_mask, to_scipy
 from ._validate import (
     SIZE_LIMIT,
     Array,
     Duplicates,
-    as_numpy,
     check_size,
     column_array,
     constant_step,
@@ -32,11 +31,14 @@ from ._validate import (
     pointer_array,
     soma_pointer,
 )
-from .labels import Labels, Names, chained, checked, common, shortened
+from .labels import Labels, checked, shortened
 from .transposed import TransposedPlan, build_transposed_plan, choose_block_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .nn import DendriticLayer, SparseLinear
 
 T = TypeVar("T")
 
@@ -157,8 +159,9 @@ class Connectivity:
     ) -> Connectivity:
         """From the pattern of a scipy.sparse matrix [R, N], whose values are ignored.
 
-        Every stored entry is a synapse, a stored zero too. Indices may be unsorted. An entry that
-        is stored twice is refused, or one synapse with duplicates="sum", as scipy sums it.
+        Every stored entry is a synapse, a stored zero too (but scipy drops those of DIA matrices).
+        Indices may be unsorted. An entry that is stored twice is refused, or one synapse with
+        duplicates="sum", as in `from_edges`; values that cancel leave a synapse too.
 
         Raises:
             TypeError: not a scipy.sparse matrix or array.
@@ -249,14 +252,7 @@ class Connectivity:
         Raises:
             ValueError: no network, or in_features differ.
         """
-        parts = _networks(networks)
-        sizes = [part.in_features for part in parts]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"Expected networks with the same in_features, got {sizes}")
-        images = {(part.in_shape, part.channels_first) for part in parts}
-        image = images.pop() if len(images) == 1 else (None, False)
-        inputs = common(_names(parts, "inputs"))
-        return _concatenate(parts, [0] * len(parts), sizes[0], inputs, image)
+        return _combine.stack(networks, Connectivity)
 
     @staticmethod
     def block_diagonal(networks: Iterable[Connectivity]) -> Connectivity:
@@ -267,30 +263,15 @@ class Connectivity:
         Raises:
             ValueError: no network.
         """
-        parts = _networks(networks)
-        ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
-        inputs = chained(_names(parts, "inputs"))
-        return _concatenate(parts, [0, *ends[:-1]], ends[-1], inputs, (None, False))
+        return _combine.block_diagonal(networks, Connectivity)
 
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
-        from scipy.sparse import csr_array
-
-        if data is None:
-            values = np.ones(self.nnz, np.float32)
-        else:
-            values = np.array(as_numpy(data))
-            if values.shape != (self.nnz,):
-                raise ValueError(f"Expected data of shape [{self.nnz}], got {list(values.shape)}")
-        col, crow = self.col_indices.numpy().copy(), self.crow_indices.numpy().copy()
-        return csr_array((values, col, crow), shape=(self.num_dendrites, self.in_features))
+        return to_scipy(self, data)
 
     def to_mask(self) -> torch.Tensor:
         """The dense boolean mask [R, N]: True where a synapse is."""
-        mask = np.zeros((self.num_dendrites, self.in_features), np.bool_)
-        rows = np.repeat(np.arange(self.num_dendrites), np.diff(self.crow_indices.numpy()))
-        mask[rows, self.col_indices.numpy()] = True
-        return torch.from_numpy(mask)
+        return torch.from_numpy(to_mask(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an uncompressed .npz file at exactly `path`; a reader never sees half a file.
@@ -409,27 +390,40 @@ class Connectivity:
         *,
         image: Any = None,
         figure: Figure | None = None,
+        weights: DendriticLayer | SparseLinear | torch.Tensor | None = None,
+        ax: Axes | None = None,
     ) -> Figure:
-        """Draw the receptive fields of some somas: a panel for each, a colour for each dendrite.
+        """Draw the receptive fields of some somas, or the synapses as a matrix.
 
-        Every synapse is one mark; dendrites that share a pixel split it between them. A pixel is
-        marked if the dendrite sees any of its channels.
+        With an in_shape: a panel for each soma, a colour for each dendrite. Every synapse is one
+        mark; dendrites that share a pixel split it between them. A pixel is marked if the dendrite
+        sees any of its channels; with weights, each channel's synapse is a mark.
+
+        Without: a row for each dendrite, soma by soma, and a column for each input, with `labels`
+        where there is room. Where there would be more than 100 to the inch, a cell stands for
+        several: it shows which share of them are synapses, or the weight of largest size.
 
         Args:
-            somas: which ones; default: the first eight.
+            somas: which ones; default: the first eight (the first one in `ax`), all in a matrix.
             image: [H, W] or [H, W, C] to show in grey underneath.
             figure: draw into this one, say `plt.figure()`; default: a new one unknown to pyplot.
+            weights: colour synapses by weight, red above 0 and blue below, with a colour bar: a
+                layer on this connectivity, or [nnz] numbers in the order of col_indices. Colours
+                reach to the largest size of all weights, also of those not drawn.
+            ax: draw one soma, or the matrix, into these axes. Their figure should have
+                layout="constrained", which makes room for names and the colour bar.
+
+        Returns:
+            The figure drawn into; with `ax`, the one that holds it.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: the connectivity has no in_shape, or there is no such soma.
+            TypeError, ValueError: no such soma, or several in `ax`; weights of another layer,
+                dtype or shape, or not finite; `figure` and `ax`; an image without an in_shape.
         """
-        from ._plot import Fields, plot
+        from ._plot import plot
 
-        arrays = (t.numpy() for t in (self.crow_indices, self.col_indices, self.soma_ptr))
-        names = None if self.labels is None else self.labels.somas
-        fields = Fields(self.in_shape, self.channels_first, names, *arrays)
-        return plot(fields, somas, image, figure)
+        return plot(self, somas, image, figure, weights, ax)
 
 
 def _from_bytes(crow: bytes, col: bytes, soma_ptr: bytes, *others: Any) -> Connectivity:
@@ -458,37 +452,3 @@ def _untraced(factory: Callable[[], T]) -> T:
         return factory()
     value: T = dynamo.disable(lambda: factory())()  # of a class it would be a changed class
     return value
-
-
-def _networks(networks: Iterable[Connectivity]) -> list[Connectivity]:
-    parts = list(networks)
-    if not parts:
-        raise ValueError("Expected at least one Connectivity, got none")
-    for part in parts:
-        if not isinstance(part, Connectivity):
-            raise TypeError(f"Expected Connectivity objects, got {type(part).__name__}")
-    return parts
-
-
-def _names(parts: list[Connectivity], kind: str) -> list[Names | None]:
-    return [getattr(part.labels, kind, None) for part in parts]
-
-
-def _concatenate(
-    parts: list[Connectivity],
-    column_offsets: list[int],
-    in_features: int,
-    inputs: Names | None,
-    image: tuple[Any, bool],
-) -> Connectivity:
-    """One network of all dendrites and somas, the columns of each part moved by its offset."""
-
-    def chain(name: str) -> Array:
-        steps = [np.diff(getattr(part, name).numpy()) for part in parts]
-        return np.cumsum(np.concatenate([[0], *steps]), dtype=np.int64)
-
-    columns = [part.col_indices.numpy() for part in parts]
-    moved = [c + np.int64(offset) for c, offset in zip(columns, column_offsets, strict=True)]
-    crow, soma = chain("crow_indices"), chain("soma_ptr")
-    labels = inputs, chained(_names(parts, "dendrites")), chained(_names(parts, "somas"))
-    return Connectivity(crow, np.concatenate(moved), soma, in_features, *image, labels)

@@ -236,6 +236,8 @@ def _shard_somas(even: bool) -> None:
         results.append((y.detach(), inputs.grad))
     assert max(oracle.errors(*results)) < 1e-12
     assert_sharded_like(model, expected, gradients=True)
+    with pytest.raises(RuntimeError, match="Expected a layer that is whole, got a sharded one"):
+        model[0].dendrites(x)
 
     kept = somas(even)[0]
     y = kept(x)

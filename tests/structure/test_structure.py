@@ -222,6 +222,28 @@ def test_from_scipy_sums_duplicates(form: str) -> None:
         Connectivity.from_scipy(m)
 
 
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "lil", "dok"])
+def test_from_scipy_and_from_edges_agree_on_zeros_and_duplicates(form: str) -> None:
+    row, column, weight = [0, 0, 0, 1, 1], [2, 0, 2, 1, 0], [1.0, 0.0, -1.0, 0.0, 3.0]
+    m = scipy.sparse.coo_array((weight, (row, column)), shape=(2, 4)).asformat(form)
+    if form == "coo":
+        with pytest.raises(ValueError, match="Expected no duplicate entries, got 1"):
+            Connectivity.from_scipy(m)
+    with pytest.raises(ValueError, match="duplicates="):
+        Connectivity.from_edges(column, row, weight=weight, inputs=4)
+    edges, values = Connectivity.from_edges(column, row, None, weight, inputs=4, duplicates="sum")
+    assert values.tolist() == [0, 0, 3, 0]  # what is 0, or cancels, stays a synapse
+    assert Connectivity.from_scipy(m, duplicates="sum") == edges
+
+
+def test_from_scipy_refuses_blocks_stored_twice() -> None:
+    blocks = (np.ones((2, 1, 2)), [0, 0], [0, 2])
+    m = scipy.sparse.bsr_array(blocks, shape=(1, 4))
+    with pytest.raises(ValueError, match=r"got 0 then 0 \(a duplicate\) in row 0"):
+        Connectivity.from_scipy(m)
+    assert Connectivity.from_scipy(m, duplicates="sum").col_indices.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda m: m.tolist()])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4), (7, 2), (5, 300)])
 def test_mask_round_trip(kind: Callable[[Array], Any], shape: tuple[int, int]) -> None:
