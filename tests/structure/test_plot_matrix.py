@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from typing import Any
 
 import numpy as np
@@ -178,9 +177,7 @@ def test_millions_of_synapses_make_a_small_file() -> None:
     weight = torch.randn(c.nnz)
     for form in ("png", "pdf"):
         file = io.BytesIO()
-        begin = time.perf_counter()
         c.plot(weights=weight).savefig(file, format=form)
-        assert time.perf_counter() - begin < 20  # about 1; a mark for each synapse takes minutes
         assert len(file.getvalue()) < 2_000_000
 
 
