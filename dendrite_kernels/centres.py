@@ -108,8 +108,8 @@ def _semirandom(probability: float, in_shape: Shape, count: int, rng: np.random.
 
 def _serial(step: int, in_shape: Shape, count: int, rng: np.random.Generator) -> Array:
     rows, columns = (np.arange((size - 1) % step // 2, size, step) for size in in_shape)
-    grid = rows[:, None] * in_shape[1] + columns  # [rows, columns]
-    return np.resize(grid, count)
+    point = np.arange(count) % (rows.size * columns.size)
+    return rows[point // columns.size] * in_shape[1] + columns[point % columns.size]
 
 
 def _draw(

@@ -2,7 +2,8 @@
 
 Chavlis & Poirazi, Nat Commun 16:943 (2025); docs/equations.md, section 5. Soma s owns
 the consecutive dendrites s * D .. s * D + D - 1. `seed` is an int, None for fresh entropy, or a
-numpy Generator, which is advanced: one generator can serve the layers of a network in turn.
+numpy Generator, which is advanced: one generator can serve the layers of a network in turn. The
+same seed gives the same network in every version, as far as numpy keeps its streams.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from .structure import Connectivity
 
 Seed = int | np.random.Generator | None
 
-_CHUNK = 1 << 16  # random numbers at a time: temporaries stay in cache and near 3 MB
+# Random numbers at a time: temporaries stay in cache and near 3 MB. Constant fan-in draws depend on
+# it: another value makes other networks of the same seed.
+_CHUNK = 1 << 16
 
 
 def random(

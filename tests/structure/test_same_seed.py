@@ -33,7 +33,7 @@ DRAWS: list[tuple[partial[Connectivity], list[int], str]] = [
         partial(random, 784, 20, 16, 12),
         [0, 149, 155, 200],
         "7f2e147881f3",
-    ),  # K <= N / 50: numpy draws by rejection
+    ),  # K <= N / 50: numpy's other method
     (partial(random, 784, 20, 16, 16), [0, 90, 192, 345], "6b169c3b0aa4"),
     (partial(constant, 784, 20, 16, 16), [17, 35, 42, 102], "76b2fc306d56"),
     (
