@@ -54,6 +54,12 @@ def test_local_fields_lie_around_the_given_centres(synapses: int) -> None:
             assert whole <= set(row) <= whole | sampled
 
 
+def test_given_centres_may_be_of_a_type_too_narrow_for_pixels() -> None:
+    given = np.array([0, 255], np.uint8)
+    c = local((3, 300), 2, 1, 9, centres=given, seed=1)
+    assert c == local((3, 300), 2, 1, 9, centres=[0, 255], seed=1)
+
+
 @pytest.mark.parametrize("dendrites", [1, 4, 9, 16])
 def test_global_fields_lie_around_the_given_centres_of_somas(dendrites: int) -> None:
     shape, given = (8, 9), np.random.default_rng(3).integers(72, size=12)
