@@ -11,7 +11,7 @@ Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import backends, connectivity, functional, interop, models, optim, reference
+from . import backends, centres, connectivity, functional, interop, models, optim, reference
 from .backends import BackendUnavailable, backend_info, use_backend
 from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
@@ -41,6 +41,7 @@ __all__ = [
     "SparseLinear",
     "backend_info",
     "backends",
+    "centres",
     "connectivity",
     "estimate_memory",
     "functional",

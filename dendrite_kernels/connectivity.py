@@ -2,7 +2,8 @@
 
 Chavlis & Poirazi, Nat Commun 16:943 (2025); docs/equations.md, section 5. Soma s owns
 the consecutive dendrites s * D .. s * D + D - 1. `seed` is an int, None for fresh entropy, or a
-numpy Generator, which is advanced: one generator can serve the layers of a network in turn.
+numpy Generator, which is advanced: one generator can serve the layers of a network in turn. The
+same seed gives the same network in every version, as far as numpy keeps its streams.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ._validate import SIZE_LIMIT, Array, check_size
+from .centres import Centres, _draw
 from .structure import Connectivity
 
 Seed = int | np.random.Generator | None
 
-_CHUNK = 1 << 16  # random numbers at a time: temporaries stay in cache and near 3 MB
+# Random numbers at a time: temporaries stay in cache and near 3 MB. Constant fan-in draws depend on
+# it: another value makes other networks of the same seed.
+_CHUNK = 1 << 16
 
 
 def random(
@@ -76,13 +80,14 @@ def local_receptive_fields(
     *,
     channels: int = 1,
     channels_first: bool = False,
+    centres: Centres | None = None,
     seed: Seed = None,
 ) -> Connectivity:
     """Local receptive fields (dANN-LRF): each dendrite has its own place in the image.
 
-    The D * S centres are independent and uniform over pixels. A dendrite sees K pixels around its
-    centre: the 3 x 3 block and then whole Chebyshev rings, clamped to the image, while they fit,
-    and a uniform sample without replacement of the first that does not.
+    By default the D * S centres are independent and uniform over pixels. A dendrite sees K pixels
+    around its centre: the 3 x 3 block and then whole Chebyshev rings, clamped to the image, while
+    they fit, and a uniform sample without replacement of the first that does not.
 
     Args:
         in_shape: (H, W).
@@ -91,13 +96,17 @@ def local_receptive_fields(
         synapses: K pixels for each dendrite; in all `channels` of them, so K * channels synapses.
         channels: the input is [H, W, channels] flattened, channels last.
         channels_first: it is [channels, H, W] flattened, as torch stores images.
+        centres: [D * S] pixels, row * W + column, one for each dendrite in order; or a rule that
+            gives them (`dk.centres`).
         seed: see the module.
 
     Returns:
         Connectivity of H * W * channels inputs and D * S dendrites, with its in_shape.
 
     Raises:
-        ValueError: a size is not positive, K > H * W, or 2**31 or more synapses.
+        ValueError: a size is not positive, K > H * W, centres of another number or outside the
+            image, or 2**31 or more synapses.
+        TypeError: centres that are not integers.
 
     Source: dANN-LRF of the paper.
     """
@@ -105,8 +114,8 @@ def local_receptive_fields(
     pixels = height * width
     rows, k = _check_layer(somas, dendrites, synapses, pixels, "the pixels of in_shape", channels)
     rng = np.random.default_rng(seed)
-    centres = rng.integers(pixels, size=rows)
-    fields = _around(rng, centres, (height, width), k)
+    own = _draw(centres, (height, width), rows, rng, "dendrites")
+    fields = _around(rng, own, (height, width), k)
     return _tiled(fields, (height, width), channels, channels_first, dendrites)
 
 
@@ -118,15 +127,17 @@ def global_receptive_fields(
     *,
     channels: int = 1,
     channels_first: bool = False,
+    centres: Centres | None = None,
     seed: Seed = None,
 ) -> Connectivity:
     """Global receptive fields (dANN-GRF): the dendrites of a soma lie close together.
 
-    The S soma centres are independent and uniform over pixels. The centres of a soma's dendrites
-    are D distinct pixels around the soma's, and each dendrite sees K pixels around its own centre,
-    both picked as in `local_receptive_fields`. This is the rule as published. The public code
-    compares D with the size of the 3 x 3 block the wrong way round, which leaves 47 % of the
-    dendrites without inputs at D = 16 and gives others to the wrong soma; that is not reproduced.
+    By default the S soma centres are independent and uniform over pixels. The centres of a soma's
+    dendrites are D distinct pixels around the soma's, and each dendrite sees K pixels around its
+    own centre, both picked as in `local_receptive_fields`. This is the rule as published. The
+    public code compares D with the size of the 3 x 3 block the wrong way round, which leaves 47 %
+    of the dendrites without inputs at D = 16 and gives others to the wrong soma; that is not
+    reproduced.
 
     Args:
         in_shape: (H, W).
@@ -135,13 +146,17 @@ def global_receptive_fields(
         synapses: K pixels for each dendrite; in all `channels` of them, so K * channels synapses.
         channels: the input is [H, W, channels] flattened, channels last.
         channels_first: it is [channels, H, W] flattened, as torch stores images.
+        centres: of the somas: [S] pixels, row * W + column, or a rule that gives them
+            (`dk.centres`).
         seed: see the module.
 
     Returns:
         Connectivity of H * W * channels inputs and D * S dendrites, with its in_shape.
 
     Raises:
-        ValueError: a size is not positive, K or D > H * W, or 2**31 or more synapses.
+        ValueError: a size is not positive, K or D > H * W, centres of another number or outside the
+            image, or 2**31 or more synapses.
+        TypeError: centres that are not integers.
 
     Source: dANN-GRF of the paper, not its code: see above.
     """
@@ -154,9 +169,9 @@ def global_receptive_fields(
             "the dendrites of a soma have different centres"
         )
     rng = np.random.default_rng(seed)
-    soma_centres = rng.integers(pixels, size=rows // dendrites)
-    centres = _around(rng, soma_centres, (height, width), dendrites).ravel()
-    fields = _around(rng, centres, (height, width), k)
+    of_somas = _draw(centres, (height, width), rows // dendrites, rng, "somas")
+    own = _around(rng, of_somas, (height, width), dendrites).ravel()
+    fields = _around(rng, own, (height, width), k)
     return _tiled(fields, (height, width), channels, channels_first, dendrites)
 
 
@@ -180,6 +195,31 @@ def all_to_all(in_features: int, somas: int, dendrites: int) -> Connectivity:
     rows, _ = _check_layer(somas, dendrites, n, n, "in_features")
     columns = np.broadcast_to(np.arange(n, dtype=np.int32), (rows, n))
     return _constant(columns, n, dendrites)
+
+
+def one_to_one(in_features: int, somas: int, dendrites: int) -> Connectivity:
+    """Dendrite i sees input i and nothing else: K = 1, and as many dendrites as inputs.
+
+    Soma s then reads the inputs s * D to s * D + D - 1.
+
+    Args:
+        in_features: N, which must be D * S.
+        somas: S.
+        dendrites: D, for each soma.
+
+    Returns:
+        Connectivity of D * S dendrites and D * S synapses.
+
+    Raises:
+        ValueError: a size is not positive, or D * S is not N.
+
+    Source: the public code's option of this name; details chosen here.
+    """
+    n = check_size("in_features", in_features)
+    rows, _ = _check_layer(somas, dendrites, 1, n, "in_features")
+    if rows != n:
+        raise ValueError(f"Expected somas * dendrites == {n}, in_features, got {rows}")
+    return _constant(np.arange(n, dtype=np.int32)[:, None], n, dendrites)
 
 
 def pseudo_image(features: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from dendrite_kernels import connectivity
+from dendrite_kernels import centres, connectivity
 from dendrite_kernels.structure import Connectivity
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,7 +24,11 @@ Shape = tuple[int, int]
 
 local = connectivity.local_receptive_fields
 spread = connectivity.global_receptive_fields
-random, all_to_all = connectivity.random, connectivity.all_to_all
+random, all_to_all, one_to_one = (
+    connectivity.random,
+    connectivity.all_to_all,
+    connectivity.one_to_one,
+)
 
 
 def rows_of(c: Connectivity) -> list[list[int]]:
@@ -311,6 +315,10 @@ RULES: dict[str, Callable[..., Connectivity]] = {
     "constant fan-in": partial(random, 784, 20, 16, 16, constant_fan_in=True),
     "local": partial(local, (28, 28), 20, 16, 16),
     "global": partial(spread, (28, 28), 20, 16, 16),
+    "local, limited": partial(local, (28, 28), 20, 16, 16, centres=centres.random_limited(9)),
+    "local, semirandom": partial(local, (28, 28), 20, 16, 16, centres=centres.semirandom()),
+    "local, serial": partial(local, (28, 28), 20, 16, 16, centres=centres.serial(3)),
+    "global, semirandom": partial(spread, (28, 28), 20, 16, 16, centres=centres.semirandom()),
 }
 
 
@@ -326,7 +334,7 @@ def test_rules_depend_on_the_seed_only(name: str) -> None:
     assert rule(seed=rng) != rule(seed=rng)
 
 
-@pytest.mark.parametrize("name", ["local", "global"])
+@pytest.mark.parametrize("name", [name for name in RULES if name.startswith(("local", "global"))])
 def test_fields_do_not_depend_on_how_the_work_is_cut(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +362,14 @@ def test_deep_layer_on_the_pseudo_image() -> None:
         spread(shape, 32, 64, 16, seed=0)
 
 
-# Dense inputs, pseudo-images, errors
+# One to one, dense inputs, pseudo-images, errors
+
+
+@pytest.mark.parametrize(("somas", "dendrites"), [(1, 1), (6, 1), (1, 6), (3, 2), (28, 28)])
+def test_one_to_one(somas: int, dendrites: int) -> None:
+    c = one_to_one(somas * dendrites, somas, dendrites)
+    check_sizes(c, somas, dendrites, 1)
+    assert np.array_equal(c.to_mask().numpy(), np.eye(somas * dendrites, dtype=bool))
 
 
 def test_all_to_all() -> None:
@@ -399,6 +414,9 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: random(10**6, 10**4, 10**4, 100), ValueError, r"2\*\*31 synapses, got 10000000000"),
     (lambda: all_to_all(10**6, 10**3, 10), ValueError, r"2\*\*31 synapses, got 10000000000"),
     (lambda: all_to_all(0, 1, 1), ValueError, "in_features from 1"),
+    (lambda: one_to_one(8, 3, 3), ValueError, "somas \\* dendrites == 8, in_features, got 9"),
+    (lambda: one_to_one(10, 3, 3), ValueError, "somas \\* dendrites == 10, in_features, got 9"),
+    (lambda: one_to_one(0, 1, 1), ValueError, "in_features from 1"),
     (lambda: local((4, 4), 2, 2, 17), ValueError, "synapses <= 16, the pixels of in_shape, got 17"),
     (lambda: spread((4, 4), 2, 2, 17), ValueError, "synapses <= 16"),
     (lambda: spread((4, 4), 2, 17, 3), ValueError, "dendrites <= 16, the pixels .* got 17"),
