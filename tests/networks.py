@@ -12,6 +12,11 @@ from dendrite_kernels import Connectivity
 from dendrite_kernels.transposed import build_transposed_plan
 
 
+def small() -> Connectivity:
+    """3 dendrites (one empty) over 4 inputs, in 2 somas."""
+    return Connectivity.from_csr([0, 2, 2, 5], [1, 3, 0, 1, 2], 4, soma_ptr=[0, 1, 3])
+
+
 def ragged(inputs: int, rows: int, soma_ptr: list[int], seed: int = 0) -> Connectivity:
     """Rows of 0 to 40 synapses, several of them empty; somas of the given unequal sizes."""
     rng = np.random.default_rng(seed)
