@@ -67,7 +67,7 @@ test-numba:
 	$(NUMBA_PYTHON) -m pytest -q $(QUICK) $(ARGS)
 
 # `make test` runs on the newest one that pyproject.toml allows, which constraints.txt pins.
-OLDEST := 'numba==0.61.*' 'numpy<2.3' $(shell sed -nE 's/^((torch|pytest)==[^;]*).*/\1/p' constraints.txt) scipy
+OLDEST := 'numba==0.61.*' 'numpy<2.3' $(shell sed -nE 's/^((torch|pytest)==[^;]*).*/\1/p' constraints.txt) scipy safetensors
 
 test-numba-oldest:
 	@test -x .venv-numba-oldest/bin/python || $(PYTHON) -m venv .venv-numba-oldest
