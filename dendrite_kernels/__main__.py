@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from . import _info
@@ -31,7 +32,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     commands = parser.add_subparsers(dest="command", metavar="check | info | bench")
     for name, what in (
-        ("check", "the backends, and a self-check of about ten seconds"),
+        ("check", "the backends, and a self-check of ten to thirty seconds"),
         ("info", "the backends, versions, threads and devices"),
     ):
         commands.add_parser(name, help=what, description=f"Print {what}.")
@@ -43,4 +44,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 0
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""Whether the backends compute right here, in about ten seconds."""
+"""Whether the backends compute right here, in ten to thirty seconds."""
 
 from __future__ import annotations
 

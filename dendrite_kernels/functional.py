@@ -250,7 +250,8 @@ def dendritic_layer(
         v[s] = sum_{r in soma s} cable_weight[r] a[r] + soma_bias[s];        y = psi(v)
 
     leaky_relu, relu and identity run as one fused kernel whose backward keeps a sign bit per
-    dendrite and sample; other activations keep u; dense synapses are a matrix product.
+    dendrite and sample; other activations keep u; dense synapses are a matrix product. relu is
+    leaky_relu of slope 0: a sum of -inf gives NaN, 0 times inf, where torch.relu gives 0.
 
     Args:
         x: [..., N] or images (see DendriticLayer), any strides; float64, float32, or bfloat16 and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +25,7 @@ from .timing import interleave
 from .whole_step import Training
 
 PATIENCE = 60.0  # seconds
+MOST_THREADS = 1024
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 
 
@@ -55,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", type=_shape, metavar="HxW", help="of the image that the inputs form"
     )
     add("--dtype", "of all numbers", "float32", choices=list(DTYPES))
-    add("--threads", "of torch", torch.get_num_threads(), type=_positive)
+    add("--threads", "of torch", torch.get_num_threads(), type=_threads)
     add("--device", "where to compute", "cpu", choices=["cpu", "cuda"])
-    add("--seconds", "of timing, or a bit more", 5.0, type=float)
+    add("--seconds", "of timing, or a bit more", 5.0, type=_seconds)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -65,14 +67,15 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """0, or 1 if a candidate computed wrong; sizes that do not fit end with 2."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("Expected a device that torch sees, got cuda")
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     try:
         case = _case(options)
+        _check_memory(case, DTYPES[options.dtype])
         _say("drawing the layer")
         connectivity = case.connectivity(options.rule)
     except ValueError as error:
         parser.error(str(error))
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
     try:
         found = _measure(case, connectivity, options)
     finally:
@@ -94,6 +97,17 @@ def _case(options: argparse.Namespace) -> Case:
         )
     sizes = options.somas, options.dendrites, options.synapses
     return Case("layer", options.batch, height, width, 1, *sizes)
+
+
+def _check_memory(case: Case, dtype: torch.dtype) -> None:
+    """ValueError unless the input fits into memory, once as it is and once in float64."""
+    needed = case.batch * case.in_features * (dtype.itemsize + 8)
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"Expected samples that fit into the {available / 2**30:.1f} GiB of memory that are "
+            f"free, got {case.batch} of {case.in_features} inputs: {needed / 2**30:.1f} GiB"
+        )
 
 
 def _measure(
@@ -158,6 +172,23 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"Expected a positive integer, got {text!r}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    threads = _positive(text)
+    if threads > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"Expected at most {MOST_THREADS} threads, got {text}")
+    return threads
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"Expected seconds > 0, got {text!r}")
+    return seconds
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -28,7 +31,7 @@ def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: PEERS[name] for name in NAMES}
     for module in (command, comparison, peers):
         monkeypatch.setattr(module, "PEERS", few)
-    monkeypatch.setattr(command, "available_bytes", lambda: 0)
+    monkeypatch.setattr(command, "available_bytes", lambda: 10_000)  # x fits, training does not
 
 
 def _bench(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
@@ -150,6 +153,11 @@ def test_winners_and_density() -> None:
         ("bench --rule local", "Expected --shape HxW with --rule local, got none"),
         ("bench --shape 4x4 --inputs 15", "Expected --inputs 16, the pixels of --shape, got 15"),
         ("bench --dtype int8", "invalid choice: 'int8'"),
+        ("bench --seconds nan", "Expected seconds > 0, got 'nan'"),
+        ("bench --seconds inf", "Expected seconds > 0, got 'inf'"),
+        ("bench --seconds -1", "Expected seconds > 0, got '-1'"),
+        ("bench --threads 100000000000", "Expected at most 1024 threads, got 100000000000"),
+        ("bench --batch 2000000000 --inputs 10000", "Expected samples that fit into the "),
     ],
 )
 def test_bad_arguments_end_with_2(
@@ -158,6 +166,16 @@ def test_bad_arguments_end_with_2(
     threads = torch.get_num_threads()
     assert expected in _refused(capsys, *arguments.split())
     assert torch.get_num_threads() == threads
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    """As with `... info | head -1`: the pipe has no reader any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        command = [sys.executable, "-m", "dendrite_kernels", "info"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
