@@ -8,7 +8,12 @@ from dataclasses import replace
 from bench.paper.run import Run
 
 MOST_TRIALS = 5  # in a group: each has a copy of the training images
-MOST_DENDRITES = 2048
+
+# Of a network that is trained with its other trials, on images of 28 x 28 pixels. The mechanism: a
+# step of a small network is Python and Adam, which a group pays once. With more parameters the
+# kernels take the time, and a group's do not fit the cache of a core. Figures: docs/paper.md.
+MOST_PARAMETERS = 40_000
+_PIXELS = 784
 
 # What a step costs besides its parameters, as so many parameters: a step of dANN-R takes 1.4 ms at
 # S=32 D=1 and 7.2 ms at S=512 D=32, which has 287,000 parameters more, on one thread.
@@ -37,7 +42,7 @@ def group(runs: Iterable[Run]) -> list[list[Run]]:
 def joins(run: Run) -> bool:
     """Whether several trials of this run are trained as one network."""
     possible = run.dropout == 0 and run.patience is None and not run.twin  # see trials.can_join
-    return possible and run.somas * run.dendrites <= MOST_DENDRITES
+    return possible and parameters(run, _PIXELS) <= MOST_PARAMETERS
 
 
 def cost(run: Run, inputs: int, samples: int) -> float:

@@ -1,4 +1,4 @@
-"""Sweeps: the table, groups, grids and the commands; what kills and failures leave.
+"""Sweeps and commands: what kills and failures leave.
 
 Expected results come from `training.train` in this process, which knows no table and no worker.
 """
@@ -6,7 +6,6 @@ Expected results come from `training.train` in this process, which knows no tabl
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -26,33 +25,31 @@ from torch import nn
 
 from bench.paper import datasets
 from bench.paper.__main__ import main
-from bench.paper.grids import GRIDS, subset
-from bench.paper.groups import MOST_DENDRITES, group, joins, parameters
 from bench.paper.measures import measure
 from bench.paper.result import Result
 from bench.paper.run import Run
 from bench.paper.splits import Split, prepare
-from bench.paper.sweep import _costs, _Progress, sweep
+from bench.paper.sweep import sweep
 from bench.paper.table import Table
-from bench.paper.training import Outcome, Training, train
-from bench.paper.workers import Epoch, Group, _train
+from bench.paper.training import Training, train
+from bench.paper.workers import Group, _train
+from tests.bench.stripes import RUN, save_stripes, trials
 
 ROOT = Path(__file__).parents[2]
-RUN = Run("stripes", "dANN-R", dendrites=2, somas=4, synapses=4, epochs=3, batch=32, lr=0.01)
-LIMIT = 60  # seconds for what takes a few on a quiet machine
+LIMIT = 30  # seconds for what takes a few on a quiet machine
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with a small data set: 6 x 5 pixels, a bright row tells the class."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 6, 300)
-    x = rng.integers(0, 120, (300, 6, 5))
-    x[np.arange(300), y] += 100
-    arrays = {"x_train": x[:200], "x_test": x[200:], "y_train": y[:200], "y_test": y[200:]}
-    images = {name: a.astype(np.uint8 if name[0] == "x" else int) for name, a in arrays.items()}
-    np.savez(tmp_path / "stripes.npz", **images)  # type: ignore[arg-type]
+    """A folder with the data set."""
+    save_stripes(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[Table]:
+    with Table(tmp_path / "table.db") as table:
+        yield table
 
 
 @pytest.fixture
@@ -63,157 +60,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Iterator[Table]:
-    with Table(tmp_path / "table.db") as table:
-        yield table
-
-
-def result(run: Run, loss: float = 0.5) -> Result:
-    return Result(run, Outcome(10, 20, {"val_loss": [0.1, 1 / 3]}, 1, loss, 0.9), {"x": [1, None]})
-
-
-def trials(run: Run, count: int) -> list[Run]:
-    return [replace(run, trial=t) for t in range(count)]
-
-
 def without_seconds(results: list[Result]) -> list[Result]:
     return [replace(r, outcome=replace(r.outcome, seconds=0.0)) for r in results]  # type: ignore[type-var]
-
-
-# The table
-
-
-def test_a_table_keeps_groups_and_results(tmp_path: Path) -> None:
-    first, second = trials(RUN, 3), [replace(RUN, kind="vANN")]
-    with Table(tmp_path / "t.db") as table:
-        table.add([first, second])
-        assert table.waiting() == [first, second]
-        table.finish([result(second[0], 1 / 7)])
-        table.fail(first, "no memory")
-        assert table.counts() == {"waiting": 0, "done": 1, "failed": 3}
-        assert table.errors() == dict.fromkeys(first, "no memory")
-    with Table(tmp_path / "t.db") as table:
-        assert table.results() == [result(second[0], 1 / 7)]
-        assert table.waiting() == [first]  # what failed is tried again
-        table.finish([result(run) for run in reversed(first)])
-        assert [r.run for r in table.results()] == [*first, *second]  # as they were added
-        assert table.errors() == {}
-
-
-def test_extending_a_table_changes_nothing_in_it(table: Table) -> None:
-    table.add([trials(RUN, 2)])
-    table.finish([result(run) for run in trials(RUN, 2)])
-    table.add([trials(RUN, 4)])
-    assert table.counts() == {"waiting": 2, "done": 2, "failed": 0}
-    assert table.waiting() == [trials(RUN, 4)[2:]]
-    table.add([trials(RUN, 5)])
-    assert table.waiting() == [trials(RUN, 4)[2:], trials(RUN, 5)[4:]]
-
-
-def test_nothing_is_done_twice(table: Table) -> None:
-    """And a group is written as a whole: its first run is not done when the second cannot be."""
-    runs = trials(RUN, 2)
-    table.add([runs])
-    table.finish([result(runs[1])])
-    for write in (
-        lambda: table.finish([result(run) for run in runs]),
-        lambda: table.fail(runs, "late"),
-        lambda: table.finish([result(replace(RUN, trial=9))]),
-    ):
-        with pytest.raises(ValueError, match=r"Expected a run of .* that is not done, got"):
-            write()
-        assert table.results() == [result(runs[1])]
-        assert table.counts()["waiting"] == 1
-
-
-def test_numbers_come_back_bit_for_bit(table: Table) -> None:
-    table.add([[RUN]])
-    values = [0.1, 1e-320, float("inf"), float("nan"), float(np.float32(1) / 3)]
-    outcome = Outcome(1, 2, {"val_loss": values}, test_loss=float("nan"))
-    table.finish([Result(RUN, outcome)])
-    (back,) = table.results()
-    assert np.array(back.outcome.history["val_loss"]).tobytes() == np.array(values).tobytes()
-    assert np.isnan(back.outcome.test_loss)
-
-
-def test_a_file_that_is_no_table(tmp_path: Path) -> None:
-    (tmp_path / "t.db").write_text("Not a database, but a text that is long enough to be read." * 9)
-    with pytest.raises(ValueError, match=r"Expected the table of a sweep in .*t\.db"):
-        Table(tmp_path / "t.db")
-
-
-# Which runs are trained together, and what they cost
-
-
-def test_groups_are_trials_of_one_run() -> None:
-    large = replace(RUN, somas=MOST_DENDRITES, dendrites=2)
-    dropout = replace(RUN, dropout=0.5)
-    runs = [run for pair in zip(trials(RUN, 7), trials(large, 7), strict=True) for run in pair]
-    groups = group([*runs, *trials(dropout, 2), RUN])
-    assert trials(RUN, 7)[:5] in groups
-    assert trials(RUN, 7)[5:] in groups
-    assert [[run] for run in trials(large, 7)] == [
-        g for g in groups if g[0].dendrites * g[0].somas > 8
-    ]
-    assert [len(g) for g in groups if g[0].dropout] == [1, 1]
-    assert sum(map(len, groups)) == 7 + 7 + 2
-    assert not joins(replace(RUN, patience=3))
-    assert not joins(replace(RUN, twin=True))
-
-
-@pytest.mark.parametrize("kind", ["dANN-R", "pdANN", "sANN", "vANN", "vANN-LRF"])
-@pytest.mark.parametrize("twin", [False, True])
-def test_parameters_are_estimated(kind: Any, twin: bool, root: Path) -> None:
-    run = Run("stripes", kind, 4, 8, 5, layers=2, twin=twin)
-    if twin and kind != "dANN-R":
-        pytest.skip("only dANNs have a twin")
-    data = datasets.load("stripes", root)
-    real = sum(p.numel() for name, p in run.build(data).named_parameters() if "bias" not in name)
-    assert parameters(run, 30) == pytest.approx(real - 8 * data.classes, rel=0.02)
-
-
-def test_the_longest_comes_first_and_each_data_set_once(root: Path) -> None:
-    (root / "other.npz").write_bytes((root / "stripes.npz").read_bytes())
-    runs = [
-        replace(RUN, data=d, epochs=e)
-        for e, d in itertools.product((1, 5, 2), ("stripes", "other"))
-    ]
-    order = [(g[0].data, g[0].epochs) for g in _costs([[run] for run in runs], root)]
-    expected = [(d, e) for d in ("stripes", "other") for e in (5, 2, 1)]
-    assert order == expected
-
-
-def test_the_time_left_is_that_of_what_is_left() -> None:
-    """Two processes; the group of cost 8 alone lasts longer than half of all."""
-    long, short = [replace(RUN, epochs=8)], [replace(RUN, epochs=2)]
-    progress = _Progress({tuple(long): 8.0, tuple(short): 2.0}, processes=2)
-    progress.update(short, Epoch(3.0))
-    assert progress.seconds_left() == 24
-    progress.update(short, [])
-    for _ in range(8):
-        progress.update(long, Epoch(1.0))
-    assert progress.seconds_left() == 0
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_grids(name: str) -> None:
-    runs = GRIDS[name]("digits", 2)
-    assert len(set(runs)) == len(runs)
-    assert {run.trial for run in runs} == {0, 1}
-    few = subset(runs, 2)
-    assert few
-    assert set(few) <= set(runs)
-
-
-def test_the_dendritic_grid_is_that_of_the_article() -> None:
-    runs = GRIDS["dendritic"]("fmnist", 1)
-    assert len(runs) == 3 * 7 * 5
-    few = subset(runs, 3)
-    assert {(run.dendrites, run.somas) for run in few} == {
-        (d, s) for d in (1, 8, 64) for s in (32, 256)
-    }
-    assert {run.epochs for run in GRIDS["sequential"]("fmnist", 1)} == {50}
 
 
 # A worker
@@ -364,22 +212,37 @@ def test_killed_ten_times(root: Path, one_thread: None) -> None:
     stopped_again_and_again(root, 15, epochs=500, most_processes=3)
 
 
+def measure_forever(model: nn.Sequential, data: Split) -> dict[str, Any]:
+    Path(f"measuring-{os.getpid()}").touch()
+    time.sleep(10 * LIMIT)
+    return {}
+
+
+STUCK = """
+from tests.bench.test_paper_sweep import RUN, Table, measure_forever, replace, sweep
+groups = [[RUN], [replace(RUN, somas=6)]]
+with Table("sweep.db") as table:
+    sweep(table, groups, data_root=".", processes=2, measure=measure_forever)
+"""
+
+
 def test_one_sweep_at_a_time(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Others may read the table. The lock and the workers end with the process, in mid-training."""
-    process = start(root, epochs=10**6, processes=2)
+    """Others may read the table. The lock and both workers, busy as they are, end with a kill."""
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=root, env=environment, **pipe)
     try:
-        wait_until(lambda: bool(checkpoints(root)), process)
+        wait_until(lambda: len(list(root.glob("measuring-*"))) == 2, process)
         with Table(root / "sweep.db") as table:
-            assert table.counts()["waiting"] == 12
             with pytest.raises(RuntimeError, match=r"Expected one sweep at a time on .*, got a"):
-                sweep(table, [[RUN]], data_root=root)
-            assert table.counts()["waiting"] == 12
-        assert main(["sweep", "--table", str(root / "sweep.db"), "--data-root", str(root)]) == 2
+                sweep(table, [trials(RUN, 2)], data_root=root / "nowhere")
+            assert table.counts()["waiting"] == 2
+        assert main(["sweep", "--table", str(root / "sweep.db")]) == 2
         assert "error: Expected one sweep at a time" in capsys.readouterr().err
     finally:
         kill(process)
     with Table(root / "sweep.db") as table, table.locked():
-        assert len(table.waiting()) == 4
+        assert len(table.waiting()) == 2
 
 
 # Commands
@@ -416,6 +279,7 @@ def test_train(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("sweep --table {} --data digits --kinds vANN", "got no .*--dendrites"),
         ("sweep --table {} quick --data digits --trials 0", "Expected --trials >= 1, got 0"),
         ("sweep --table {} --data a --kinds vANN --dendrites 1 --somas 2 --noise -1", "noise"),
+        ("sweep --table {}", "Expected what to train or a table"),
         ("show {}", "Expected the table of a sweep, got no file"),
     ],
 )

@@ -46,6 +46,8 @@ def main(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"Expected --{name} >= 1, got {getattr(options, name)}")
     groups = group(subset(_runs(options), options.subset))
+    if not groups and not options.table.exists():
+        raise ValueError(f"Expected what to train or a table that says it, got no {options.table}")
     with Table(options.table) as table:
         try:
             done = sweep(table, groups, data_root=options.data_root, processes=options.processes)
