@@ -24,4 +24,4 @@ def save_stripes(folder: Path) -> None:
     x[np.arange(300), y] += 100
     arrays = {"x_train": x[:200], "x_test": x[200:], "y_train": y[:200], "y_test": y[200:]}
     images = {name: a.astype(np.uint8 if name[0] == "x" else int) for name, a in arrays.items()}
-    np.savez(folder / "stripes.npz", **images)  # type: ignore[arg-type]
+    np.savez(folder / "stripes.npz", **images)

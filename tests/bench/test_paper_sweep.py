@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 
 
 def without_seconds(results: list[Result]) -> list[Result]:
-    return [replace(r, outcome=replace(r.outcome, seconds=0.0)) for r in results]  # type: ignore[type-var]
+    return [replace(r, outcome=replace(r.outcome, seconds=0.0)) for r in results]
 
 
 # A worker
@@ -176,7 +176,7 @@ def stopped_again_and_again(root: Path, stops: int, epochs: int, most_processes:
         if i % 3 == 2:
             time.sleep(rng.uniform(0, 4))
         else:
-            wait_until(lambda seen=seen: bool(checkpoints(root) - seen), process)  # type: ignore[misc]
+            wait_until(lambda seen=seen: bool(checkpoints(root) - seen), process)
             time.sleep(rng.uniform(0, 0.2))
         if i % 3 == 1:
             os.killpg(process.pid, signal.SIGINT)
