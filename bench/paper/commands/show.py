@@ -1,0 +1,70 @@
+"""Print the table of a sweep, also while it runs: mean and deviation over trials."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from bench.paper.result import Result
+from bench.paper.run import Run
+from bench.paper.table import Table
+
+_ALWAYS = ("data", "kind", "dendrites", "somas")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path)
+
+
+def main(options: argparse.Namespace) -> int:
+    if not options.table.exists():
+        raise FileNotFoundError(f"Expected the table of a sweep, got no file {options.table}")
+    with Table(options.table) as table:
+        print("\n".join(lines(table.results())))
+        print(", ".join(f"{count} {state}" for state, count in table.counts().items()))
+        for run, error in table.errors().items():
+            print(f"\n{run.key}\n{error.rstrip()}")
+    return 0
+
+
+def lines(results: Sequence[Result]) -> list[str]:
+    """One line for each configuration, with the fields in which they differ."""
+    configurations: dict[Run, list[Result]] = {}
+    for result in results:
+        configurations.setdefault(replace(result.run, trial=0), []).append(result)
+    names = [
+        field.name
+        for field in fields(Run)
+        if field.name in _ALWAYS or len({getattr(run, field.name) for run in configurations}) > 1
+    ]
+    header = [*names, "trials", "accuracy %", "loss", "parameters", "seconds"]
+    rows = [
+        [*(str(asdict(run)[name]) for name in names), *_summary(trials)]
+        for run, trials in configurations.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    ]
+
+
+def _summary(trials: Sequence[Result]) -> list[str]:
+    outcomes = [result.outcome for result in trials]
+    return [
+        str(len(outcomes)),
+        _spread([100 * outcome.test_accuracy for outcome in outcomes], 2),
+        _spread([outcome.test_loss for outcome in outcomes], 4),
+        f"{outcomes[0].trainable_parameters:,}",
+        f"{np.mean([outcome.seconds for outcome in outcomes]):.1f}",
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample deviation, which one value does not have."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
