@@ -1,0 +1,119 @@
+"""Parameters needed to match the dense network, efficiency scores: the article's Fig. 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import dendrite_kernels as dk
+from bench.paper.figures import style
+from bench.paper.result import Result
+from bench.paper.statistics import (
+    Metric,
+    Summary,
+    best,
+    configuration,
+    efficiency,
+    families,
+    parameters_to_match,
+    plain,
+    summaries,
+    summary,
+)
+
+TITLE = "Parameter efficiency"
+CAPTION = (
+    "Parameters of the smallest trained network of each family that reaches the best vANN (a, b), "
+    "and the efficiency score of the best network of each family (c: higher is better, d: lower is "
+    "better), mean and standard deviation over trials."
+)
+
+
+@style.styled
+def draw(results: Sequence[Result]) -> Figure:
+    """Of one data set; scores are relative to all of its results."""
+    figure = Figure(figsize=(7.6, 6.2))
+    panels = figure.subplots(2, 2)
+    for metric, column in zip(style.METRICS, panels.T, strict=True):
+        _matched(column[0], results, metric)
+        _scores(column[1], results, metric)
+    style.letters(panels.ravel())
+    style.footnote(figure, style.absent(families(plain(results))))
+    return figure
+
+
+def seen(results: Sequence[Result]) -> str:
+    """What the figure shows, in a sentence."""
+    text = []
+    for metric, choose in zip(style.METRICS, (max, min), strict=True):
+        scores = best_scores(results, metric)
+        if scores:
+            kind = choose(scores, key=lambda k: scores[k].mean)
+            text.append(f"{kind} has the best {metric} efficiency ({scores[kind].mean:.3g})")
+        matched = matching(results, metric) or {}
+        sizes = {k: n for k, n in matched.items() if n is not None and k != "vANN"}
+        dense = matched.get("vANN")
+        if sizes and dense:
+            least = min(sizes, key=lambda k: sizes[k])
+            text.append(
+                f"{least} matches vANN's best {metric} with {sizes[least]:,} parameters, "
+                f"vANN needs {dense:,}"
+            )
+        elif dense:
+            text.append(f"no other family reaches vANN's best {metric}")
+    return f"{'; '.join(text)}." if text else "No network of the article's protocol was trained."
+
+
+def matching(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, int | None] | None:
+    """Parameters of each family that reach vANN's best; None where no vANN was trained."""
+    results = plain(results)
+    dense = best(results, metric).get("vANN")
+    if dense is None:
+        return None
+    return parameters_to_match(results, metric, summaries(results, metric)[dense].mean)
+
+
+def best_scores(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, Summary]:
+    """Efficiency of the article's best configuration of each family."""
+    chosen = best(plain(results), metric)
+    scores: dict[dk.models.Kind, list[float]] = {kind: [] for kind in chosen}
+    for result, score in zip(results, efficiency(results, metric), strict=True):
+        if chosen.get(result.run.kind) == configuration(result.run):
+            scores[result.run.kind].append(score)
+    return {kind: summary(values) for kind, values in scores.items()}
+
+
+def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
+    axes.set_title(f"parameters to match vANN's best {metric}")
+    matched = matching(results, metric)
+    if matched is None:
+        style.missing(axes, "no vANN was trained")
+        return
+    kinds = list(matched)
+    for x, kind in enumerate(kinds):
+        size, look = matched[kind], style.LOOKS[kind]
+        if size is None:
+            axes.text(
+                x, 0.03, "not reached", rotation=90, ha="center", va="bottom", color=style.MISSING,
+                transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
+            continue
+        axes.plot(x, size, look.marker, color=look.color, ms=8)
+        axes.annotate(
+            f"{size:,}", (x, size), (0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
+    axes.set(yscale="log", ylabel="trainable parameters", xlim=(-0.6, len(kinds) - 0.4))
+    axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
+    axes.margins(y=0.25)
+
+
+def _scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
+    axes.set_title(f"{metric} efficiency")
+    scores = best_scores(results, metric)
+    if scores:
+        style.bars(axes, scores)
+        axes.set(ylabel="score")
+    else:
+        style.missing(axes, "no networks of the article's protocol")
