@@ -25,7 +25,7 @@ from bench.paper.statistics import (
     value,
 )
 
-TABLES = ("accuracy", "loss")
+TRIALS = 5
 DATA = ("mnist", "fmnist", "kmnist", "emnist", "cifar10")
 _ACCURACY: dict[dk.models.Kind, tuple[tuple[float, float], ...]] = {
     "dANN-R": ((98.090, .058), (89.612, .087), (91.076, .081), (82.745, .257), (52.458, .435)),
@@ -65,6 +65,14 @@ class Published:
     task: Task = "shuffled"
     dendrites: int | None = None
     somas: int | None = None
+
+    @property
+    def table(self) -> str:
+        """The title of the table that it stands in."""
+        if self.dendrites is not None:
+            return "Networks of one size"
+        order = "" if self.task == "shuffled" else ", class after class"
+        return f"Test {self.metric}{order}"
 
 
 PUBLISHED: tuple[Published, ...] = (

@@ -69,9 +69,12 @@ def _embed(
 ) -> Embedding:
     from sklearn.manifold import TSNE, trustworthiness
     from sklearn.metrics import silhouette_score
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     neighbours, perplexity = min(NEIGHBOURS, len(classes) // 3), min(30.0, len(classes) / 4)
-    plane = TSNE(perplexity=perplexity, init="pca", random_state=run.trial).fit_transform(active)
+    with threadpool_limits(1):  # more threads take ten times as long on a machine in use
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=run.trial)
+        plane = tsne.fit_transform(active)
     return Embedding(
         run,
         stage,

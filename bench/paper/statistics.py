@@ -164,6 +164,25 @@ def parameters_to_match(
     return reached
 
 
+def matching(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, int | None] | None:
+    """Parameters of each family that reach vANN's best; None where no vANN was trained."""
+    results = plain(results)
+    dense = best(results, metric).get("vANN")
+    if dense is None:
+        return None
+    return parameters_to_match(results, metric, summaries(results, metric)[dense].mean)
+
+
+def best_scores(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, Summary]:
+    """Efficiency of the article's best configuration of each family."""
+    chosen = best(plain(results), metric)
+    scores: dict[dk.models.Kind, list[float]] = {kind: [] for kind in chosen}
+    for result, score in zip(results, efficiency(results, metric), strict=True):
+        if chosen.get(result.run.kind) == configuration(result.run):
+            scores[result.run.kind].append(score)
+    return {kind: summary(values) for kind, values in scores.items()}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Whether two families differ; q: the p-value after correction for all pairs."""

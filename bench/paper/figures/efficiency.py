@@ -7,21 +7,9 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import dendrite_kernels as dk
 from bench.paper.figures import style
 from bench.paper.result import Result
-from bench.paper.statistics import (
-    Metric,
-    Summary,
-    best,
-    configuration,
-    efficiency,
-    families,
-    parameters_to_match,
-    plain,
-    summaries,
-    summary,
-)
+from bench.paper.statistics import Metric, best_scores, families, matching, plain
 
 TITLE = "Parameter efficiency"
 CAPTION = (
@@ -66,27 +54,8 @@ def seen(results: Sequence[Result]) -> str:
     return f"{'; '.join(text)}." if text else "No network of the article's protocol was trained."
 
 
-def matching(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, int | None] | None:
-    """Parameters of each family that reach vANN's best; None where no vANN was trained."""
-    results = plain(results)
-    dense = best(results, metric).get("vANN")
-    if dense is None:
-        return None
-    return parameters_to_match(results, metric, summaries(results, metric)[dense].mean)
-
-
-def best_scores(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, Summary]:
-    """Efficiency of the article's best configuration of each family."""
-    chosen = best(plain(results), metric)
-    scores: dict[dk.models.Kind, list[float]] = {kind: [] for kind in chosen}
-    for result, score in zip(results, efficiency(results, metric), strict=True):
-        if chosen.get(result.run.kind) == configuration(result.run):
-            scores[result.run.kind].append(score)
-    return {kind: summary(values) for kind, values in scores.items()}
-
-
 def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
-    axes.set_title(f"parameters to match vANN's best {metric}")
+    axes.set_title(f"size that matches vANN's {metric}")
     matched = matching(results, metric)
     if matched is None:
         style.missing(axes, "no vANN was trained")

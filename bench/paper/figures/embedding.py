@@ -16,8 +16,8 @@ from bench.paper.statistics import FAMILIES
 TITLE = "Activities in the plane"
 CAPTION = (
     "t-SNE of the activities on test images, a colour for each class, of the most accurate network "
-    "of each family (one trial), and three scores of it: silhouette of the classes in the plane, "
-    "trustworthiness of the plane, and the part of the "
+    "of each family (one trial), and three scores of it, pale for dendrites and full for somas: "
+    "silhouette of the classes in the plane, trustworthiness of the plane, and the part of the "
     f"{NEIGHBOURS} nearest activities that have the image's class."
 )
 SCORES = "silhouette", "trustworthiness", "neighbourhood"
@@ -40,7 +40,7 @@ def draw(embeddings: Sequence[Embedding]) -> Figure:
         row, column = stages.index(embedding.stage), kinds.index(embedding.run.kind)
         _plane(panels[row, column], embedding)
     for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.set_title(kind)
+        axes.set_title(kind, loc="center")
     for axes, stage in zip(panels[:, 0], stages, strict=True):
         axes.set_ylabel(stage)
     for axes in panels.ravel():
@@ -72,7 +72,8 @@ def _kinds(embeddings: Sequence[Embedding]) -> list[dk.models.Kind]:
 
 def _plane(axes: Axes, embedding: Embedding) -> None:
     x, y = np.array(embedding.points).T
-    axes.scatter(x, y, s=3, c=embedding.classes, cmap="tab10", alpha=0.8, lw=0, rasterized=True)
+    colors = "tab10" if max(embedding.classes) < 10 else "turbo"
+    axes.scatter(x, y, s=3, c=embedding.classes, cmap=colors, alpha=0.8, lw=0, rasterized=True)
     axes.set_aspect("equal", "datalim")
 
 

@@ -70,13 +70,18 @@ def _entropy(axes: Axes, chosen: dict[dk.models.Kind, list[Result]], nodes: str)
         start, counts = added([_nodes(t, nodes)["entropy"]["histogram"] for t in trials])
         if not len(counts):
             continue
-        edges = ENTROPY_BIN * (start + np.arange(len(counts) + 1))
+        centres = ENTROPY_BIN * (start + np.arange(len(counts)) + 0.5)
         look = style.LOOKS[kind]
-        axes.stairs(
-            counts / (counts.sum() * ENTROPY_BIN), edges, color=look.color, ls=look.line, lw=1.4,
+        axes.plot(
+            centres,
+            counts / (counts.sum() * ENTROPY_BIN),
+            color=look.color,
+            ls=look.line,
+            marker=look.marker,
+            ms=3,
             label=kind,
-        )  # fmt: skip
-    axes.set(xlabel="entropy (bits)", ylabel="density")
+        )
+    axes.set(xlabel="entropy (bits)", ylabel="density", ylim=(0, None))
     axes.set_title(f"entropy of {nodes}")
 
 

@@ -31,6 +31,9 @@ CAPTION = (
 )
 
 
+_LOG_FROM = 30  # ratio of bars; the article has losses of 1.65 and 313
+
+
 @style.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set; scores are relative to all of them."""
@@ -101,7 +104,8 @@ def _sequential(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
     if found:
         style.bars(axes, found)
         axes.set_ylabel(style.AXIS[metric])
-        if metric == "loss":
-            axes.set_yscale("log")  # a dense network's is a hundred times that of the others
+        means = [one.mean for one in found.values()]
+        if max(means) > _LOG_FROM * min(means):
+            axes.set_yscale("log")
     else:
         style.missing(axes, "no network was trained\nclass after class")

@@ -27,6 +27,7 @@ def draw(results: Sequence[Result]) -> Figure:
     for row, metric in zip(panels, style.METRICS, strict=True):
         for axes, field in zip(row, FIELDS, strict=True):
             _panel(axes, results, metric, field)
+        row[0].set_ylabel(style.AXIS[metric])
     style.letters(panels.ravel())
     style.legend(figure, *panels.ravel())
     style.footnote(figure, style.absent(families(results)))
@@ -37,13 +38,17 @@ def seen(results: Sequence[Result]) -> str:
     """What the figure shows, in a sentence."""
     text = []
     for field, name in FIELDS.items():
+        best_at: dict[float, list[str]] = {}
         for kind, values in varied(results, field).items():
-            means = {
-                at: summary([value(t, "accuracy") for t in ts]).mean for at, ts in values.items()
-            }
-            top = max(means, key=lambda at: means[at])
-            text.append(f"{kind} is most accurate at {name} {top:g} ({means[top]:.1f} %)")
-    return f"{'; '.join(text)}." if text else "None of these was varied."
+            best_at.setdefault(max(values, key=lambda at: _accuracy(values[at])), []).append(kind)
+        if best_at:
+            kinds = (f"{at:g} ({', '.join(kinds)})" for at, kinds in sorted(best_at.items()))
+            text.append(f"{name} {', '.join(kinds)}")
+    return f"Accuracy is highest at {'; '.join(text)}." if text else "None of these was varied."
+
+
+def _accuracy(trials: Sequence[Result]) -> float:
+    return summary([value(trial, "accuracy") for trial in trials]).mean
 
 
 def _panel(axes: Axes, results: Sequence[Result], metric: Metric, field: str) -> None:
@@ -55,7 +60,7 @@ def _panel(axes: Axes, results: Sequence[Result], metric: Metric, field: str) ->
     if not found:
         style.missing(axes, "not varied")
         return
-    axes.set(xlabel=FIELDS[field], ylabel=style.AXIS[metric])
+    axes.set(xlabel=FIELDS[field])
     if field == "lr":
         axes.set_xscale("log")
     if field == "layers":

@@ -84,12 +84,11 @@ def _by_parameters(axes: Axes, results: Sequence[Result], metric: Metric) -> Non
             ms=3.5,
             elinewidth=0.8,
         )
-        axes.step(
-            sizes, _best_so_far(y, metric), look.line, where="post", color=look.color, label=kind
-        )
+        axes.step(sizes, _best_so_far(y, metric), look.line, where="post", color=look.color)
+        axes.plot([], [], look.line, color=look.color, marker=look.marker, label=kind)
     _best_dense(axes, results, metric)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=style.AXIS[metric])
-    axes.set_title(metric)
+    axes.set_title(f"{metric} by parameters")
     if not results:
         style.missing(axes, "no networks of the article's protocol")
 
@@ -117,11 +116,13 @@ def _by_dendrites(axes: Axes, results: Sequence[Result], metric: Metric) -> None
             look = style.LOOKS[kind]
             x, y = [run.dendrites for run in runs], [means[run].mean for run in runs]
             axes.plot(x, y, line, color=look.color, marker=look.marker, ms=3)
-        axes.plot([], [], line, color="black", label=f"S={count}")
+    if chosen:
+        lines = [axes.plot([], [], line, color="black")[0] for line in _LINES[-len(chosen) :]]
+        axes.legend(lines, [f"{count} somas" for count in chosen], handlelength=2.5)
     _best_dense(axes, results, metric)
     axes.set(xlabel="dendrites of a soma", ylabel=style.AXIS[metric])
     axes.set_xscale("log", base=2)
-    axes.set_title(metric)
+    axes.set_title(f"{metric} by dendrites")
     if not chosen:
         style.missing(axes, "no dendritic networks of the article's protocol")
 

@@ -56,6 +56,10 @@ styled = matplotlib.rc_context(
         "legend.frameon": False,
         "legend.fontsize": 8,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.wspace": 0.08,
+        "figure.constrained_layout.hspace": 0.06,
+        "figure.constrained_layout.w_pad": 0.08,
+        "figure.constrained_layout.h_pad": 0.08,
     }
 )
 
@@ -89,7 +93,7 @@ def bars(axes: Axes, values: dict[dk.models.Kind, Summary]) -> None:
 
 
 def legend(figure: Figure, *panels: Axes) -> None:
-    """One legend above all panels, of whatever any of them shows."""
+    """One legend above all panels, of whatever any of them has a label for."""
     shown: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()

@@ -18,8 +18,8 @@ from bench.paper.statistics import best, by_configuration, families, plain
 TITLE = "Weights"
 CAPTION = (
     "Densities of the weights of the most accurate network of each family, all trials together, "
-    "on a logarithmic axis. Kurtosis (0 for a normal distribution) and skewness are means over "
-    "trials."
+    "on a logarithmic axis. Kurtosis (0 for a normal distribution), skewness and range are means "
+    "over trials."
 )
 STAGES = "synapses", "cables", "output"
 
@@ -39,6 +39,10 @@ def draw(results: Sequence[Result]) -> Figure:
             _density(axes, kind, [stage_of(trial, stage) for trial in chosen[kind]])
         if kind is not None:
             column[0].set_title(kind)
+    if chosen:
+        panels[0, 0].set_yscale("log")
+        low, high = panels[0, 0].get_ylim()
+        panels[0, 0].set_ylim(low, high * (high / low) ** 0.5)  # room for the numbers
     for row, stage in zip(panels, STAGES, strict=True):
         row[0].set_ylabel(f"{stage}\ndensity")
         row[len(row) // 2].set_xlabel("weight")
@@ -60,8 +64,8 @@ def seen(results: Sequence[Result]) -> str:
         return "Kurtosis is not known."
     least, most = min(known, key=lambda k: known[k]), max(known, key=lambda k: known[k])
     return (
-        f"Synaptic weights have the heaviest tails in {most} (kurtosis {known[most]:.3g}) and the "
-        f"lightest in {least} ({known[least]:.3g})."
+        f"The kurtosis of synaptic weights is highest in {most} ({known[most]:.3g}) and lowest in "
+        f"{least} ({known[least]:.3g})."
     )
 
 
@@ -103,14 +107,12 @@ def _density(axes: Axes, kind: dk.models.Kind, stages: Sequence[dict[str, Any]])
         fill=True,
         alpha=0.8,
     )
-    axes.set_yscale("log")
-    numbers = [
-        f"{name} {'-' if mean is None else f'{mean:.2g}'}"
-        for name in ("kurtosis", "skewness")
-        for mean in [_mean([stage[name] for stage in stages])]
-    ]
+    low, high = (_mean([stage[name] for stage in stages]) for name in ("min", "max"))
+    numbers = {name: _mean([stage[name] for stage in stages]) for name in ("kurtosis", "skewness")}
+    numbers["range"] = None if low is None or high is None else high - low
+    lines = [f"{name} {'-' if n is None else f'{n:.2g}'}" for name, n in numbers.items()]
     axes.text(
-        0.97, 0.98, "\n".join(numbers), transform=axes.transAxes, ha="right", va="top", fontsize=7
+        0.98, 0.99, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=7
     )
 
 
