@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import describe, write_json
-from bench.paper.article import Cell, compare
+from bench.paper.article import Cell, compare, dense_target
 from bench.paper.result import Result
 from bench.paper.statistics import (
     Metric,
@@ -16,7 +16,7 @@ from bench.paper.statistics import (
     best_scores,
     by_configuration,
     compare_families,
-    matching,
+    parameters_to_match,
     plain,
     summary,
     value,
@@ -59,13 +59,17 @@ def _configuration(trials: Sequence[Result]) -> dict[str, Any]:
 
 
 def _of_metric(results: Sequence[Result], own: Sequence[Result], metric: Metric) -> dict[str, Any]:
+    target = dense_target(results, metric)
     return {
         "best": {
             kind: {"dendrites": run.dendrites, "somas": run.somas, "epochs": run.epochs}
             for kind, run in best(own, metric).items()
         },
         "efficiency": {kind: asdict(s) for kind, s in best_scores(results, metric).items()},
-        "parameters_to_match_vANN": matching(results, metric),
+        "vANN": target._asdict() if target else None,
+        "parameters_to_match_vANN": parameters_to_match(own, metric, target.value)
+        if target
+        else {},
         "comparisons": [asdict(comparison) for comparison in compare_families(own, metric)],
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt
+from typing import NamedTuple
 
 import dendrite_kernels as dk
 from bench.paper.result import Result
@@ -21,6 +22,7 @@ from bench.paper.statistics import (
     data_name,
     plain,
     sequential,
+    summaries,
     summary,
     value,
 )
@@ -163,3 +165,20 @@ def _cell(article: Published, results: Sequence[Result]) -> Cell:
         return Cell(article)
     trials = by_configuration(own)[run]
     return Cell(article, run, summary([value(trial, article.metric) for trial in trials]))
+
+
+class Target(NamedTuple):
+    """What other families are to reach: the best vANN, and whether it is one of ours."""
+
+    value: float
+    ours: bool
+
+
+def dense_target(results: Sequence[Result], metric: Metric) -> Target | None:
+    """The best vANN of the results of one data set, or the article's where none was trained."""
+    own = plain(results)
+    run = best(own, metric).get("vANN")
+    if run is not None:
+        return Target(summaries(own, metric)[run].mean, True)
+    article = published(own[0].run.data, "vANN", metric) if own else None
+    return None if article is None else Target(article.mean, False)

@@ -28,7 +28,7 @@ FILE = "report.html"
 _STYLE = Path(__file__).with_name("report.css")
 _COMMANDS = (
     ("make paper", "the quick sweep, its figures and this page"),
-    ("make paper-full", "all of the article's grid; takes hours"),
+    ("make paper-full", "all of the article's grid"),
 )
 
 
@@ -47,6 +47,7 @@ def report(results: Sequence[Result], folder: Path) -> list[Path]:
         ("What is missing", _list(_missing(results))),
         ("How to make this page", _reproduce()),
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / FILE
     page.write_text(_page(_introduction(results), sections), encoding="utf-8")
     return [*paths, page]
@@ -124,7 +125,7 @@ def _of_data(name: str, results: Sequence[Result]) -> str:
         return "<p>No network of the article's protocol was trained on it.</p>\n"
     return (
         f"<h3>The best network of each family</h3>\n{best_table(own)}"
-        f"<h3>Whether families differ</h3>\n{comparison_table(own)}"
+        f"<details><summary>Whether families differ</summary>\n{comparison_table(own)}</details>\n"
         f"<details><summary>All configurations</summary>\n{configuration_table(own)}</details>\n"
     )
 
@@ -132,7 +133,7 @@ def _of_data(name: str, results: Sequence[Result]) -> str:
 def _figure(drawn: figures.Drawn, picture: Path) -> str:
     """The picture is in the page, as an image of its own: names in it clash with no other's."""
     data = base64.b64encode(picture.read_bytes()).decode()
-    title = f"{drawn.title}, {drawn.data}"
+    title = f"{drawn.data}: {drawn.title}"
     return (
         f"<figure id='{escape(drawn.name)}'>\n<h3>{escape(title)}</h3>\n"
         f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{data}'/>\n"
@@ -155,8 +156,7 @@ def _missing(results: Sequence[Result]) -> list[str]:
     gone = sum(cell.ours is None for cell in compare(results))
     items.append(f"Numbers of the article without a counterpart: {gone} of {len(PUBLISHED)}.")
     items.append(
-        "The article's noise results, efficiency scores and best sizes are in its supplement as "
-        "pictures and are not compared."
+        "The article's results with noise, efficiency scores and best sizes are not compared."
     )
     return items
 

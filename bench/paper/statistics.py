@@ -164,15 +164,6 @@ def parameters_to_match(
     return reached
 
 
-def matching(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, int | None] | None:
-    """Parameters of each family that reach vANN's best; None where no vANN was trained."""
-    results = plain(results)
-    dense = best(results, metric).get("vANN")
-    if dense is None:
-        return None
-    return parameters_to_match(results, metric, summaries(results, metric)[dense].mean)
-
-
 def best_scores(results: Sequence[Result], metric: Metric) -> dict[dk.models.Kind, Summary]:
     """Efficiency of the article's best configuration of each family."""
     chosen = best(plain(results), metric)

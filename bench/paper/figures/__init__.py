@@ -50,10 +50,11 @@ def draw_all(results: Sequence[Result], folder: Path) -> Iterator[Drawn]:
 
 def _drawn(number: str, data: str, module: Any, shown: Sequence[Any]) -> Drawn:
     name = module.__name__.rpartition(".")[2]
+    where = "supplement" if number == "s" else f"Fig. {number}"
     return Drawn(
         f"{data}-{number}-{name}",
         data,
-        module.TITLE,
+        f"{module.TITLE} (the article's {where})",
         module.draw(shown),
         module.CAPTION,
         module.seen(shown),

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.paper.article import dense_target
 from bench.paper.figures import style
 from bench.paper.result import Result
-from bench.paper.statistics import Metric, best_scores, families, matching, plain
+from bench.paper.statistics import Metric, best_scores, families, parameters_to_match, plain
 
 TITLE = "Parameter efficiency"
 CAPTION = (
@@ -40,26 +41,32 @@ def seen(results: Sequence[Result]) -> str:
         if scores:
             kind = choose(scores, key=lambda k: scores[k].mean)
             text.append(f"{kind} has the best {metric} efficiency ({scores[kind].mean:.3g})")
-        matched = matching(results, metric) or {}
+        target = dense_target(results, metric)
+        if target is None:
+            continue
+        matched = parameters_to_match(plain(results), metric, target.value)
         sizes = {k: n for k, n in matched.items() if n is not None and k != "vANN"}
-        dense = matched.get("vANN")
-        if sizes and dense:
+        whose = "the best vANN" if target.ours else "the article's best vANN"
+        if sizes:
             least = min(sizes, key=lambda k: sizes[k])
+            dense = f" (it has {matched['vANN']:,})" if target.ours else ""
             text.append(
-                f"{least} matches vANN's best {metric} with {sizes[least]:,} parameters, "
-                f"vANN needs {dense:,}"
+                f"{least} reaches the {metric} of {whose} with {sizes[least]:,} parameters{dense}"
             )
-        elif dense:
-            text.append(f"no other family reaches vANN's best {metric}")
+        else:
+            text.append(f"no other family reaches the {metric} of {whose}")
     return f"{'; '.join(text)}." if text else "No network of the article's protocol was trained."
 
 
 def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
-    axes.set_title(f"size that matches vANN's {metric}")
-    matched = matching(results, metric)
-    if matched is None:
+    target = dense_target(results, metric)
+    if target is None:
+        axes.set_title(f"size that matches vANN's {metric}")
         style.missing(axes, "no vANN was trained")
         return
+    whose = "vANN's" if target.ours else "the article's vANN's"
+    axes.set_title(f"size that matches {whose} {metric}")
+    matched = parameters_to_match(plain(results), metric, target.value)
     kinds = list(matched)
     for x, kind in enumerate(kinds):
         size, look = matched[kind], style.LOOKS[kind]

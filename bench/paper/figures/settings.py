@@ -16,7 +16,7 @@ CAPTION = (
     "Networks of one size for each family in which only the depth, the dropout or the learning "
     "rate differs. Means and one standard deviation."
 )
-FIELDS = {"layers": "dendrosomatic layers", "dropout": "dropout", "lr": "learning rate"}
+FIELDS = {"layers": "depth", "dropout": "dropout", "lr": "learning rate"}
 
 
 @style.styled
@@ -53,14 +53,14 @@ def _accuracy(trials: Sequence[Result]) -> float:
 
 def _panel(axes: Axes, results: Sequence[Result], metric: Metric, field: str) -> None:
     found = varied(results, field)
-    axes.set_title(field if field != "lr" else "learning rate")
+    axes.set_title(FIELDS[field])
     for kind, values in found.items():
         y = [summary([value(trial, metric) for trial in trials]) for trials in values.values()]
         style.curve(axes, kind, list(values), y)
     if not found:
         style.missing(axes, "not varied")
         return
-    axes.set(xlabel=FIELDS[field])
+    axes.set_xlabel("dendrosomatic layers" if field == "layers" else FIELDS[field])
     if field == "lr":
         axes.set_xscale("log")
     if field == "layers":

@@ -25,7 +25,7 @@ TITLE = "Size"
 CAPTION = (
     "Each point is a network of the grid, the mean of its trials; a step line is the best network "
     "of at most so many parameters (a, b). By number of dendrites of a soma, for a few numbers of "
-    "somas (c, d). The dashed line is the best vANN. Bars and shades are one standard deviation."
+    "somas (c, d). The dashed line is the best vANN. Bars are one standard deviation."
 )
 _SOMAS_SHOWN = 3
 _LINES = ":", "--", "-"
