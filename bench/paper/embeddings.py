@@ -112,9 +112,13 @@ def embed_best(
         for run in best(own, "accuracy").values():
             ((model, split, _),) = train([run], data, title=f"{name} {run.kind}")
             embeddings += embed(model, split, run)
+    return [write(embeddings, folder)]
+
+
+def write(embeddings: Sequence[Embedding], folder: Path) -> Path:
     path = folder / FILE
     write_json(path, {"embeddings": [asdict(embedding) for embedding in embeddings]})
-    return [path]
+    return path
 
 
 def read(folder: Path) -> list[Embedding]:

@@ -22,9 +22,10 @@ from bench.paper.report_tables import (
     cost_table,
 )
 from bench.paper.result import Result
-from bench.paper.statistics import data_name, families, plain
+from bench.paper.statistics import data_name, families, plain, sequential, varied
 
 FILE = "report.html"
+VARIED = "noise", "layers", "dropout", "lr"
 _STYLE = Path(__file__).with_name("report.css")
 _COMMANDS = (
     ("make paper", "the quick sweep, its figures and this page"),
@@ -43,7 +44,7 @@ def report(results: Sequence[Result], folder: Path) -> list[Path]:
         ("Beside the article", _article(compare(results))),
         *((f"Data set {name}", _of_data(name, results)) for name in _names(results)),
         ("Figures", "".join(map(_figure, drawn, pictures))),
-        ("Cost", cost_table(results)),
+        ("Cost", f"<h3>Seconds of a training</h3>\n{cost_table(results)}"),
         ("What is missing", _list(_missing(results))),
         ("How to make this page", _reproduce()),
     ]
@@ -147,12 +148,17 @@ def _missing(results: Sequence[Result]) -> list[str]:
     names = {data_name(name) for name in _names(results)}
     items = [f"Data sets that were not trained: {_listed(d for d in DATA if d not in names)}."]
     for name in _names(results):
-        own = plain([result for result in results if result.run.data == name])
+        of_data = [result for result in results if result.run.data == name]
+        own = plain(of_data)
         if style.absent(families(own)):
             items.append(f"{name}, {style.absent(families(own))}.")
         trials = {result.run.trial for result in own}
         if len(trials) < TRIALS:
             items.append(f"{name}: {len(trials)} trials instead of {TRIALS}.")
+        tasks = [field for field in VARIED if not varied(of_data, field)]
+        tasks += [] if sequential(of_data) else ["the order of the classes"]
+        if tasks:
+            items.append(f"{name}: not varied: {', '.join(tasks)}.")
     gone = sum(cell.ours is None for cell in compare(results))
     items.append(f"Numbers of the article without a counterpart: {gone} of {len(PUBLISHED)}.")
     items.append(

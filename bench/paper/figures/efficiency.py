@@ -64,8 +64,8 @@ def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
         axes.set_title(f"size that matches vANN's {metric}")
         style.missing(axes, "no vANN was trained")
         return
-    whose = "vANN's" if target.ours else "the article's vANN's"
-    axes.set_title(f"size that matches {whose} {metric}")
+    whose = "" if target.ours else "\n    of the article"
+    axes.set_title(f"size that matches vANN's {metric}{whose}")
     matched = parameters_to_match(plain(results), metric, target.value)
     kinds = list(matched)
     for x, kind in enumerate(kinds):
@@ -78,11 +78,20 @@ def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
             continue
         axes.plot(x, size, look.marker, color=look.color, ms=8)
         axes.annotate(
-            f"{size:,}", (x, size), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            f"{size:,}",
+            (x, size),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            rotation=style.turn(kinds),
         )
-    axes.set(yscale="log", ylabel="trainable parameters", xlim=(-0.6, len(kinds) - 0.4))
-    axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
-    axes.margins(y=0.25)
+    if any(matched.values()):
+        axes.set(yscale="log", ylabel="trainable parameters")
+        axes.margins(y=0.35)
+    else:
+        axes.set_yticks([])
+    style.name_ticks(axes, kinds)
 
 
 def _scores(axes: Axes, results: Sequence[Result], metric: Metric) -> None:

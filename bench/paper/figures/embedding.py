@@ -96,5 +96,5 @@ def _score(
             alpha=0.45 if embedding.stage == "dendrites" else 1,
         )
     axes.axhline(0, color="black", lw=0.6)
-    axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
+    style.name_ticks(axes, kinds)
     axes.set_title(name)

@@ -87,9 +87,21 @@ def bars(axes: Axes, values: dict[dk.models.Kind, Summary]) -> None:
     )
     for patch, kind in zip(drawn, kinds, strict=True):
         patch.set_hatch({"-": "", ":": "...", "--": "///"}[LOOKS[kind].line])
-    axes.bar_label(drawn, [f"{mean:.3g}" for mean in means], padding=2, fontsize=8)
+    labels = [f"{mean:.3g}" for mean in means]
+    axes.bar_label(drawn, labels, padding=2, fontsize=8, rotation=turn(kinds))
+    axes.margins(y=0.15 if turn(kinds) == 0 else 0.25)
+    name_ticks(axes, kinds)
+
+
+def name_ticks(axes: Axes, kinds: Sequence[dk.models.Kind]) -> None:
+    """Families along the x axis, one at each whole number; few are not drawn large."""
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
-    axes.margins(y=0.15)
+    axes.set_xlim(-0.6, max(len(kinds), len(ARTICLE)) - 0.4)
+
+
+def turn(kinds: Sequence[dk.models.Kind]) -> int:
+    """The rotation of numbers above families: upright where many stand close."""
+    return 0 if len(kinds) <= 7 else 90
 
 
 def legend(figure: Figure, *panels: Axes) -> None:
@@ -133,6 +145,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(paths[0], dpi=160)
+    figure.set_layout_engine("none")  # what is laid out already need not be again
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(paths[1], metadata={"Date": None}, dpi=160)
     return paths

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import dendrite_kernels as dk
 from bench.paper.figures import style
@@ -111,6 +112,7 @@ def _density(axes: Axes, kind: dk.models.Kind, stages: Sequence[dict[str, Any]])
     numbers = {name: _mean([stage[name] for stage in stages]) for name in ("kurtosis", "skewness")}
     numbers["range"] = None if low is None or high is None else high - low
     lines = [f"{name} {'-' if n is None else f'{n:.2g}'}" for name, n in numbers.items()]
+    axes.xaxis.set_major_locator(MaxNLocator(2, symmetric=True))
     axes.text(
         0.98, 0.99, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=7
     )
