@@ -127,7 +127,7 @@ def test_efficiency_without_a_dense_network() -> None:
     """The article's stands in for it; 84 % does not reach that."""
     results = [r for r in grid() if r.run.kind != "vANN"]
     figure = efficiency.draw(results)
-    assert "of the article" in figure.axes[0].get_title("left")
+    assert "(the article's)" in figure.axes[0].get_title("left")
     assert "not reached" in texts(figure.axes[0])
     assert "not trained: dANN-R, dANN-GRF, pdANN, vANN" in figure.get_supxlabel()
     digits = [Result(replace(r.run, data="digits"), r.outcome) for r in results]
@@ -190,11 +190,16 @@ def test_robustness() -> None:
         result("dANN-LRF", 2, 60, 2.0, task="sequential"),
     ]
     figure = robustness.draw(results)
-    accuracy, loss, _, _, ordered, ordered_loss = figure.axes
+    accuracy, loss, scores, loss_scores, ordered, ordered_loss = figure.axes
     (line,) = lines(accuracy, COLORS["vANN"])
     assert line == ([0, 0.5, 1], pytest.approx([81, 50, 40]))
     (line,) = lines(loss, COLORS["vANN"])
     assert line[1] == pytest.approx([0.5, 1.5, 2])
+    f = np.log10(20_000 * 2) / np.log10(1000 * 2)  # the smallest network has 1,000 parameters
+    (line,) = lines(scores, COLORS["vANN"])
+    assert line[1] == pytest.approx([0.81 / f, 0.50 / f, 0.40 / f])
+    (line,) = lines(loss_scores, COLORS["vANN"])
+    assert line[1] == pytest.approx([0.5 * f, 1.5 * f, 2 * f])
     assert heights(ordered) == pytest.approx([60, 30])
     assert ordered_loss.get_yscale() == "log"
     assert "dANN-LRF reaches 60.0 %, vANN 30.0 %" in robustness.seen(results)

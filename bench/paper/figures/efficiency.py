@@ -64,7 +64,7 @@ def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
         axes.set_title(f"size that matches vANN's {metric}")
         style.missing(axes, "no vANN was trained")
         return
-    whose = "" if target.ours else "\n    of the article"
+    whose = "" if target.ours else "\n    (the article's)"
     axes.set_title(f"size that matches vANN's {metric}{whose}")
     matched = parameters_to_match(plain(results), metric, target.value)
     kinds = list(matched)
