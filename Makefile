@@ -11,11 +11,15 @@ CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -na
 
 QUICK := -m 'not slow and not tools'
 
-.PHONY: help demo test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
+.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
 	@echo '                  train a dANN and its masked-dense twin, write reports/demo.json and .png'
+	@echo 'make paper [DATA=digits|mnist|...] [DATA_ROOT=folder]'
+	@echo '                  train small networks of the article in minutes, write reports/DATA/report.html'
+	@echo 'make paper-full DATA=fmnist DATA_ROOT=folder'
+	@echo '                  the article on one data set: hours; start it again after a stop'
 	@echo 'make test         run the tests; make test-all: the slow ones too'
 	@echo 'make test-tools   the layers in Lightning, accelerate, transformers, skorch, tensorboard: installs them'
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
@@ -30,6 +34,21 @@ help:
 
 demo: .venv/.installed-demo
 	$(VENV_PYTHON) -m bench.paper.demo --data '$(DATA)' --data-root '$(DATA_ROOT)' $(ARGS)
+
+PAPER := $(VENV_PYTHON) -m bench.paper
+REPORT := reports/$(DATA)
+ROOT := $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
+
+paper: .venv/.installed-demo
+	$(PAPER) sweep quick --data '$(DATA)' $(ROOT) --trials 2 --table '$(REPORT)/quick.db' $(ARGS)
+	$(PAPER) analyse '$(REPORT)/quick.db' --embed $(ROOT) --output '$(REPORT)'
+	$(PAPER) report '$(REPORT)/quick.db' --output '$(REPORT)'
+
+paper-full: .venv/.installed-demo
+	$(PAPER) sweep fixed table1 dendritic noise sequential depth dropout learning-rate early-stopping \
+	  --data '$(DATA)' $(ROOT) --table '$(REPORT)/full.db' $(ARGS)
+	$(PAPER) analyse '$(REPORT)/full.db' --embed $(ROOT) --output '$(REPORT)'
+	$(PAPER) report '$(REPORT)/full.db' --output '$(REPORT)'
 
 test: .venv/.installed-test
 	$(VENV_PYTHON) -m pytest -q $(QUICK) $(ARGS)

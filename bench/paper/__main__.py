@@ -6,14 +6,15 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.paper.commands import show, sweep, train
+from bench.paper.commands import analyse, report, show, sweep, train
 
-COMMANDS: tuple[ModuleType, ...] = (train, sweep, show)
+COMMANDS: tuple[ModuleType, ...] = (train, sweep, show, analyse, report)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.paper", description="Train the article's networks."
+        prog="python -m bench.paper",
+        description="Train the networks of the article, beside its numbers.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:

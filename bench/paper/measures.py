@@ -62,19 +62,12 @@ def activities(model: nn.Sequential, x: Tensor) -> Iterator[Tensor]:
     """Of dendrites and somas of each layer, x [B, N] -> [B, nodes]; for a model that evaluates."""
     for module in list(model)[:-1]:
         if isinstance(module, dk.DendriticLayer):
-            yield _dendrites(module, x)
+            yield module.dendrites(x)
         elif isinstance(module, MaskedDendriticLayer):
             yield F.leaky_relu(module.dendrite(x), module.negative_slope)
         x = module(x)
         if isinstance(module, dk.DendriticLayer | MaskedDendriticLayer | nn.LeakyReLU):
             yield x
-
-
-def _dendrites(layer: dk.DendriticLayer, x: Tensor) -> Tensor:
-    sums = dk.functional.sparse_linear(
-        x, layer.synapse_weight, layer.dendrite_bias, layer.connectivity
-    )
-    return F.leaky_relu(sums, layer.negative_slope)
 
 
 @torch.no_grad()

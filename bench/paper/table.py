@@ -40,6 +40,24 @@ CREATE TABLE IF NOT EXISTS runs (
 _WAIT = 60.0  # seconds for a lock that another process holds during a commit
 
 
+def read(paths: Iterable[Path]) -> list[Result]:
+    """The results of several tables, each run once.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        ValueError: one is no table of a sweep, or there is no result.
+    """
+    results: dict[Run, Result] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"Expected the table of a sweep, got no file {path}")
+        with Table(path) as table:
+            results |= {result.run: result for result in table.results()}
+    if not results:
+        raise ValueError("Expected a table with results, got none")
+    return list(results.values())
+
+
 class Table:
     """The runs of a sweep, in the order in which they were added."""
 
