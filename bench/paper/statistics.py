@@ -7,6 +7,7 @@ Source: Chavlis & Poirazi (2025), Methods; docs/equations.md, section 9.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -201,8 +202,10 @@ def compare_families(results: Sequence[Result], metric: Metric) -> list[Comparis
     pairs = list(combinations(values, 2))
     if not pairs:
         return []
-    ps = [float(stats.ttest_ind(values[a], values[b], equal_var=False).pvalue) for a, b in pairs]
-    ps = [p if isfinite(p) else 1.0 for p in ps]  # trials that are all alike
+    with warnings.catch_warnings():  # of trials that are all alike
+        warnings.simplefilter("ignore", RuntimeWarning)
+        tests = [stats.ttest_ind(values[a], values[b], equal_var=False) for a, b in pairs]
+    ps = [float(test.pvalue) if isfinite(test.pvalue) else 1.0 for test in tests]
     qs = stats.false_discovery_control(ps)
     means = {kind: float(np.mean(of_kind)) for kind, of_kind in values.items()}
     return [
