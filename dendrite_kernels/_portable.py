@@ -22,7 +22,7 @@ def _rows_of(x: torch.Tensor, features: int, shape: list[int]) -> torch.Tensor:
         one_channel = len(shape) == 2 and x.dim() == 4 and x.shape[1] == 1
         x = x.flatten(1 if one_channel else -len(shape))
     if x.dim() == 0 or x.shape[-1] != features:
-        images = f" or [..., *{shape}]" if len(shape) > 0 else ""
+        images = f" or [..., *{shape}]" if len(shape) > 1 else ""
         raise ValueError(f"Expected x of shape [..., {features}]{images}, got {list(x.shape)}")
     return x
 
@@ -131,8 +131,8 @@ def portable(model: nn.Module) -> nn.Module:
 
     Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
     B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
-    Sums have the dtype of the parameters, and precision="bf16" does not round the input. All else
-    is copied as copy.deepcopy does, hooks of other modules too; the model shares nothing with it.
+    It computes in the dtype of the parameters and ignores precision="bf16". All else is copied as
+    copy.deepcopy does, hooks of other modules too; it shares nothing with the model.
 
     Inputs are those of the layers, images too. A program that is traced (torch.jit.trace, ONNX,
     torch.export) takes the form of the example.
