@@ -11,9 +11,10 @@ from torch.nn.utils import prune
 
 Maybe = torch.Tensor | None
 
-_HOOKS = (
-    "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+_RUN_HOOKS = "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 
@@ -50,11 +51,16 @@ def pruning(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, other than those of torch.nn.utils.prune."""
+    """Whether hooks run with a module, other than those of torch.nn.utils.prune."""
     before = module._forward_pre_hooks.values()
-    return any(getattr(module, hooks, None) for hooks in _HOOKS) or not all(
+    return any(getattr(module, hooks, None) for hooks in _RUN_HOOKS) or not all(
         isinstance(hook, prune.BasePruningMethod) for hook in before
     )
+
+
+def state_hooked(module: nn.Module) -> bool:
+    """Whether hooks see a module's state dict."""
+    return any(getattr(module, hooks, None) for hooks in _STATE_HOOKS)
 
 
 def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -244,8 +244,8 @@ def test_masks_of_a_class_count() -> None:
     cable = torch.arange(12) // 3 == torch.arange(4)[:, None]
     pair = interop.from_pruned_pair(masked, MaskedLinear(12, 4, cable.float()))
     assert pair.connectivity.nnz == int(masked.get_buffer("weight_mask")[mask].sum())
-    other = Renamed(20, 12)
-    assert oracle.relative_error(interop.from_pruned(other)(x), other(x)) < 1e-6
+    for other in (Renamed(20, 12), nn.utils.parametrizations.weight_norm(nn.Linear(20, 12))):
+        assert oracle.relative_error(interop.from_pruned(other)(x), other(x)) < 1e-6
 
 
 @pytest.mark.parametrize("is_pruned", [True, False])
