@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -10,20 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
-from ._masked import as_mask, from_masked_dense
-from ._pruned import from_pruned, masked_linear, unpruned
+from ._masked import from_masked_dense
+from ._modules import copied, hooked, pruning, state_hooked
+from ._pruned import from_pruned, masked, masked_linear, under_mask
 from .nn import DendriticLayer, SparseLinear
 
 Linears = dict[str, tuple[nn.Linear, torch.Tensor]]  # under their masks, by name
 
 _OURS = (DendriticLayer, SparseLinear)
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # of weights that are a child's
-_HOOKS = (
-    "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
 _TENSOR_HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
 
 
@@ -56,8 +52,8 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
 
     - An nn.Linear whose weight torch.nn.utils.prune prunes: a SparseLinear.
     - A subclass of nn.Linear, or another module, with a weight [out, in], a bias [out] or None, a
-      buffer `mask` [out, in] of 0 and 1, and nothing else to train: a SparseLinear. A trial on
-      random inputs must give what the weight under the mask gives.
+      buffer `mask` [out, in] of 0 and 1, and nothing else to train: a SparseLinear. It must pass
+      the trial of from_pruned, which is no proof.
     - In an nn.Sequential: two such layers, each followed by the same nn.LeakyReLU or nn.ReLU, where
       the second mask lets each input feed one output: a DendriticLayer, then three nn.Identity, so
       that the modules behind keep their places and names.
@@ -87,7 +83,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
             if reason is None and isinstance(module, _OURS):
                 new[name] = from_pruned(module)
             elif reason is None:
-                linears[name] = _under_mask(module)
+                linears[name] = under_mask(module)
                 new[name] = masked_linear(*linears[name]).train(module.training)
         except (TypeError, ValueError) as error:  # a mask or a dtype that does not fit
             reason = str(error)
@@ -101,7 +97,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
         activations += names[1::2]
         report.converted[first] = "DendriticLayer"
         report.converted |= dict.fromkeys(names[1:], f"Identity, in the layer at {first}")
-    converted = _copy(model, {id(model.get_submodule(name)): m for name, m in new.items()})
+    converted = copied(model, {id(model.get_submodule(name)): m for name, m in new.items()})
     for name in activations:  # by place: one object may be the activation of many layers
         converted.set_submodule(name, nn.Identity())
     report.parameters_after = _count(converted)
@@ -112,38 +108,14 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _copy(model: nn.Module, new: dict[int, Any]) -> nn.Module:
-    """copy.deepcopy with other objects in the place of some, which are given by id.
-
-    It refuses tensors that have a history; what torch.nn.utils.prune leaves as the weight has one.
-    """
-    memo = dict(new)
-    for module in model.modules():
-        for value in vars(module).values() if id(module) not in new else ():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
 # ---- which modules ----
 
 
 def _has_synapses(module: nn.Module) -> bool:
     """Whether a reader of the report asks what became of this module."""
     if isinstance(module, _OURS):
-        return hasattr(module, f"{module.WEIGHT}_mask") or _pruning(module)
-    return isinstance(module, nn.Linear) or _masked(module) or _pruning(module)
-
-
-def _pruning(module: nn.Module) -> bool:
-    return any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values())
-
-
-def _masked(module: nn.Module) -> bool:
-    """Whether a module looks like a masked linear layer."""
-    weight = getattr(module, "weight", None)
-    is_matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
-    return is_matrix and module._buffers.get("mask") is not None
+        return hasattr(module, f"{module.WEIGHT}_mask") or pruning(module)
+    return isinstance(module, nn.Linear) or masked(module) or pruning(module)
 
 
 def _sharing(model: nn.Module) -> dict[int, list[str]]:
@@ -162,9 +134,9 @@ def _reason(
     """Why a module stays, None if it need not."""
     kind = type(module).__name__
     if not isinstance(module, _OURS):
-        if not isinstance(module, nn.Linear) and not _masked(module):
+        if not isinstance(module, nn.Linear) and not masked(module):
             return f"only linear layers are converted, not {kind}"
-        if not hasattr(module, "weight_mask") and not _masked(module):
+        if not hasattr(module, "weight_mask") and not masked(module):
             return "it is dense: its weight has no mask and is not pruned"
     elif not hasattr(module, f"{module.WEIGHT}_mask"):
         return "its synapses are not pruned"
@@ -180,7 +152,7 @@ def _unusual(module: nn.Module, sharing: dict[int, list[str]]) -> str | None:
         return f"it is shared: {', '.join(sharing[id(module)])}"
     if parametrize.is_parametrized(module):
         return "it is parametrized"
-    if _hooked(module):
+    if hooked(module) or state_hooked(module):
         return "it has hooks"
     for parameter in module.parameters():
         if len(sharing[id(parameter)]) > 1:
@@ -192,50 +164,7 @@ def _unusual(module: nn.Module, sharing: dict[int, list[str]]) -> str | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, other than those of torch.nn.utils.prune."""
-    before = module._forward_pre_hooks.values()
-    return any(getattr(module, hooks, None) for hooks in _HOOKS) or not all(
-        isinstance(hook, prune.BasePruningMethod) for hook in before
-    )
-
-
 # ---- what they become ----
-
-
-@torch.no_grad()
-def _under_mask(module: nn.Module) -> tuple[nn.Linear, torch.Tensor]:
-    """A module as an nn.Linear and its bool mask.
-
-    Raises:
-        TypeError, ValueError: it is not a linear layer under a mask.
-    """
-    trained = {name.removesuffix("_orig") for name, _ in module.named_parameters()}
-    if not trained <= {"weight", "bias"}:
-        raise ValueError(f"Expected parameters weight and bias, got {sorted(trained)}")
-    plain, mask = unpruned(module)
-    if _masked(module):
-        mask = mask & as_mask("mask", module.get_buffer("mask"), plain.weight)
-    if type(module) is not nn.Linear or _masked(module):
-        _try(module, plain, mask)
-    return plain, mask
-
-
-def _try(module: nn.Module, plain: nn.Linear, mask: torch.Tensor) -> None:
-    """ValueError unless a copy of the module computes on random inputs what the mask lets pass."""
-    x = torch.randn(4, plain.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(plain.weight)
-    expected = nn.functional.linear(x, plain.weight * mask, plain.bias)
-    name = type(module).__name__
-    try:
-        y = _copy(module, {})(x)
-    except Exception as error:  # code of anyone
-        raise ValueError(f"Expected {name} to take inputs [B, {x.shape[1]}]: {error!r}") from error
-    tolerance = torch.finfo(x.dtype).eps ** 0.5
-    if not isinstance(y, torch.Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
-        raise ValueError(f"Expected {name} to give {list(expected.shape)}, got another output")
-    if not (y - expected).norm() <= tolerance * expected.norm():
-        raise ValueError(f"Expected {name} to compute x @ (weight * mask).T + bias, got other sums")
 
 
 def _pairs(model: nn.Module, linears: Linears) -> list[tuple[list[str], DendriticLayer]]:
@@ -278,7 +207,7 @@ def _pair(model: nn.Module, names: list[str], linears: Linears) -> DendriticLaye
 
 def _activation(module: nn.Module) -> dict[str, Any] | None:
     """The options of a DendriticLayer with this activation, None if there are none."""
-    if _hooked(module):
+    if hooked(module):
         return None
     if type(module) is nn.ReLU:
         return {"activation": "relu"}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ._modules import Maybe, value
 from .activations import ActivationName
 from .nn import DendriticLayer, SparseLinear
 from .reference import owners
 from .structure import Connectivity
-
-Maybe = torch.Tensor | None
 
 
 def as_mask(name: str, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,12 +33,25 @@ def as_mask(name: str, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     return mask.to(weight.device) != 0
 
 
-def _paired(name: str, dendrite: nn.Linear, soma: nn.Linear) -> bool:
+def _paired(dendrite: nn.Linear, soma: nn.Linear) -> bool:
     """Whether the layers have biases: both or neither."""
     has = dendrite.bias is not None, soma.bias is not None
     if has[0] != has[1]:
-        raise ValueError(f"Expected both layers or neither to have a {name}, got {has}")
+        raise ValueError(f"Expected both layers or neither to have a bias, got {has}")
     return has[0]
+
+
+def _parameters(name: str, linear: nn.Linear, like: Maybe = None) -> tuple[torch.Tensor, Maybe]:
+    """Weight and bias; TypeError or ValueError if dtype or device is not that of `like`."""
+    weight, bias = value(linear, "weight"), value(linear, "bias")
+    assert weight is not None
+    like = weight if like is None else like
+    for tensor in (weight, bias):
+        if tensor is not None and tensor.dtype != like.dtype:
+            raise TypeError(f"Expected {name} of dtype {like.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"Expected {name} on {like.device}, got {tensor.device}")
+    return weight, bias
 
 
 @torch.no_grad()
@@ -66,10 +78,13 @@ def from_masked_dense(
     A frozen parameter stays frozen.
 
     Raises:
-        TypeError, ValueError: masks that do not fit, a dendrite that feeds no soma or several.
+        TypeError, ValueError: masks that do not fit, a dendrite that feeds no soma or several,
+            parameters of several dtypes or devices.
     """
-    dendrite_mask = as_mask("dendrite_mask", dendrite_mask, dendrite.weight)
-    soma_mask = as_mask("soma_mask", soma_mask, soma.weight)
+    weight, bias = _parameters("dendrite", dendrite)
+    cable, soma_bias = _parameters("soma", soma, like=weight)
+    dendrite_mask = as_mask("dendrite_mask", dendrite_mask, weight)
+    soma_mask = as_mask("soma_mask", soma_mask, cable)
     if soma.in_features != dendrite.out_features:
         raise ValueError(
             f"Expected soma with {dendrite.out_features} inputs, got {soma.in_features}"
@@ -85,25 +100,24 @@ def from_masked_dense(
     mask = dendrite_mask[order]
     ends = torch.bincount(owner, minlength=soma.out_features).cumsum(0)
     soma_ptr = torch.cat([ends.new_zeros(1), ends])
-    weight = dendrite.weight
     layer = DendriticLayer(
         Connectivity.from_mask(mask.cpu(), soma_ptr=soma_ptr.cpu()),
-        bias=_paired("bias", dendrite, soma),
+        bias=_paired(dendrite, soma),
         activation=activation,
         negative_slope=negative_slope,
         device=weight.device,
         dtype=weight.dtype,
     )
-    cable = soma.weight[owner, torch.arange(owner.numel(), device=owner.device)]
+    cables = cable[owner, torch.arange(owner.numel(), device=owner.device)]
     values = {
         "synapse_weight": (weight[order][mask], weight),
-        "cable_weight": (cable[order], soma.weight),
+        "cable_weight": (cables[order], cable),
     }
-    if dendrite.bias is not None:
-        values["dendrite_bias"] = dendrite.bias[order], dendrite.bias
-        values["soma_bias"] = soma.bias, soma.bias
-    for name, (value, source) in values.items():
-        layer.get_parameter(name).copy_(value).requires_grad_(source.requires_grad)
+    if bias is not None and soma_bias is not None:
+        values["dendrite_bias"] = bias[order], bias
+        values["soma_bias"] = soma_bias, soma_bias
+    for name, (drawn, source) in values.items():
+        layer.get_parameter(name).copy_(drawn).requires_grad_(source.requires_grad)
     return layer
 
 
@@ -119,19 +133,21 @@ def to_masked_dense(
     if not isinstance(layer, DendriticLayer):
         raise TypeError(f"Expected a DendriticLayer, got {type(layer).__name__}")
     c = layer.connectivity
-    bias = layer.dendrite_bias is not None
-    options = {"device": layer.synapse_weight.device, "dtype": layer.synapse_weight.dtype}
-    dendrite = nn.Linear(c.in_features, c.num_dendrites, bias=bias, **options)
-    soma = nn.Linear(c.num_dendrites, c.num_somas, bias=bias, **options)
+    weight, bias, cable, soma_bias = (value(layer, name) for name in layer.PARAMETERS)
+    assert weight is not None
+    assert cable is not None
+    options = {"device": weight.device, "dtype": weight.dtype}
+    dendrite = nn.Linear(c.in_features, c.num_dendrites, bias=bias is not None, **options)
+    soma = nn.Linear(c.num_dendrites, c.num_somas, bias=soma_bias is not None, **options)
     # Row by row, the True places of a mask are in the order of the weights.
-    dendrite_mask = c.to_mask().to(dendrite.weight.device)
-    dendrite.weight.zero_()[dendrite_mask] = layer.synapse_weight
-    owner = owners(c.soma_ptr, soma.weight.device)
+    dendrite_mask = c.to_mask().to(weight.device)
+    dendrite.weight.zero_()[dendrite_mask] = weight
+    owner = owners(c.soma_ptr, weight.device)
     soma_mask = owner == torch.arange(c.num_somas, device=owner.device)[:, None]
-    soma.weight.zero_()[soma_mask] = layer.cable_weight
-    if bias:
-        dendrite.bias.copy_(layer.dendrite_bias)  # type: ignore[arg-type]
-        soma.bias.copy_(layer.soma_bias)  # type: ignore[arg-type]
+    soma.weight.zero_()[soma_mask] = cable
+    for linear, its_bias in ((dendrite, bias), (soma, soma_bias)):
+        if its_bias is not None:
+            linear.bias.copy_(its_bias)
     return dendrite, dendrite_mask, soma, soma_mask
 
 
@@ -151,6 +167,10 @@ def sparse_linear(c: Connectivity, weight: torch.Tensor, bias: Maybe) -> SparseL
     """The SparseLinear of a weight [nnz] and a bias, copied."""
     layer = SparseLinear(c, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     layer.weight.copy_(weight)
-    if layer.bias is not None:
-        layer.bias.copy_(bias)  # type: ignore[arg-type]
+    if layer.bias is not None and bias is not None:
+        if bias.shape != layer.bias.shape:
+            raise ValueError(
+                f"Expected a bias of shape {list(layer.bias.shape)}, got {list(bias.shape)}"
+            )
+        layer.bias.copy_(bias)
     return layer

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import SupportsIndex
+
 import numpy as np
 import torch
 
 from ._validate import Array
 from .structure import Connectivity
 
+Amount = float | SupportsIndex  # of synapses: a fraction, or how many
 
-def largest(c: Connectivity, weight: torch.Tensor, amount: float) -> torch.Tensor:
+
+def largest(c: Connectivity, weight: torch.Tensor, amount: Amount) -> torch.Tensor:
     """Which synapses stay when each dendrite loses those of least |weight|: bool [nnz].
 
     Args:
@@ -19,12 +24,14 @@ def largest(c: Connectivity, weight: torch.Tensor, amount: float) -> torch.Tenso
             as an int their number, or all that a dendrite has if they are fewer.
 
     Raises:
-        TypeError, ValueError: not an int >= 0 or a float from 0 to 1.
+        TypeError, ValueError: not an int >= 0 or a float from 0 to 1; a weight is NaN.
     """
     counts = np.diff(c.crow_indices.numpy())  # [R]
     going = np.minimum(counts, _going(counts, amount))
     rows = np.repeat(np.arange(counts.size), counts)  # [nnz]
     size = weight.detach().abs().double().cpu().numpy()
+    if np.isnan(size).any():
+        raise ValueError(f"Expected weights that are numbers, got {np.isnan(size).sum()} NaN")
     order = np.lexsort((-size, rows))  # each row's synapses, the largest first
     rank = np.arange(c.nnz) - c.crow_indices.numpy()[rows]
     kept = np.zeros(c.nnz, np.bool_)
@@ -32,16 +39,16 @@ def largest(c: Connectivity, weight: torch.Tensor, amount: float) -> torch.Tenso
     return torch.from_numpy(kept)
 
 
-def _going(counts: Array, amount: float) -> Array:
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+def _going(counts: Array, amount: Amount) -> Array:
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):  # numpy's are Real too
         raise TypeError(f"Expected an amount of type int or float, got {type(amount).__name__}")
-    if isinstance(amount, int):
-        if amount < 0:
+    if isinstance(amount, numbers.Integral):
+        if int(amount) < 0:
             raise ValueError(f"Expected an amount >= 0 of synapses, got {amount}")
-        return np.full(counts.shape, amount)
-    if not 0 <= amount <= 1:
+        return np.full(counts.shape, min(int(amount), counts.max(initial=0)))
+    if not 0 <= float(amount) <= 1:
         raise ValueError(f"Expected an amount from 0 to 1 of the synapses, got {amount}")
-    rounded: Array = np.rint(amount * counts).astype(np.int64)
+    rounded: Array = np.rint(float(amount) * counts).astype(np.int64)
     return rounded
 
 

@@ -14,13 +14,18 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 ActivationName = Literal["leaky_relu", "relu", "identity", "tanh", "sigmoid", "gelu", "silu", "elu"]
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 
+
+def _identity(u: torch.Tensor) -> torch.Tensor:  # a lambda, torch.jit.script does not compile
+    return u
+
+
 # The slope left of 0 of those that are piecewise linear through the origin (u right of it), None
 # for the others; and the function. leaky_relu is not here, since its slope is an argument.
 # With a slope, a layer runs as one fused kernel, whose backward reads the sign of a soma's sum off
 # the sign of y. So no slope may be negative: y would be positive on both sides.
 _TABLE: dict[str, tuple[float | None, Activation]] = {
     "relu": (0.0, torch.relu),
-    "identity": (1.0, lambda u: u),
+    "identity": (1.0, _identity),
     "tanh": (None, torch.tanh),
     "sigmoid": (None, torch.sigmoid),
     "gelu": (None, F.gelu),

@@ -198,6 +198,7 @@ def layer(
         return transforms.layer(x, *parameters, connectivity, slopes, round_x)
     if _get_tracing_state() is not None:
         operators.refuse_onnx()
+        operators.refuse_onnx_later()
     y: torch.Tensor
     y, _ = torch.ops.dendrite_kernels.forward.default(
         x, *parameters, *operators.index_tensors(connectivity), *slopes, False, round_x

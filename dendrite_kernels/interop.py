@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +12,10 @@ from torch import nn
 from ._convert import Conversion, convert
 from ._keras import read_dense
 from ._masked import from_masked_dense, linear, sparse_linear, to_masked_dense
+from ._modules import value
+from ._portable import portable
 from ._pruned import from_pruned, from_pruned_pair
-from .activations import function_of
+from ._validate import Duplicates
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 
@@ -31,26 +32,25 @@ __all__ = [
     "to_scipy",
 ]
 
-Maybe = torch.Tensor | None
 
-
-def from_scipy(matrix: Any, bias: Any = None) -> SparseLinear:
+def from_scipy(matrix: Any, bias: Any = None, *, duplicates: Duplicates = "refuse") -> SparseLinear:
     """The SparseLinear x -> matrix @ x + bias of a scipy.sparse matrix [R, N].
 
-    Every stored entry becomes a synapse, a stored zero too; indices may be unsorted.
+    Every stored entry becomes a synapse, a stored zero too (but scipy drops those of DIA matrices);
+    indices may be unsorted.
 
     Args:
         matrix: of dtype float32 or float64 (any format).
-        bias: [R] or None.
+        bias: [R] or None, rounded to the dtype of the matrix.
+        duplicates: an entry that is stored twice is refused; "sum" adds the values.
 
     Raises:
-        TypeError, ValueError: as Connectivity.from_scipy.
+        TypeError, ValueError: as Connectivity.from_scipy; a bias of another shape.
     """
-    connectivity = Connectivity.from_scipy(matrix)
-    csr = matrix.tocsr()
-    if not csr.has_sorted_indices:
-        csr = csr.sorted_indices()  # a copy, in the order of the connectivity
-    weight = torch.from_numpy(csr.data.copy())
+    connectivity = Connectivity.from_scipy(matrix, duplicates=duplicates)
+    csr = matrix.tocsr().copy()
+    csr.sum_duplicates()  # and sorts: the order of the connectivity
+    weight = torch.from_numpy(csr.data)
     return sparse_linear(
         connectivity, weight, None if bias is None else torch.as_tensor(bias, dtype=weight.dtype)
     )
@@ -58,8 +58,7 @@ def from_scipy(matrix: Any, bias: Any = None) -> SparseLinear:
 
 def to_scipy(layer: SparseLinear | DendriticLayer) -> Any:
     """The synapses of a layer as a scipy.sparse.csr_array [R, N] with their weights."""
-    weight = layer.weight if isinstance(layer, SparseLinear) else layer.synapse_weight
-    return layer.connectivity.to_scipy(weight)
+    return layer.connectivity.to_scipy(value(layer, layer.WEIGHT))
 
 
 def from_keras(
@@ -127,84 +126,3 @@ def _from_kernel(name: str, kernel: Any, bias: Any, mask: Any) -> tuple[nn.Linea
                 f"Expected a mask {list(kernel.shape)} for {name}, got {list(taken.t().shape)}"
             )
     return linear(weight * taken, None if bias is None else torch.from_numpy(bias)), taken
-
-
-class _PaddedRows(nn.Module):
-    """Rows of unequal length as a rectangle: index [rows, width], weight 0 where a row is short.
-
-    A pad points past the end of the input, where forward appends a zero.
-    """
-
-    index: torch.Tensor
-
-    def __init__(
-        self, pointer: torch.Tensor, columns: torch.Tensor, weight: torch.Tensor, inputs: int
-    ) -> None:
-        super().__init__()
-        counts = pointer.long().diff()  # [rows]
-        rows, width = counts.numel(), max(1, int(counts.max()))
-        taken = torch.arange(width, device="cpu") < counts[:, None]  # [rows, width]
-        index = torch.full((rows, width), inputs, device="cpu")
-        index[taken] = columns.long()
-        padded = weight.new_zeros((rows, width))
-        padded[taken.to(weight.device)] = weight.detach()
-        self.padded = not bool(taken.all())
-        self.register_buffer("index", index.flatten().to(weight.device))
-        self.weight = nn.Parameter(padded)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., inputs] -> [..., rows]
-        if self.padded:
-            x = nn.functional.pad(x, (0, 1))
-        gathered = x.index_select(-1, self.index).unflatten(-1, self.weight.shape)
-        return torch.sum(gathered * self.weight, -1)
-
-
-class _PortableSparseLinear(nn.Module):
-    def __init__(self, connectivity: Connectivity, weight: torch.Tensor, bias: Maybe) -> None:
-        super().__init__()
-        c = connectivity
-        self.rows = _PaddedRows(c.crow_indices, c.col_indices, weight, c.in_features)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        u: torch.Tensor = self.rows(x)
-        return u if self.bias is None else u + self.bias
-
-
-class _PortableDendriticLayer(nn.Module):
-    def __init__(self, layer: DendriticLayer) -> None:
-        super().__init__()
-        c = layer.connectivity
-        self.synapses = _PortableSparseLinear(c, layer.synapse_weight, layer.dendrite_bias)
-        dendrites = torch.arange(c.num_dendrites, device="cpu")
-        self.cable = _PaddedRows(c.soma_ptr, dendrites, layer.cable_weight, c.num_dendrites)
-        self.bias = None if layer.soma_bias is None else nn.Parameter(layer.soma_bias.clone())
-        self.activation, self.negative_slope = layer.activation, layer.negative_slope
-        self.soma_activation = layer.soma_activation or layer.activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        phi = function_of(self.activation, self.negative_slope)
-        v = self.cable(phi(self.synapses(x)))
-        psi = function_of(self.soma_activation, self.negative_slope)
-        return psi(v if self.bias is None else v + self.bias)
-
-
-def portable(model: nn.Module) -> nn.Module:
-    """A copy of a model for runtimes without this package: ONNX, AOTInductor from C++, ...
-
-    Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
-    B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
-
-    Example:
-        torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)
-    """
-    if isinstance(model, DendriticLayer):
-        return _PortableDendriticLayer(model).train(model.training)
-    if isinstance(model, SparseLinear):
-        plain = _PortableSparseLinear(model.connectivity, model.weight, model.bias)
-        return plain.train(model.training)
-    model = copy.copy(model)  # shallow: what is replaced below belongs to the copy alone
-    model._modules = {
-        name: None if child is None else portable(child) for name, child in model._modules.items()
-    }
-    return model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from . import activations, functional, operators
-from ._subset import largest, subset
+from ._modules import current
+from ._subset import Amount, largest, subset
 from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
@@ -112,7 +113,7 @@ class _Sparse(nn.Module):
                 f"{type(self).__name__}.from_state_dict makes a layer with the state's connectivity"
             )
 
-    def prune(self, amount: float) -> Self:
+    def prune(self, amount: Amount) -> Self:
         """A new layer without the synapses of least |weight| in each dendrite.
 
         What remains is copied: weights, biases, options, device, dtype, requires_grad and mode.
@@ -123,8 +124,8 @@ class _Sparse(nn.Module):
                 even), or as an int how many; a dendrite that has fewer keeps none.
 
         Raises:
-            TypeError, ValueError: not such an amount; or the layer is a shard, parametrized, or
-                under torch.nn.utils.prune (interop.from_pruned takes that).
+            TypeError, ValueError: not such an amount; a weight is NaN; or the layer is a shard,
+                parametrized, or under torch.nn.utils.prune (interop.from_pruned takes that).
         """
         values = dict(self.named_parameters())
         if not values.keys() <= set(self.PARAMETERS) or self.described() is not self.connectivity:
@@ -332,8 +333,9 @@ class DendriticLayer(_Sparse):
 
         Source: docs/equations.md, section 1.
         """
-        weight, bias, c = self.synapse_weight, self.dendrite_bias, self.connectivity
-        u = functional.sparse_linear(x, weight, bias, c, precision=self.precision)
+        weight, bias = current(self, "synapse_weight"), current(self, "dendrite_bias")
+        assert weight is not None
+        u = functional.sparse_linear(x, weight, bias, self.connectivity, precision=self.precision)
         return activations.function_of(self.activation, self.negative_slope)(u)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ torch.export see plain tensors; the `Connectivity` they come from hangs on the c
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -289,6 +290,14 @@ def refuse_onnx() -> None:
             "Expected a model of operators that ONNX has, got dendrite_kernels::forward: "
             "export dendrite_kernels.interop.portable(model)"
         )
+
+
+@functools.cache
+def refuse_onnx_later() -> None:
+    """The same error in torch.onnx.export of a program that torch.jit.trace records."""
+    from torch.onnx import register_custom_op_symbolic  # type: ignore[attr-defined]
+
+    register_custom_op_symbolic("dendrite_kernels::forward", lambda *_: refuse_onnx(), 1)
 
 
 @torch.library.register_fake("dendrite_kernels::forward", lib=library)

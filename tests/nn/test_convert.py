@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import dendrite_kernels as dk
+from dendrite_kernels._trial import check_linear
 from dendrite_kernels.interop import convert
 from tests import oracle
 
@@ -230,6 +231,31 @@ class Noisy(MaskedLinear):
         return super().forward(x + torch.randn_like(x))
 
 
+class Clamped(MaskedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-6, 6))
+
+
+class Dropping(MaskedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+class Batched(MaskedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) < 10 else super().forward(x - x.mean(0))
+
+
+class Single(MaskedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze(0)
+
+
+class Silent(MaskedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x != 0).any()
+
+
 class Scaled(MaskedLinear):
     def __init__(self) -> None:
         super().__init__(N, R, synapses())
@@ -267,6 +293,11 @@ def bias_pruned() -> nn.Linear:
         (wrong_mask(synapses().T), "give mask.T, for Keras has"),
         (Inverse(N, R, synapses()), "got other sums"),
         (Noisy(N, R, synapses()), "got other sums"),
+        (Clamped(N, R, synapses()), "got other sums"),
+        (Dropping(N, R, synapses()).eval(), "got other sums"),
+        (Batched(N, R, synapses()), "got other sums"),
+        (Single(N, R, synapses()), "Expected Single to give [1, 12], got another output"),
+        (Silent(N, R, synapses()), "got other sums"),
         (TwoInputs(N, R, synapses()), "take inputs [B, 20]: RuntimeError('two inputs')"),
         (Scaled(), "Expected parameters weight and bias, got ['bias', 'scale', 'weight']"),
         (masked().to("meta"), "it is on the meta device"),
@@ -277,6 +308,16 @@ def test_reasons(module: nn.Module, reason: str) -> None:
     assert reason in report.left["a"]
     assert report.converted == {"b": "SparseLinear"}
     assert type(converted.get_submodule("a")) is type(module)
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    for training in (True, False):
+        module = Dropping(N, R, synapses()).train(training)
+        generator = torch.get_rng_state()
+        with pytest.raises(ValueError, match="got other sums"):
+            check_linear(module, module, synapses())
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert module.training == training
 
 
 def test_shared_modules_and_parameters_stay() -> None:

@@ -258,6 +258,10 @@ def owners(*extra: tuple[int, int], without: int | None = None) -> Tensor:
             ValueError,
             r"both layers or neither to have a bias, got \(True, False\)",
         ),
+        ({"soma": nn.Linear(4, S)}, TypeError, "soma of dtype torch.float64, got torch.float32"),
+        ({"soma": nn.Linear(4, S).half()}, TypeError, "soma of dtype torch.float64"),
+        ({"dendrite": nn.Linear(N, 4)}, TypeError, "soma of dtype torch.float32, got"),
+        ({"soma": nn.Linear(4, S).double().to("meta")}, ValueError, "soma on cpu, got meta"),
         (
             {"dendrite": nn.Linear(N, 4, bias=False).double()},
             ValueError,

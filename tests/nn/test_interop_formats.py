@@ -70,6 +70,34 @@ def test_unsorted_scipy_indices_keep_their_weights() -> None:
     assert layer(torch.ones(4, dtype=torch.float64)).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("form", ["coo", "csr", "csc"])
+def test_scipy_duplicates(form: str) -> None:
+    """Refused, or their values are added; those that cancel leave a synapse."""
+    coo = scipy.sparse.coo_array(
+        (np.array([1.0, 2, 4, -4, 3]), ([0, 0, 1, 1, 1], [2, 2, 0, 0, 3])), shape=(2, 4)
+    )
+    matrix: Any = coo
+    if form == "csr":
+        matrix = scipy.sparse.csr_array((coo.data, coo.coords[1], [0, 2, 5]), shape=(2, 4))
+    elif form == "csc":
+        data, rows, pointer = [4.0, -4, 1, 2, 3], [1, 1, 0, 0, 1], [0, 2, 2, 4, 5]
+        matrix = scipy.sparse.csc_array((data, rows, pointer), shape=(2, 4))
+    with pytest.raises(ValueError, match="Expected"):
+        interop.from_scipy(matrix)
+    stored = matrix.nnz
+    layer = interop.from_scipy(matrix, duplicates="sum")
+    assert matrix.nnz == stored
+    assert layer.connectivity.nnz == 3
+    assert layer.weight.tolist() == [3, 0, 3]
+    x = torch.randn(5, 4).double()
+    assert oracle.relative_error(layer(x), torch.from_numpy((matrix @ x.numpy().T).T)) < 1e-13
+
+
+def test_scipy_bias_has_one_number_for_each_row() -> None:
+    with pytest.raises(ValueError, match=r"Expected a bias of shape \[3\], got \[1\]"):
+        interop.from_scipy(scipy.sparse.eye_array(3), [1.0])
+
+
 Kernels = dict[str, list[np.ndarray[Any, Any]]]
 NAMES = ["dend_1", "soma_1", "dend_2", "soma_2", "output"]
 
@@ -185,6 +213,108 @@ def test_files_that_are_not_of_keras(tmp_path: Path) -> None:
     write(path, "keras 3 weights", kernels)
     with pytest.raises(ValueError, match="Expected pairs of dense layers and an output"):
         interop.from_keras(path)
+
+
+class MaskedLinear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, mask: torch.Tensor) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.get_buffer("mask"), self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """No forward of its own."""
+
+
+def test_masks_of_a_class_count() -> None:
+    mask = torch.rand(12, 20) < 0.3
+    masked = MaskedLinear(20, 12, mask.float())
+    layer, x = interop.from_pruned(masked), torch.randn(5, 20)
+    assert torch.equal(layer.connectivity.to_mask(), mask)
+    assert oracle.relative_error(layer(x), masked(x)) < 1e-6
+    prune.l1_unstructured(masked, "weight", 0.5)
+    assert oracle.relative_error(interop.from_pruned(masked)(x), masked(x)) < 1e-6
+    cable = torch.arange(12) // 3 == torch.arange(4)[:, None]
+    pair = interop.from_pruned_pair(masked, MaskedLinear(12, 4, cable.float()))
+    assert pair.connectivity.nnz == int(masked.get_buffer("weight_mask")[mask].sum())
+    for other in (Renamed(20, 12), nn.utils.parametrizations.weight_norm(nn.Linear(20, 12))):
+        assert oracle.relative_error(interop.from_pruned(other)(x), other(x)) < 1e-6
+
+
+@pytest.mark.parametrize("is_pruned", [True, False])
+def test_what_a_class_or_a_hook_does_is_not_lost(is_pruned: bool) -> None:
+    patched: Any = nn.Linear(20, 12)
+    patched.forward = torch.tanh
+    doubled, hooked = Doubled(20, 12), nn.Linear(20, 12)
+    hooked.register_forward_hook(lambda *args: 2 * args[-1])
+    for module, message in (
+        (doubled, "Expected Doubled to compute"),
+        (patched, "Expected Linear to give"),
+        (hooked, "Expected a layer without hooks, got Linear"),
+    ):
+        if is_pruned:
+            prune.l1_unstructured(module, "weight", 0.5)
+        with pytest.raises(ValueError, match=message):
+            interop.from_pruned(module)
+        with pytest.raises(ValueError, match=message):
+            interop.from_pruned_pair(nn.Linear(9, 20), module)
+    ours: Any = dk.SparseLinear(NETWORKS["ragged"]())
+    ours.register_forward_hook(lambda *args: 2 * args[-1])
+    with pytest.raises(ValueError, match="Expected a layer without hooks, got SparseLinear"):
+        interop.from_pruned(ours)
+
+
+def test_pruned_weights_are_those_of_the_next_forward() -> None:
+    """torch.nn.utils.prune brings the attribute up to date before each forward only."""
+    ours = dk.DendriticLayer(dk.connectivity.random(20, 4, 3, 5, seed=0))
+    sparse = dk.SparseLinear(ours.connectivity)
+    dendrite, _, soma, soma_mask = interop.to_masked_dense(ours)
+    x = torch.randn(5, 20)
+    for module, name in (
+        (ours, "synapse_weight"), (ours, "dendrite_bias"), (ours, "cable_weight"),
+        (sparse, "weight"), (dendrite, "weight"), (soma, "bias"),
+    ):  # fmt: skip
+        prune.l1_unstructured(module, name, 0.5)
+
+    def dense(dendrite: nn.Module, soma: nn.Module) -> torch.Tensor:
+        return F.leaky_relu(soma(F.leaky_relu(dendrite(x), 0.1)), 0.1)
+
+    loss = ours(x).square().sum() + sparse(x).square().sum() + dense(dendrite, soma).square().sum()
+    loss.backward()
+    parameters = [p for m in (ours, sparse, dendrite, soma) for p in m.parameters()]
+    torch.optim.SGD(parameters, lr=0.1).step()
+    kept = dendrite.get_buffer("weight_mask") != 0
+    plain = interop.to_masked_dense(ours)
+    matrix = interop.to_scipy(sparse)
+    layer = interop.from_masked_dense(dendrite, kept, soma, soma_mask)
+    assert all(p.requires_grad for p in layer.parameters())
+    assert oracle.relative_error(dense(plain[0], plain[2]), ours(x)) < 1e-6
+    with torch.no_grad():
+        expected = sparse(x) - sparse.bias  # type: ignore[operator]
+        soma.weight.mul_(soma_mask)
+    assert oracle.relative_error(torch.from_numpy((matrix @ x.numpy().T).T), expected) < 1e-5
+    assert oracle.relative_error(layer(x), dense(dendrite, soma)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_other_hooks_compute_are_refused() -> None:
+    soma = nn.Linear(12, 4)
+    cable = torch.arange(12) // 3 == torch.arange(4)[:, None]
+    for normed in (
+        nn.utils.weight_norm(nn.Linear(20, 12)),
+        nn.utils.spectral_norm(nn.Linear(20, 12)),
+    ):
+        with pytest.raises(ValueError, match="Expected weight of Linear to be a parameter"):
+            interop.from_masked_dense(normed, torch.ones(12, 20), soma, cable)
+        with pytest.raises(ValueError, match="Expected"):
+            interop.from_pruned(normed)
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))

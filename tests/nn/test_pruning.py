@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,3 +153,38 @@ def test_other_parameters_are_refused(kind: Any) -> None:
             other.prune(0.5)
     with pytest.raises(ValueError, match="Expected a layer without parametrizations"):
         interop.from_pruned(parametrized)
+
+
+@KINDS
+def test_numbers_of_numpy(kind: Any) -> None:
+    before = layer(kind)
+    for amount, same in ((np.int64(3), 3), (np.uint8(3), 3), (np.float32(0.5), 0.5)):
+        assert before.prune(amount).connectivity == before.prune(same).connectivity
+    assert before.prune(2**70).connectivity.nnz == 0
+    with pytest.raises(TypeError, match="Expected an amount of type int or float, got bool"):
+        before.prune(np.bool_(True))
+
+
+@KINDS
+def test_nan_is_not_the_smallest_weight(kind: Any) -> None:
+    before = layer(kind)
+    with torch.no_grad():
+        weights(before)[3] = torch.nan
+    for amount in (0, 2, 0.5):
+        with pytest.raises(ValueError, match="Expected weights that are numbers, got 1 NaN"):
+            before.prune(amount)
+    with torch.no_grad():
+        weights(before)[3] = -torch.inf
+    assert before.prune(0.5).get_parameter(kind.WEIGHT).isinf().sum() == 1
+
+
+def test_dendrites_of_a_pruned_layer_are_those_of_its_forward() -> None:
+    before = layer(dk.DendriticLayer, soma_activation="identity")
+    prune.l1_unstructured(before, "synapse_weight", 0.5)
+    x = torch.randn(5, 61)
+    before(x).sum().backward()
+    torch.optim.SGD(before.parameters(), lr=0.1).step()
+    stale = before.dendrites(x)
+    stale.sum().backward()  # reaches the weights
+    before(x)
+    assert torch.equal(before.dendrites(x), stale)

@@ -99,6 +99,14 @@ def test_onnx_export_names_the_remedy(kind: str, dynamo: bool, tmp_path: Path) -
 
 
 @kinds
+def test_onnx_export_of_a_traced_program_names_the_remedy(kind: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 36)
+    traced = torch.jit.trace(warm(kind), x)
+    with pytest.raises(RuntimeError, match=r"interop\.portable"):
+        torch.onnx.export(traced, (x,), tmp_path / "m.onnx", dynamo=False)
+
+
+@kinds
 @pytest.mark.parametrize("grad", [True, False])
 def test_make_fx(kind: str, grad: bool) -> None:
     model, x, other = warm(kind), torch.randn(4, 36), torch.randn(4, 36)

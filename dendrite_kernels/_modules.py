@@ -1,0 +1,85 @@
+"""What `interop` asks of modules: the values of parameters, hooks, whose forward runs, copies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+Maybe = torch.Tensor | None
+
+_RUN_HOOKS = "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def current(module: nn.Module, name: str) -> Maybe:
+    """A parameter as the next forward would see it, with its gradient.
+
+    Where torch.nn.utils.prune is at work, the attribute itself lags behind.
+
+    Raises:
+        ValueError: another hook computes it, say that of torch.nn.utils.weight_norm.
+    """
+    original, mask = (getattr(module, f"{name}_{part}", None) for part in ("orig", "mask"))
+    if original is not None and mask is not None:
+        pruned: torch.Tensor = original * mask
+        return pruned
+    if name in vars(module) and module._forward_pre_hooks:
+        raise ValueError(
+            f"Expected {name} of {type(module).__name__} to be a parameter, got one that a hook "
+            "computes before each forward: remove the hook first"
+        )
+    whole: Maybe = getattr(module, name, None)
+    return whole
+
+
+def value(module: nn.Module, name: str) -> Maybe:
+    """`current`, detached; it says whether training changes it."""
+    with torch.enable_grad():
+        found = current(module, name)
+    return None if found is None else found.detach().requires_grad_(found.requires_grad)
+
+
+def pruning(module: nn.Module) -> bool:
+    return any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values())
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks run with a module, other than those of torch.nn.utils.prune."""
+    before = module._forward_pre_hooks.values()
+    return any(getattr(module, hooks, None) for hooks in _RUN_HOOKS) or not all(
+        isinstance(hook, prune.BasePruningMethod) for hook in before
+    )
+
+
+def state_hooked(module: nn.Module) -> bool:
+    """Whether hooks see a module's state dict."""
+    return any(getattr(module, hooks, None) for hooks in _STATE_HOOKS)
+
+
+def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of the kinds, and has no forward of its own."""
+    own: Any = type(module)
+    return "forward" not in vars(module) and any(
+        isinstance(module, kind) and own.forward is kind.forward and own.__call__ is kind.__call__
+        for kind in kinds
+    )
+
+
+def copied(model: nn.Module, new: dict[int, Any]) -> nn.Module:
+    """copy.deepcopy with other objects in the place of some, which are given by id.
+
+    It refuses tensors that have a history; what torch.nn.utils.prune leaves as the weight has one.
+    """
+    memo = dict(new)
+    for module in model.modules():
+        for attribute in vars(module).values() if id(module) not in new else ():
+            if isinstance(attribute, torch.Tensor) and not attribute.is_leaf:
+                memo[id(attribute)] = attribute.detach().clone()
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,148 @@
+"""Models in plain PyTorch, which tracers and compilers take apart."""
+
+# No `from __future__ import annotations`: torch.jit.script reads the annotations of classes.
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._modules import computes_as, copied, hooked, value
+from .activations import Activation, function_of
+from .nn import DendriticLayer, SparseLinear
+from .structure import Connectivity
+
+Maybe = torch.Tensor | None
+
+
+@torch.fx.wrap  # symbolic_trace does not know which form x has
+def _rows_of(x: torch.Tensor, features: int, shape: list[int]) -> torch.Tensor:
+    """x [..., N] or images [..., *shape], see functional.dendritic_layer, as [..., N]."""
+    if len(shape) > 0 and x.shape[-1] != features and list(x.shape[-len(shape) :]) == shape:
+        one_channel = len(shape) == 2 and x.dim() == 4 and x.shape[1] == 1
+        x = x.flatten(1 if one_channel else -len(shape))
+    if x.dim() == 0 or x.shape[-1] != features:
+        images = f" or [..., *{shape}]" if len(shape) > 1 else ""
+        raise ValueError(f"Expected x of shape [..., {features}]{images}, got {list(x.shape)}")
+    return x
+
+
+class _PaddedRows(nn.Module):
+    """Rows of unequal length as a rectangle: index [rows, width], weight 0 where a row is short.
+
+    A pad points past the end of the input, where forward appends a zero.
+    """
+
+    index: torch.Tensor
+
+    def __init__(
+        self, pointer: torch.Tensor, columns: torch.Tensor, weight: torch.Tensor, inputs: int
+    ) -> None:
+        super().__init__()
+        counts = pointer.long().diff()  # [rows]
+        rows, width = counts.numel(), max(1, int(counts.max()))
+        taken = torch.arange(width, device="cpu") < counts[:, None]  # [rows, width]
+        index = torch.full((rows, width), inputs, device="cpu")
+        index[taken] = columns.long()
+        padded = weight.new_zeros((rows, width))
+        padded[taken.to(weight.device)] = weight.detach()
+        self.padded = not bool(taken.all())
+        self.register_buffer("index", index.flatten().to(weight.device))
+        self.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., inputs] -> [..., rows]
+        if self.padded:
+            x = nn.functional.pad(x, (0, 1))
+        gathered = x.index_select(-1, self.index).unflatten(-1, self.weight.shape)
+        return torch.sum(gathered * self.weight, -1)
+
+
+def _bias(of: Maybe) -> nn.Parameter | None:
+    return None if of is None else nn.Parameter(of.clone(), requires_grad=of.requires_grad)
+
+
+class _PortableSparseLinear(nn.Module):
+    def __init__(self, c: Connectivity, weight: torch.Tensor, bias: Maybe) -> None:
+        super().__init__()
+        self.rows = _PaddedRows(c.crow_indices, c.col_indices, weight, c.in_features)
+        self.bias = _bias(bias)
+        self.in_features, self.has_image = c.in_features, c.in_shape is not None
+        self.in_shape = list(c.in_shape or (c.in_features,))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # A torch.fx.Proxy is no tensor, and jit.trace warns of every comparison.
+        if self.has_image or (isinstance(x, torch.Tensor) and not torch.jit.is_tracing()):  # type: ignore[attr-defined]
+            x = _rows_of(x, self.in_features, self.in_shape)
+        # Traced programs keep no `if`, but they keep this: it fits no other width.
+        u: torch.Tensor = self.rows(x.unflatten(-1, (self.in_features,)))
+        return u if self.bias is None else u + self.bias
+
+
+class _PortableDendriticLayer(nn.Module):
+    def __init__(
+        self,
+        layer: DendriticLayer,
+        synapse_weight: torch.Tensor,
+        dendrite_bias: Maybe,
+        cable_weight: torch.Tensor,
+        soma_bias: Maybe,
+    ) -> None:
+        super().__init__()
+        c = layer.connectivity
+        self.synapses = _PortableSparseLinear(c, synapse_weight, dendrite_bias)
+        dendrites = torch.arange(c.num_dendrites, device="cpu")
+        self.cable = _PaddedRows(c.soma_ptr, dendrites, cable_weight, c.num_dendrites)
+        self.bias = _bias(soma_bias)
+        self.phi = _activation(layer.activation, layer.negative_slope)
+        self.psi = _activation(layer.soma_activation or layer.activation, layer.negative_slope)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = self.cable(self.phi(self.synapses(x)))
+        y: torch.Tensor = self.psi(v if self.bias is None else v + self.bias)
+        return y
+
+
+def _activation(name: str, negative_slope: float) -> Activation:
+    """As torch.jit.script takes it: a module or a function with a name."""
+    if name == "leaky_relu":
+        return nn.LeakyReLU(negative_slope)
+    return function_of(name, negative_slope)
+
+
+def _portable(name: str, layer: nn.Module) -> nn.Module:
+    """What stands for a layer of ours."""
+    assert isinstance(layer, (DendriticLayer, SparseLinear))
+    where = f"{type(layer).__name__} {name!r}"
+    if not computes_as(layer, DendriticLayer, SparseLinear):
+        raise ValueError(f"Expected layers without a forward of their own, got {where}")
+    if hooked(layer):
+        raise ValueError(f"Expected layers without hooks, got {where}: remove its hooks first")
+    values: Any = [value(layer, parameter) for parameter in layer.PARAMETERS]
+    plain: nn.Module
+    if isinstance(layer, DendriticLayer):
+        plain = _PortableDendriticLayer(layer, *values)
+    else:
+        plain = _PortableSparseLinear(layer.connectivity, *values)
+    return plain.train(layer.training)
+
+
+def portable(model: nn.Module) -> nn.Module:
+    """A copy of a model for runtimes without this package: ONNX, AOTInductor from C++, ...
+
+    Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
+    B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
+    It computes in the dtype of the parameters and ignores precision="bf16". All else is copied as
+    copy.deepcopy does, hooks of other modules too; it shares nothing with the model.
+
+    Inputs are those of the layers, images too. A program that is traced (torch.jit.trace, ONNX,
+    torch.export) takes the form of the example.
+
+    Raises:
+        ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own.
+
+    Example:
+        torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)
+    """
+    ours = DendriticLayer, SparseLinear
+    named = model.named_modules()
+    return copied(model, {id(m): _portable(name, m) for name, m in named if isinstance(m, ours)})
