@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,9 +126,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     return model.to(device)  # whose errors are not the file's
 
 
-def _modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All, under each of their names."""
-    return model.named_modules(remove_duplicate=False)
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def _set_modes(model: nn.Module, evaluating: list[str]) -> None:

@@ -72,7 +72,7 @@ def unpack(packed: object, nnz: int) -> Connectivity:
         raise ValueError(
             f"Expected a Connectivity packed by version {_VERSION}, got {h['version']}"
         )
-    if h["checksum"] != zlib.crc32(data[_CHECKED:]):
+    if h["checksum"] != zlib.crc32(data[_CHECKED:].data):
         raise ValueError(f"Expected a packed Connectivity, got changed bytes: {_CAUSE}")
     n, rows, somas = h["in_features"], h["num_dendrites"], h["num_somas"]
     if h["nnz"] != nnz:
@@ -123,7 +123,7 @@ def _inputs(c: Connectivity, row: int) -> str:
 
 
 def _seal(packed: Array) -> None:
-    packed[_CHECKED - 8 : _CHECKED].view("<i8")[0] = zlib.crc32(packed[_CHECKED:])
+    packed[_CHECKED - 8 : _CHECKED].view("<i8")[0] = zlib.crc32(packed[_CHECKED:].data)
 
 
 def _column_type(in_features: int) -> str:

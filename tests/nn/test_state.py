@@ -130,6 +130,14 @@ def test_states_of_version_0_1_still_load(make: Make) -> None:
     assert make.from_state_dict(state).connectivity == a.connectivity
 
 
+def test_functional_call_loads_nothing() -> None:
+    """It runs a state's weights on the module's own connectivity, whatever the state's is."""
+    layer, other = (dk.SparseLinear(network(seed=seed)) for seed in range(2))
+    x, state = torch.randn(3, 30), other.state_dict()
+    expected = dk.functional.sparse_linear(x, other.weight, other.bias, layer.connectivity)
+    assert torch.equal(torch.func.functional_call(layer, state, x), expected)
+
+
 @LAYERS
 @pytest.mark.parametrize("prefix", ["", "0."])
 def test_a_layer_from_a_state(make: Make, prefix: str) -> None:
