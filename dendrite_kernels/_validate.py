@@ -34,7 +34,9 @@ def as_numpy(values: Any) -> Array:
     try:
         array: Array = values.detach().cpu().numpy()
     except TypeError:
-        raise TypeError(f"Expected a tensor of a dtype that numpy has, got {values.dtype}") from None
+        raise TypeError(
+            f"Expected a tensor of a dtype that numpy has, got {values.dtype}"
+        ) from None
     return array
 
 
