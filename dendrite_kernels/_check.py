@@ -8,6 +8,7 @@ import torch
 
 import dendrite_kernels as dk
 
+from .backends import BackendName
 from .benchmark.problem import TOLERANCES
 
 BATCH = 70  # whole and partial tiles of every width
@@ -29,7 +30,7 @@ def _results(layer: dk.DendriticLayer, x: torch.Tensor, grad: torch.Tensor) -> l
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
 
 
-def _worst_error(connectivity: dk.Connectivity, dtype: torch.dtype, name: str) -> float:
+def _worst_error(connectivity: dk.Connectivity, dtype: torch.dtype, name: BackendName) -> float:
     """Largest relative L2 error of the output and all gradients against the float64 reference."""
     layer = dk.DendriticLayer(connectivity, dtype=dtype)
     x = torch.randn(BATCH, connectivity.in_features, dtype=dtype)
@@ -46,7 +47,8 @@ def check() -> int:
     """Print each backend's errors against float64; the number of those that are too large."""
     failures = 0
     torch.manual_seed(0)
-    for name in ("cpp", "numba"):
+    names: tuple[BackendName, ...] = "cpp", "numba"
+    for name in names:
         if not dk.backend_info()[name]["available"]:
             continue
         started = time.perf_counter()

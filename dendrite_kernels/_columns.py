@@ -62,6 +62,8 @@ def _missing(value: Any) -> bool:
 
 def weights(values: Any) -> tuple[Array, torch.dtype]:
     """The weights [edges] and the dtype that they get."""
+    if isinstance(values, torch.Tensor) and values.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"Expected weight of float32, float64 or integers, got {values.dtype}")
     array = as_numpy(values)
     if array.ndim != 1:
         raise ValueError(f"Expected weight to be one-dimensional, got shape {list(array.shape)}")

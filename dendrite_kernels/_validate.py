@@ -29,7 +29,15 @@ def check_size(name: str, value: SupportsIndex) -> int:
 
 
 def as_numpy(values: Any) -> Array:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    try:
+        array: Array = values.detach().cpu().numpy()
+    except TypeError:
+        raise TypeError(
+            f"Expected a tensor of a dtype that numpy has, got {values.dtype}"
+        ) from None
+    return array
 
 
 def integers(name: str, values: Any) -> Array:

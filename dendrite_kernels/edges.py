@@ -41,6 +41,8 @@ def table_of(pre: Any, dendrite: Any, soma: Any, weight: Any) -> Table:
         raise ValueError("Expected dendrite beside soma and weight, got None")
     if hasattr(pre, "is_directed"):
         return _table_of_graph(pre)
+    if type(pre).__name__ == "LazyFrame":
+        raise TypeError("Expected a DataFrame, got a LazyFrame: give pre.collect()")
     if hasattr(pre, "columns"):
         return _table_of_frame(pre)
     raise TypeError(

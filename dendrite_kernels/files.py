@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,29 +20,44 @@ from ._replace import replaced
 from .nn import DendriticLayer, SparseLinear
 
 _KEY = "dendrite_kernels"  # in the header of the file
-_VERSION = 1
+_VERSION = 2
 _UNREADABLE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError)
 
-# Each module that a file may hold, with the attributes that are its constructor's options.
-_OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    DendriticLayer: DendriticLayer.OPTIONS,
-    SparseLinear: SparseLinear.OPTIONS,
-    nn.Linear: ("in_features", "out_features"),
-    nn.Identity: (),
-    nn.Flatten: ("start_dim", "end_dim"),
-    nn.Dropout: ("p", "inplace"),
-    nn.ReLU: ("inplace",),
-    nn.LeakyReLU: ("negative_slope", "inplace"),
-    nn.ELU: ("alpha", "inplace"),
-    nn.GELU: ("approximate",),
-    nn.SiLU: ("inplace",),
-    nn.Sigmoid: (),
-    nn.Tanh: (),
-    nn.Softplus: ("beta", "threshold"),
-    nn.Softmax: ("dim",),
-    nn.LogSoftmax: ("dim",),
+Check = Callable[[object], bool]
+
+
+def _is(*types: type) -> Check:
+    return lambda value: type(value) in types
+
+
+def _any(_: object) -> bool:
+    return True
+
+
+_FLAG, _SIZE, _NUMBER, _DIM = _is(bool), _is(int), _is(int, float), _is(int, type(None))
+
+# Each module that a file may hold, with the attributes that are its constructor's options and what
+# they may be. Our layers check theirs; torch's would fail in forward.
+_OPTIONS: dict[type[nn.Module], dict[str, Check]] = {
+    DendriticLayer: dict.fromkeys(DendriticLayer.OPTIONS, _any),
+    SparseLinear: dict.fromkeys(SparseLinear.OPTIONS, _any),
+    nn.Linear: {"in_features": _SIZE, "out_features": _SIZE},
+    nn.Identity: {},
+    nn.Flatten: {"start_dim": _SIZE, "end_dim": _SIZE},
+    nn.Dropout: {"p": _NUMBER, "inplace": _FLAG},
+    nn.ReLU: {"inplace": _FLAG},
+    nn.LeakyReLU: {"negative_slope": _NUMBER, "inplace": _FLAG},
+    nn.ELU: {"alpha": _NUMBER, "inplace": _FLAG},
+    nn.GELU: {"approximate": ("none", "tanh").__contains__},
+    nn.SiLU: {"inplace": _FLAG},
+    nn.Sigmoid: {},
+    nn.Tanh: {},
+    nn.Softplus: {"beta": _NUMBER, "threshold": _NUMBER},
+    nn.Softmax: {"dim": _DIM},
+    nn.LogSoftmax: {"dim": _DIM},
 }
 _TYPES = {kind.__name__: kind for kind in _OPTIONS}
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -50,62 +65,92 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a DendriticLayer, a SparseLinear, a network of dendrite_kernels.models, or any
-            nn.Sequential of them, nn.Linear, dropout, flatten and activations without parameters.
+            nn.Sequential of them, nn.Linear, dropout, flatten and activations without parameters,
+            which may be used several times.
         path: of the file, which safetensors can read too.
 
     Raises:
         TypeError: the model holds a module of another type: save its state_dict() instead.
-        ValueError: two modules share a parameter, or hold one that is not of their type.
+        ValueError: two modules share a parameter or one is used twice, a module holds a parameter
+            or an option that is not of its type, has hooks (as pruned ones do) or a forward of its
+            own: a file cannot hold these.
         OSError: the file cannot be written.
     """
-    described = _describe(model, "model")
+    described = _describe(model, "", {})
     state = model.state_dict()
-    _check_parameters(model, _build(described, state, ""), state)
+    _check_parameters(model, _build(described, state, "", {}), state)
     header = {
         "version": _VERSION,
-        "training": model.training,
+        "evaluating": [name for name, module in _modules(model) if not module.training],
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "model": described,
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    metadata = {_KEY: json.dumps(header), "format": "pt"}
     with replaced(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header), "format": "pt"})
+        with open(temporary, "xb"):
+            pass  # PermissionError and the like, before safetensors words them its own way
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"Expected to write {os.fspath(path)}, got {error}") from error
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """Read what `save` wrote: the same modules, parameters, connectivity and training mode.
+    """Read what `save` wrote: the same modules, parameters, connectivity and training modes.
 
     Never unpickles and draws no random numbers. Everything in the file is checked.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: not such a file, damaged, or of a newer version.
+        ValueError: not such a file, damaged, or of another version.
+        RuntimeError and the like: of torch, where there is no such device.
     """
+    device = torch.device(device)
     with open(path, "rb"):
         pass  # FileNotFoundError and the like, before safetensors words them its own way
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})[_KEY])
             if header["version"] != _VERSION:
                 raise ValueError(f"its version is {header['version']}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = _build(header["model"], state, "")
+        model = _build(header["model"], state, "", {})
         model.load_state_dict(state, assign=True)
         for name in header["frozen"]:
             model.get_parameter(name).requires_grad_(False)
-        return model.train(bool(header["training"]))
+        _set_modes(model, header["evaluating"])
     except _UNREADABLE as error:
         expected = "Expected a file written by dendrite_kernels.save"
         raise ValueError(f"{expected}, got {os.fspath(path)}: {error!r}") from error
+    return model.to(device)  # whose errors are not the file's
 
 
-def _describe(module: nn.Module, name: str) -> dict[str, Any]:
-    """What `_build` makes the module of, besides its state."""
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All, under each of their names."""
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def _set_modes(model: nn.Module, evaluating: list[str]) -> None:
+    modules = dict(_modules(model))
+    for module in modules.values():
+        module.training = True
+    for name in evaluating:
+        modules[name].training = False
+
+
+def _describe(module: nn.Module, prefix: str, seen: dict[int, str]) -> dict[str, Any]:
+    """What `_build` makes the module of, besides its state; `seen`: the prefix of each so far."""
+    name = f"model.{prefix}"[:-1] if prefix else "model"
+    _check_forward(module, name)
     if type(module) is nn.Sequential:
         children = {
-            key: _describe(child, f"{name}.{key}") for key, child in module.named_children()
+            key: _describe(child, f"{prefix}{key}.", seen) for key, child in module._modules.items()
         }
         return {"type": "Sequential", "children": children}
+    first = seen.setdefault(id(module), prefix)
+    if first != prefix:
+        return {"type": "again", "module": first}
     options = _OPTIONS.get(type(module))
     if options is None:
         raise TypeError(
@@ -116,19 +161,42 @@ def _describe(module: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _build(
-    described: Mapping[str, Any], state: Mapping[str, torch.Tensor], prefix: str
+    described: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    prefix: str,
+    built: dict[str, nn.Module],
 ) -> nn.Module:
-    """The module described, with the structure in `state` and parameters on the meta device."""
+    """The module described, with the structure in `state` and parameters on the meta device.
+
+    `built`: those so far, by prefix, which the file may use again.
+    """
     options = dict(described)
     kind = options.pop("type")
     if kind == "Sequential":
         sequential = nn.Sequential()
         for name, child in options["children"].items():
-            sequential.add_module(name, _build(child, state, f"{prefix}{name}."))
+            sequential.add_module(name, _build(child, state, f"{prefix}{name}.", built))
         return sequential
-    made = _TYPES[kind]
-    if set(options) != set(_OPTIONS[made]):
-        raise ValueError(f"Expected options {_OPTIONS[made]} of {kind}, got {sorted(options)}")
+    if kind == "again":
+        return built[options["module"]]
+    if kind not in _TYPES:
+        raise ValueError(f"Expected modules of types Sequential, {', '.join(_TYPES)}, got {kind!r}")
+    built[prefix] = _layer(_TYPES[kind], options, state, prefix)
+    return built[prefix]
+
+
+def _layer(
+    made: type[nn.Module],
+    options: dict[str, Any],
+    state: Mapping[str, torch.Tensor],
+    prefix: str,
+) -> nn.Module:
+    kind, checks = made.__name__, _OPTIONS[made]
+    if set(options) != set(checks):
+        raise ValueError(f"Expected options {list(checks)} of {kind}, got {sorted(options)}")
+    for key, value in options.items():
+        if not checks[key](value):
+            raise ValueError(f"Expected an option {key} that {kind} takes, got {value!r}")
     if issubclass(made, (DendriticLayer, SparseLinear)):
         return made._of_state(state, prefix, options)
     if made is nn.Linear:
@@ -137,6 +205,17 @@ def _build(
             raise ValueError(f"Expected a {prefix}weight of nn.Linear, got {sorted(state)[:8]}")
         return nn.Linear(bias=bias, device="meta", dtype=weight.dtype, **options)
     return made(**options)
+
+
+def _check_forward(module: nn.Module | None, name: str) -> None:
+    """ValueError if the module does what its type does not say."""
+    own = {} if module is None else vars(module)
+    found = [hooks[1:] for hooks in _HOOKS if own.get(hooks)] + ["forward"] * ("forward" in own)
+    if found:
+        raise ValueError(
+            f"Expected modules as their types make them, got {', '.join(found)} at {name}: "
+            "remove them, or save its state_dict() instead"
+        )
 
 
 def _check_parameters(

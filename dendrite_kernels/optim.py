@@ -90,6 +90,10 @@ class StepInBackward:
     - `torch.amp.GradScaler`: gradients would be used before they are unscaled and checked.
       Its `step` raises; nothing can tell before. bfloat16 needs no scaler.
 
+    Parameters that take the place of those given, as after `load_state_dict(assign=True)`, are not
+    stepped: they keep their gradients, and nothing here can tell. Load without `assign`, or call
+    `remove` and make another StepInBackward.
+
     Args:
         parameters: those to train; ones that need no gradient are passed over.
         make: called with [parameter] for each, returns its optimizer, of this parameter alone.

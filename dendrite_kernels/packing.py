@@ -7,6 +7,8 @@ the meta device has it.
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 
@@ -14,12 +16,17 @@ from ._validate import SIZE_LIMIT, Array
 from .structure import Connectivity
 
 _MAGIC = int.from_bytes(b"dendrite", "little")
-_VERSION = 1
-_FIELDS = (
-    "magic", "version", "in_features", "num_dendrites", "num_somas", "nnz", "fan_in",
+_VERSION = 2
+_FIELDS = (  # the checksum is of all that follows it
+    "magic", "version", "checksum", "in_features", "num_dendrites", "num_somas", "nnz", "fan_in",
     "dendrites_per_soma", "channels_first", "dimensions", "size_0", "size_1", "size_2",
 )  # fmt: skip
 _HEADER = 8 * len(_FIELDS)
+_CHECKED = 8 * 3  # where what the checksum covers begins
+_CAUSE = (
+    "it is damaged, or an average or a sum of states: sums in uint8 wrap. "
+    "Average only entries that are floating point and take the others from one of the states"
+)
 
 
 def pack(c: Connectivity) -> torch.Tensor:
@@ -30,7 +37,7 @@ def pack(c: Connectivity) -> torch.Tensor:
     """
     shape = c.in_shape or ()
     header = [
-        _MAGIC, _VERSION, c.in_features, c.num_dendrites, c.num_somas, c.nnz, c.fan_in or 0,
+        _MAGIC, _VERSION, 0, c.in_features, c.num_dendrites, c.num_somas, c.nnz, c.fan_in or 0,
         c.dendrites_per_soma or 0, c.channels_first, len(shape), *shape, *[0] * (3 - len(shape)),
     ]  # fmt: skip
     parts = [np.array(header, "<i8")]
@@ -40,7 +47,9 @@ def pack(c: Connectivity) -> torch.Tensor:
         parts.append(c.soma_ptr.numpy().astype("<i4", copy=False))
     if not c.is_dense:
         parts.append(c.columns.astype(_column_type(c.in_features), copy=False))
-    return torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts]))
+    packed = np.concatenate([part.view(np.uint8) for part in parts])
+    _seal(packed)
+    return torch.from_numpy(packed)
 
 
 def unpack(packed: object, nnz: int) -> Connectivity:
@@ -58,11 +67,13 @@ def unpack(packed: object, nnz: int) -> Connectivity:
         raise ValueError(f"Expected a packed Connectivity, got {data.size} bytes")
     h = dict(zip(_FIELDS, data[:_HEADER].view("<i8").tolist(), strict=True))
     if h["magic"] != _MAGIC:
-        raise ValueError("Expected a packed Connectivity, got other bytes")
+        raise ValueError(f"Expected a packed Connectivity, got other bytes: {_CAUSE}")
     if h["version"] != _VERSION:
         raise ValueError(
             f"Expected a Connectivity packed by version {_VERSION}, got {h['version']}"
         )
+    if h["checksum"] != zlib.crc32(data[_CHECKED:].data):
+        raise ValueError(f"Expected a packed Connectivity, got changed bytes: {_CAUSE}")
     n, rows, somas = h["in_features"], h["num_dendrites"], h["num_somas"]
     if h["nnz"] != nnz:
         raise ValueError(f"Expected a Connectivity of {nnz} synapses, got {h['nnz']}")
@@ -111,6 +122,10 @@ def _inputs(c: Connectivity, row: int) -> str:
     return f"{shown}" if end - begin <= 8 else f"{shown[:-1]} and {end - begin - 7} more"
 
 
+def _seal(packed: Array) -> None:
+    packed[_CHECKED - 8 : _CHECKED].view("<i8")[0] = zlib.crc32(packed[_CHECKED:].data)
+
+
 def _column_type(in_features: int) -> str:
     return "<u2" if in_features <= 65536 else "<i4"
 
@@ -124,7 +139,7 @@ def _bytes(packed: object) -> Array:
         rounded = values.double().round()
         near = (values.double() - rounded).abs() < 0.1
         if not bool((near & (rounded >= 0) & (rounded <= 255)).all()):
-            raise ValueError("Expected a packed Connectivity, got numbers that are no bytes")
+            raise ValueError(f"Expected a packed Connectivity, got no bytes: {_CAUSE}")
         values = rounded.to(torch.uint8)
     array: Array = values.contiguous().numpy()
     return array

@@ -30,6 +30,7 @@ class Signed(nn.Module):
             on its device.
 
     Raises:
+        TypeError: signs that are no tensor.
         ValueError: other signs; in register_parametrization, another shape.
     """
 
@@ -37,6 +38,7 @@ class Signed(nn.Module):
 
     def __init__(self, signs: torch.Tensor) -> None:
         super().__init__()
+        _check_tensor(signs)
         others = signs[(signs != 1) & (signs != -1)]
         if others.numel():
             raise ValueError(f"Expected signs 1 and -1, got {others[0].item()}")
@@ -45,6 +47,7 @@ class Signed(nn.Module):
     @classmethod
     def of_inputs(cls, signs: torch.Tensor, connectivity: Connectivity) -> Self:
         """For synapses, by Dale's law: all synapses of an input have its sign, signs [N]."""
+        _check_tensor(signs)
         if signs.shape != (connectivity.in_features,):
             raise ValueError(
                 f"Expected signs of shape [{connectivity.in_features}], got {list(signs.shape)}"
@@ -61,3 +64,8 @@ class Signed(nn.Module):
                 f"Expected a weight of shape {list(self.signs.shape)}, got {list(weight.shape)}"
             )
         return weight.abs()
+
+
+def _check_tensor(signs: object) -> None:
+    if not isinstance(signs, torch.Tensor):
+        raise TypeError(f"Expected signs to be a tensor, got {type(signs).__name__}")

@@ -120,7 +120,7 @@ def measure(cases: dict[str, Run]) -> dict[str, float]:
 
 
 def main() -> None:
-    backend = sys.argv[1] if len(sys.argv) > 1 else "cpp"
+    backend: Any = sys.argv[1] if len(sys.argv) > 1 else "cpp"
     dk.use_backend(backend)
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -10,13 +10,14 @@ import importlib
 import platform
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from .protocol import Backend
 
-_NAMES = ("cpp", "cuda", "numba", "reference")
+BackendName = Literal["cpp", "cuda", "numba", "reference"]
+_NAMES = get_args(BackendName)
 _BY_DEVICE = {"cpu": ("cpp", "numba"), "cuda": ("cuda",)}  # best first
 _SERVES = {"cpp": "cpu", "numba": "cpu", "cuda": "cuda"}  # reference serves every device
 
@@ -61,7 +62,7 @@ class use_backend:
         BackendUnavailable: it cannot serve here; the message says why.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: BackendName | None) -> None:
         if name is not None:
             if name not in _NAMES:
                 raise ValueError(f"Expected a backend of {list(_NAMES)}, got {name!r}")

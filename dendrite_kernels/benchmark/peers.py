@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dendrite_kernels as dk
 
+from ..backends import BackendName
 from .dense import BlockSumCable, MaskedDense, OfficialMaskedDense
 from .peer import Peer
 from .problem import Problem
@@ -25,7 +26,7 @@ _MEMORY_SHARE = 0.7  # of what the machine has available
 class _Package(Peer):
     """The package itself, through its public function."""
 
-    backend: str
+    backend: BackendName
 
     def surroundings(self) -> AbstractContextManager[object]:
         return dk.use_backend(self.backend)

@@ -11,6 +11,7 @@ from torch import nn
 
 import dendrite_kernels as dk
 
+from ..backends import BackendName
 from .case import Case
 from .masked_dense import MaskedDendriticLayer
 from .memory import PeakMemory, in_fresh_process
@@ -50,7 +51,7 @@ class Training:
     threads: int
     official: bool = False  # as masked dense layers
     dtype: torch.dtype = torch.float32
-    backend: str | None = None
+    backend: BackendName | None = None
     input_gradient: bool = False
 
     def measure(self) -> Measured:

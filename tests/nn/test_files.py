@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
 
 import dendrite_kernels as dk
+from dendrite_kernels import files
 from tests.nn.test_nn import assert_same, network, uneven
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
 
 
 def round_trip(model: nn.Module, path: Path) -> nn.Module:
@@ -24,7 +32,7 @@ def round_trip(model: nn.Module, path: Path) -> nn.Module:
     assert torch.equal(torch.get_rng_state(), before)
     assert repr(back) == repr(model)
     assert_same(back, model)
-    assert back.training == model.training
+    assert modes(back) == modes(model)
     return back
 
 
@@ -65,6 +73,104 @@ def test_a_sequential_of_all_that_a_file_may_hold(tmp_path: Path) -> None:
     assert torch.equal(round_trip(model.eval(), tmp_path / "model")(x), model(x))
 
 
+def test_modules_used_again(tmp_path: Path) -> None:
+    act, pair = nn.ReLU(), nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    model = nn.Sequential(
+        dk.DendriticLayer(network()), nn.Linear(10, 10), act, pair, nn.Linear(10, 10), pair, act
+    ).eval()
+    back, x = round_trip(model, tmp_path / "model"), torch.randn(3, 30)
+    assert isinstance(back, nn.Sequential)
+    assert len(back) == 7
+    assert back[2] is back[6]
+    assert torch.equal(back(x), model(x))
+
+
+def test_each_module_keeps_its_mode(tmp_path: Path) -> None:
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(dk.SparseLinear(network()), act), act)
+    model[1].eval()
+    round_trip(model, tmp_path / "model")
+    model.eval()
+    model[0].train()
+    round_trip(model, tmp_path / "model")
+
+
+def patch_forward(module: nn.Module) -> None:
+    module.forward = lambda x: x  # type: ignore[method-assign]
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "forward_hooks": lambda m: m.register_forward_hook(lambda *_: None),
+    "forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda *_: None),
+    "backward_hooks": lambda m: m.register_full_backward_hook(lambda *_: None),
+    "backward_pre_hooks": lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    "forward": patch_forward,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("place", ["", "0", "1", "1.0"])
+def test_what_a_file_would_lose_is_refused(name: str, place: str, tmp_path: Path) -> None:
+    model = nn.Sequential(dk.SparseLinear(network()), nn.Sequential(nn.ReLU()))
+    CHANGES[name](model.get_submodule(place))
+    where = f"model.{place}" if place else "model"
+    with pytest.raises(ValueError, match=rf"got {name} at {re.escape(where)}: remove them"):
+        dk.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = dk.SparseLinear(network())
+    with pytest.raises(FileNotFoundError, match="missing"):
+        dk.save(layer, tmp_path / "missing" / "model")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        dk.save(layer, tmp_path / "folder")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match=r"Expected to write .*model, got No space left"):
+        dk.save(layer, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_devices(tmp_path: Path) -> None:
+    """An error of the device does not blame the file."""
+    path = tmp_path / "model"
+    dk.save(dk.SparseLinear(network()), path)
+    assert next(dk.load(path, device="meta").parameters()).is_meta
+    with pytest.raises(RuntimeError, match="Expected one of cpu, cuda"):
+        dk.load(path, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
+            dk.load(path, device="cuda")
+
+
+OPTIONS = {
+    nn.LeakyReLU: "negative_slope", nn.Softmax: "dim", nn.LogSoftmax: "dim",
+    nn.Flatten: "start_dim", nn.Dropout: "p", nn.ELU: "alpha", nn.GELU: "approximate",
+    nn.Softplus: "beta", nn.ReLU: "inplace", dk.SparseLinear: "negative_slope",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("value", ["a", [1], {}])
+def test_options_of_wrong_types(kind: Any, value: Any, tmp_path: Path) -> None:
+    """Refused at load, not in forward."""
+    path = tmp_path / "model"
+    module = kind(network()) if kind is dk.SparseLinear else kind()
+    dk.save(module, path)
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["dendrite_kernels"])
+    described["model"][OPTIONS[kind]] = value
+    state = module.state_dict()
+    save_file(state, path, metadata={"dendrite_kernels": json.dumps(described)})
+    with pytest.raises(ValueError, match=r"Expected a file written by .*Expected .* got"):
+        dk.load(path)
+
+
 def test_other_tools_read_the_file(tmp_path: Path) -> None:
     layer = dk.DendriticLayer(network())
     dk.save(layer, tmp_path / "layer.safetensors")
@@ -82,7 +188,7 @@ def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
         dk.save(nn.Sequential(layer, layer), path)
     with pytest.raises(TypeError, match="got Own"):
         dk.save(type("Own", (dk.SparseLinear,), {})(network()), path)
-    with pytest.raises(ValueError, match=r"Expected a weight of nn\.Linear, got .*weight_mask"):
+    with pytest.raises(ValueError, match="their types make them, got forward_pre_hooks at model:"):
         dk.save(prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), path)
     assert not list(tmp_path.iterdir())
 
@@ -97,7 +203,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def header(model: dict[str, Any], **others: Any) -> str:
-    return json.dumps({"version": 1, "training": True, "frozen": [], "model": model} | others)
+    return json.dumps({"version": 2, "evaluating": [], "frozen": [], "model": model} | others)
 
 
 LINEAR = {"type": "Linear", "in_features": 3, "out_features": 2}
@@ -112,7 +218,7 @@ NESTED = "[" * 100_000
         "[]",
         "3",
         NESTED,
-        header(LINEAR, version=2),
+        header(LINEAR, version=1),
         header({"type": "BatchNorm1d"}),
         header({"type": "os.system"}),
         header(LINEAR | {"in_features": 4}),
@@ -125,7 +231,13 @@ NESTED = "[" * 100_000
         header({"type": "DendriticLayer"}),
         header(LINEAR, frozen=["x"]),
         header(LINEAR, frozen=3),
-        json.dumps({"version": 1, "model": LINEAR}),
+        header(LINEAR, evaluating=["x"]),
+        header(LINEAR, evaluating=3),
+        header(LINEAR | {"in_features": 3.0}),
+        header({"type": "again", "module": ""}),
+        header({"type": "Sequential", "children": {"": LINEAR}}),
+        header({"type": "Sequential", "children": {"0": {"type": "again", "module": "0."}}}),
+        json.dumps({"version": 2, "model": LINEAR}),
     ],
 )
 def test_hostile_headers(text: str, tmp_path: Path) -> None:

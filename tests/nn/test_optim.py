@@ -135,6 +135,21 @@ def test_what_the_docstring_says_of_scaling_and_clipping() -> None:
         scaler.step(trainer.optimizers[0])
 
 
+def test_what_the_docstring_says_of_replaced_parameters() -> None:
+    network = model()
+    trainer = StepInBackward(network.parameters(), MAKERS["sgd"])
+    network.load_state_dict(copy.deepcopy(network.state_dict()), assign=True)
+    network(torch.randn(8, 30)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())  # not stepped
+    network.zero_grad()
+    trainer.remove()
+    StepInBackward(network.parameters(), MAKERS["sgd"])
+    before = [p.detach().clone() for p in network.parameters()]
+    network(torch.randn(8, 30)).sum().backward()
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(map(torch.equal, before, network.parameters()))
+
+
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.3),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=6),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,3 +167,10 @@ def test_wrong_signs() -> None:
         Signed.of_inputs(torch.ones(S), made.connectivity)
     with pytest.raises(ValueError, match=r"Expected a weight of shape \[10\], got \[40\]"):
         parametrize.register_parametrization(made, "cable_weight", Signed(torch.ones(S)))
+
+
+@pytest.mark.parametrize("signs", [[1, -1], np.ones(N), 1, None])
+def test_signs_that_are_no_tensor(signs: Any) -> None:
+    for make in (Signed, lambda signs: Signed.of_inputs(signs, layer().connectivity)):
+        with pytest.raises(TypeError, match="Expected signs to be a tensor, got"):
+            make(signs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import struct
+import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -127,6 +129,14 @@ def test_states_of_version_0_1_still_load(make: Make) -> None:
     assert make.from_state_dict(state).connectivity == a.connectivity
 
 
+def test_functional_call_loads_nothing() -> None:
+    """It runs a state's weights on the module's own connectivity, whatever the state's is."""
+    layer, other = (dk.SparseLinear(network(seed=seed)) for seed in range(2))
+    x, state = torch.randn(3, 30), other.state_dict()
+    expected = dk.functional.sparse_linear(x, other.weight, other.bias, layer.connectivity)
+    assert torch.equal(torch.func.functional_call(layer, state, x), expected)
+
+
 @LAYERS
 @pytest.mark.parametrize("prefix", ["", "0."])
 def test_a_layer_from_a_state(make: Make, prefix: str) -> None:
@@ -189,9 +199,9 @@ def test_packing(name: str) -> None:
 
 def test_what_sizes_tell_is_not_stored() -> None:
     c = PACKED["constant"]()
-    assert pack(c).numel() == 13 * 8 + 2 * c.nnz
-    assert pack(PACKED["dense"]()).numel() == 13 * 8
-    assert pack(PACKED["wide"]()).numel() == 13 * 8 + 4 * (6 + 1 + 30)  # columns and crow
+    assert pack(c).numel() == 14 * 8 + 2 * c.nnz
+    assert pack(PACKED["dense"]()).numel() == 14 * 8
+    assert pack(PACKED["wide"]()).numel() == 14 * 8 + 4 * (6 + 1 + 30)  # columns and crow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
@@ -201,17 +211,23 @@ def test_averages_of_one_packing_are_that_packing(dtype: torch.dtype) -> None:
     assert unpack(packed.to(dtype), c.nnz) == c
     if dtype.is_floating_point:
         assert unpack(packed.to(dtype) + 0.05, c.nnz) == c
-        with pytest.raises(ValueError, match="numbers that are no bytes"):
+        with pytest.raises(ValueError, match="got no bytes: it is damaged, or an average"):
             unpack(packed.to(dtype) + 0.5, c.nnz)
 
 
-HEADER = 13
+HEADER = 14
 
 
 def damaged(c: Connectivity, field: int, value: int) -> Tensor:
+    """With the right checksum, unless that is the field."""
     packed = pack(c)
     packed[8 * field : 8 * field + 8] = torch.tensor(list(struct.pack("<q", value)))
-    return packed
+    return packed if field == 2 else sealed(packed)
+
+
+def sealed(packed: Tensor) -> Tensor:
+    checksum = struct.pack("<q", zlib.crc32(packed[24:].numpy().tobytes()))
+    return torch.cat([packed[:16], torch.tensor(list(checksum), dtype=torch.uint8), packed[24:]])
 
 
 @pytest.mark.parametrize("name", ["random", "constant", "image", "dense"])
@@ -241,7 +257,49 @@ def test_damaged_bytes() -> None:
             unpack(wrong, c.nnz)
     packed[-1] = 200
     with pytest.raises(ValueError, match=r"Expected columns in \[0, 30\)"):
-        unpack(packed, c.nnz)
+        unpack(sealed(packed), c.nnz)
+
+
+def test_every_changed_byte_is_seen() -> None:
+    """Also where another valid connectivity comes out, of the same sizes."""
+    c = dk.connectivity.random(784, 3, 2, 4, seed=0)
+    packed = pack(c)
+    for i in range(packed.numel()):
+        wrong = packed.clone()
+        wrong[i] ^= 1 << i % 8
+        with pytest.raises(ValueError, match="Expected a"):
+            unpack(wrong, c.nnz)
+
+
+WRONG_AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum of 2, divided": lambda v: sum([v, v]) / 2,
+    "sum of 3, divided": lambda v: sum([v, v, v]) / 3,
+    "sum of 2, integers": lambda v: (v + v) // 2,
+    "moving, bfloat16": lambda v: moving_average(v.bfloat16()),
+}
+
+
+def moving_average(v: Tensor) -> Tensor:
+    mean = v.clone()
+    for _ in range(5):
+        mean = mean * 0.9 + v * 0.1
+    return mean
+
+
+@pytest.mark.parametrize("average", WRONG_AVERAGES.values(), ids=WRONG_AVERAGES)
+def test_averages_that_change_bytes_are_refused(average: Callable[[Tensor], Tensor]) -> None:
+    """Or right: some of them are other valid connectivities, whose columns rise too."""
+    refused = 0
+    for seed in range(20):
+        layer = dk.SparseLinear(dk.connectivity.random(784, 8, 2, 3, seed=seed))
+        state = {k: average(v) for k, v in layer.state_dict().items()}
+        try:
+            made = dk.SparseLinear.from_state_dict(state)
+        except ValueError as error:
+            refused += "uint8 wrap. Average only entries that are floating" in str(error)
+        else:
+            assert made.connectivity == layer.connectivity
+    assert refused
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ TYPOS = {
     'dk.DendriticLayer(c, precision="bf61")': "bf61",
     'dk.models.build("dANN-LFR", (28, 28), 8, 4, 16, 10)': "dANN-LFR",
     'dk.estimate_memory(c, 4, "adma")': "adma",
+    'dk.use_backend("nummba")': "nummba",
     "dk.nonsense": "nonsense",
 }
 

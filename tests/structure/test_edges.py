@@ -173,6 +173,12 @@ def test_frames(package: str) -> None:
         from_edges(frame, weight=[1, 2, 3])
 
 
+def test_lazy_frames_are_refused_by_name() -> None:
+    lazy = pytest.importorskip("polars").DataFrame(COLUMNS).lazy()
+    with pytest.raises(TypeError, match=r"Expected a DataFrame, got a LazyFrame: .*collect\(\)"):
+        from_edges(lazy)
+
+
 @pytest.mark.parametrize("package", ["pandas", "polars"])
 @pytest.mark.parametrize("column", ["pre", "dendrite", "soma", "weight"])
 def test_missing_values_in_frames(package: str, column: str) -> None:
@@ -289,6 +295,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": [1, math.nan, 2]}, ValueError, "no missing value in weight, got nan in row 1"),
     ({"weight": ["1", "2", "3"]}, TypeError, "weight of float32, .* got <U1"),
     ({"weight": np.ones(3, np.float16)}, TypeError, "weight of float32, .* got float16"),
+    ({"weight": torch.ones(3).half()}, TypeError, "weight of float32, .* got torch.float16"),
+    ({"weight": torch.ones(3).bfloat16()}, TypeError, "weight of float32, .* got torch.bfloat16"),
+    ({"pre": torch.ones(3).bfloat16()}, TypeError, "dtype that numpy has, got torch.bfloat16"),
     ({"weight": [True, False, True]}, TypeError, "weight of float32, .* got bool"),
     ({"weight": np.ones((3, 1))}, ValueError, r"weight to be one-dimensional, got shape \[3, 1\]"),
     ({"weight": [1, 2]}, ValueError, "weight of length 3, as pre, got 2"),

@@ -295,6 +295,24 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["network.bin"]
 
 
+def test_files_of_earlier_states_load(tmp_path: Path) -> None:
+    """As commit 557428a wrote them: without channels_first and labels."""
+    path = tmp_path / "old.npz"
+    np.savez(
+        path,
+        format=np.array("dendrite_kernels.Connectivity"),
+        version=np.array(1),
+        in_features=np.array(4),
+        in_shape=np.array([2, 2], np.int64),
+        crow_indices=np.array([0, 2, 2, 3], np.int32),
+        col_indices=np.array([1, 3, 0], np.uint16),
+        soma_ptr=np.array([0, 0, 3], np.int32),
+    )
+    back = Connectivity.load(path)
+    assert back == Connectivity.from_csr([0, 2, 2, 3], [1, 3, 0], 4, [0, 0, 3])
+    assert (back.in_shape, back.channels_first, back.labels) == ((2, 2), False, None)
+
+
 def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.npz"
     small().save(path)
