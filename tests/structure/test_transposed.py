@@ -17,7 +17,13 @@ from dendrite_kernels.transposed import (
     build_transposed_plan,
     choose_block_rows,
 )
-from tests.structure.test_structure import Array, from_mask
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def from_mask(rows: int, inputs: int, density: float, seed: int = 0) -> Connectivity:
+    rng = np.random.default_rng(seed)
+    return Connectivity.from_mask(rng.random((rows, inputs)) < density)
 
 
 def naive_plan(c: Connectivity, block_rows: int) -> dict[str, Any]:
