@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._modules import Maybe, value
+from ._modules import Maybe, computes_as, hooked, value
 from .activations import ActivationName
 from .nn import DendriticLayer, SparseLinear
 from .reference import owners
@@ -42,9 +42,15 @@ def _paired(dendrite: nn.Linear, soma: nn.Linear) -> bool:
 
 
 def _parameters(name: str, linear: nn.Linear, like: Maybe = None) -> tuple[torch.Tensor, Maybe]:
-    """Weight and bias; TypeError or ValueError if dtype or device is not that of `like`."""
+    """Weight and bias; TypeError or ValueError if dtype or device is not that of `like`.
+
+    Or if the layer computes something else: by a hook, or a forward of its own.
+    """
     weight, bias = value(linear, "weight"), value(linear, "bias")
     assert weight is not None
+    if not computes_as(linear, nn.Linear) or hooked(linear):
+        kind = type(linear).__name__
+        raise ValueError(f"Expected {name} without hooks and forward of its own, got {kind}")
     like = weight if like is None else like
     for tensor in (weight, bias):
         if tensor is not None and tensor.dtype != like.dtype:
@@ -79,7 +85,7 @@ def from_masked_dense(
 
     Raises:
         TypeError, ValueError: masks that do not fit, a dendrite that feeds no soma or several,
-            parameters of several dtypes or devices.
+            parameters of several dtypes or devices, a layer with hooks or a forward of its own.
     """
     weight, bias = _parameters("dendrite", dendrite)
     cable, soma_bias = _parameters("soma", soma, like=weight)

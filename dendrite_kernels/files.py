@@ -57,7 +57,10 @@ _OPTIONS: dict[type[nn.Module], dict[str, Check]] = {
     nn.LogSoftmax: {"dim": _DIM},
 }
 _TYPES = {kind.__name__: kind for kind in _OPTIONS}
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks",
+)  # fmt: skip
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -64,7 +64,10 @@ class Table:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=_WAIT)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=_WAIT)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"Expected the table of a sweep, got {self.path}: {error}") from error
         try:
             self._db.execute(_SCHEMA)
             self._db.execute("SELECT run, part, state, outcome, measures, error FROM runs LIMIT 1")

@@ -233,12 +233,14 @@ class Training:
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote for the same runs; ValueError for others."""
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["runs"] != [run.key for run in self.runs]:
-            raise ValueError(
-                f"Expected a checkpoint of {[run.key for run in self.runs]} in {path}, "
-                f"got one of {state['runs']}"
-            )
+        keys = [run.key for run in self.runs]
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+            found = state["runs"]
+        except Exception as error:  # torch.load raises nearly anything for another file
+            raise ValueError(f"Expected a checkpoint in {path}, got: {error!r}") from error
+        if found != keys:
+            raise ValueError(f"Expected a checkpoint of {keys} in {path}, got one of {found}")
         self.epochs, self.best = state["epochs"], state["best"]
         self.outcomes = [Outcome(**outcome) for outcome in state["outcomes"]]
         self.joined.load_state_dict(state["model"])

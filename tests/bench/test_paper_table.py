@@ -173,3 +173,8 @@ def test_the_dendritic_grid_is_that_of_the_article() -> None:
         (d, s) for d in (1, 8, 64) for s in (32, 256)
     }
     assert {run.epochs for run in GRIDS["sequential"]("fmnist", 1)} == {50}
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected the table of a sweep, got "):
+        Table(tmp_path)

@@ -163,6 +163,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train([replace(RUN, trial=1)], DATA, checkpoint=tmp_path / "run.pt")
 
 
+def test_another_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    for path in (tmp_path / "notes.txt", tmp_path):
+        with pytest.raises(ValueError, match="Expected a checkpoint in "):
+            train([RUN], DATA, checkpoint=path)
+
+
 def test_log(tmp_path: Path) -> None:
     trained = train([RUN], DATA, log=tmp_path / "a" / "log.jsonl", test_every_epoch=True)
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]

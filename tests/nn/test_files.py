@@ -104,6 +104,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda *_: None),
     "backward_hooks": lambda m: m.register_full_backward_hook(lambda *_: None),
     "backward_pre_hooks": lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    "state_dict_hooks": lambda m: m.register_state_dict_post_hook(lambda *_: None),
+    "state_dict_pre_hooks": lambda m: m.register_state_dict_pre_hook(lambda *_: None),
     "forward": patch_forward,
 }
 

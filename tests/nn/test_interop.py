@@ -278,3 +278,19 @@ def test_only_dendritic_layers_have_a_masked_form() -> None:
     other: Any = dk.SparseLinear(uneven())
     with pytest.raises(TypeError, match="Expected a DendriticLayer, got SparseLinear"):
         to_masked_dense(other)
+
+
+@pytest.mark.parametrize("change", ["forward", "hook", "class"])
+def test_masked_dense_refuses_layers_that_compute_something_else(change: str) -> None:
+    class Twice(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    dendrite = (Twice if change == "class" else torch.nn.Linear)(6, 4)
+    if change == "forward":
+        dendrite.forward = lambda x: x  # type: ignore[method-assign]
+    if change == "hook":
+        dendrite.register_forward_hook(lambda _module, _x, y: 2 * y)
+    mask, soma_mask = torch.ones(4, 6, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="Expected dendrite without hooks and forward of its own"):
+        dk.interop.from_masked_dense(dendrite, mask, torch.nn.Linear(4, 4), soma_mask)
