@@ -23,8 +23,8 @@ from bench.paper.training import Outcome
 State = Literal["waiting", "done", "failed"]
 
 # Kept as SQLite makes it: a rollback journal, every commit written through to the disk. A process
-# that is killed in the middle of a transaction leaves a journal, from which whoever opens the table
-# next undoes it. A write-ahead log would let others read during a commit, but commits are rare here
+# that is killed in the middle of a transaction leaves a journal, by which the next connection
+# undoes it. A write-ahead log would let others read during a commit, but commits are rare here
 # and take milliseconds, and the table would be three files instead of one.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (

@@ -69,7 +69,7 @@ def train_groups(
 ) -> Generator[tuple[Group, News], None, None]:
     """Train the groups, in this order; close it to stop the workers. It does not end by a failure.
 
-    Each group's checkpoint stays, also at the end: whoever takes the results removes it.
+    Each group's checkpoint stays, also at the end: the caller removes it with the results saved.
     """
     todo = deque(groups)
     workers: dict[Connection, _Worker] = {}

@@ -185,7 +185,7 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("fault", BAD)
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
 def test_bad_tensors_are_refused(kind: str, name: str, fault: str) -> None:
-    """A wrong one may not reach a pointer, whoever calls."""
+    """A wrong one may not reach a pointer, from any caller."""
     change, error, message = BAD[fault]
     dtype = torch.int32 if name == "signs" else torch.float32
     good = torch.zeros(SHAPES.get(name, (40,)), dtype=dtype)

@@ -33,23 +33,10 @@ from bench.paper.sweep import sweep
 from bench.paper.table import Table
 from bench.paper.training import Training, train
 from bench.paper.workers import Group, _train
-from tests.bench.stripes import RUN, save_stripes, trials
+from tests.bench.stripes import RUN, trials
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 30  # seconds for what takes a few on a quiet machine
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder with the data set."""
-    save_stripes(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Iterator[Table]:
-    with Table(tmp_path / "table.db") as table:
-        yield table
 
 
 @pytest.fixture

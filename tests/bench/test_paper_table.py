@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,7 @@ from bench.paper.sweep import _costs, _Progress
 from bench.paper.table import Table
 from bench.paper.training import Outcome
 from bench.paper.workers import Epoch
-from tests.bench.stripes import RUN, save_stripes, trials
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    save_stripes(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Iterator[Table]:
-    with Table(tmp_path / "table.db") as table:
-        yield table
+from tests.bench.stripes import RUN, trials
 
 
 def result(run: Run, loss: float = 0.5) -> Result:
