@@ -42,6 +42,8 @@ def under_mask(module: nn.Module) -> tuple[nn.Linear, torch.Tensor]:
         raise ValueError(f"Expected parameters weight and bias, got {sorted(trained)}")
     weight, bias = value(module, "weight"), value(module, "bias")
     assert weight is not None
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"Expected a bias of dtype {weight.dtype} like weight, got {bias.dtype}")
     plain, mask = linear(weight, bias), _mask(module, "weight", weight)
     _train_alike(plain, weight, bias)
     if masked(module):

@@ -188,3 +188,10 @@ def test_dendrites_of_a_pruned_layer_are_those_of_its_forward() -> None:
     stale.sum().backward()  # reaches the weights
     before(x)
     assert torch.equal(before.dendrites(x), stale)
+
+
+def test_a_bias_of_another_dtype_is_refused() -> None:
+    linear = torch.nn.Linear(6, 4)
+    linear.bias = torch.nn.Parameter(linear.bias.detach().double())
+    with pytest.raises(TypeError, match=r"Expected a bias of dtype torch\.float32 like weight"):
+        dk.interop.from_pruned(linear)
