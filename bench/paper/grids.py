@@ -75,6 +75,15 @@ def learning_rate(data: str, trials: int) -> list[Run]:
     return _each(_runs(data, (*DENDRITIC, "vANN"), [FIXED], trials), lr=LEARNING_RATES)
 
 
+def branching(data: str, trials: int) -> list[Run]:
+    """64 synapses of a soma on 1 to 16 dendrites: dendritic families at S=128"""
+    return [
+        replace(run, dendrites=dendrites, synapses=64 // dendrites)
+        for run in _runs(data, DENDRITIC, [FIXED], trials)
+        for dendrites in (1, 2, 4, 8, 16)
+    ]
+
+
 def early_stopping(data: str, trials: int) -> list[Run]:
     """at most 100 epochs, patience 10: dendritic families and vANN at D=4 S=128"""
     runs = _runs(data, (*DENDRITIC, "vANN"), [FIXED], trials)
@@ -96,7 +105,7 @@ GRIDS: dict[str, Grid] = {
     grid.__name__.replace("_", "-"): grid
     for grid in (
         dendritic, table1, fixed, noise, sequential, depth, dropout, learning_rate,
-        early_stopping, quick,
+        early_stopping, branching, quick,
     )
 }  # fmt: skip
 

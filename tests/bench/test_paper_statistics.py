@@ -96,12 +96,13 @@ def test_only_the_articles_protocol_is_plain() -> None:
 
 
 def test_the_best_is_the_best_mean() -> None:
-    """One lucky trial does not decide; a loss that is not finite is never the best."""
+    """One lucky trial does not decide, nor a single one beside several; nor a loss of NaN."""
     lucky, steady = trials("vANN", [99, 60], dendrites=1), trials("vANN", [85, 86], dendrites=2)
     assert best([*lucky, *steady], "accuracy")["vANN"].dendrites == 2
-    low = result("vANN", 0, loss=0.1, dendrites=8)
+    single = result("vANN", 99, loss=0.1, dendrites=8)
+    assert best([single, *lucky, *steady], "accuracy")["vANN"].dendrites == 2
     broken = result("vANN", 0, loss=float("nan"), dendrites=16)
-    assert best([*steady, low, broken], "loss")["vANN"].dendrites == 8
+    assert best([single, broken], "loss")["vANN"].dendrites == 8
     assert best([broken], "loss") == {}
 
 
