@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -na
 
 QUICK := -m 'not slow and not tools'
 
-.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench gpu clean
+.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench benchmark benchmark-compare gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -28,6 +28,9 @@ help:
 	@echo 'make test-numba-oldest  the tests of the Numba backend on the oldest Numba that pyproject.toml allows'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
+	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
+	@echo 'make benchmark-compare BASE=REF'
+	@echo '                  build the commit REF beside the working tree, time both in turns, fail if we became slower'
 	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
 	@echo 'make clean        remove .venv*, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
@@ -102,6 +105,14 @@ lint: .venv/.installed-lint
 
 bench: .venv/.installed-demo
 	$(VENV_PYTHON) -m bench.speed.run $(ARGS)
+
+benchmark: .venv/.installed-test
+	mkdir -p reports
+	$(VENV_PYTHON) -m pytest bench/test_speed.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds \
+	  --benchmark-json=reports/benchmark.json $(ARGS)
+
+benchmark-compare: .venv/.installed-test
+	$(VENV_PYTHON) -m bench.speed.compare '$(BASE)' $(ARGS)
 
 # Uses the Python that has a CUDA build of torch, not .venv, whose torch is pinned for CPUs.
 gpu:
