@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import dendrite_kernels as dk
@@ -133,16 +133,15 @@ class Cell:
 
     @property
     def deviations(self) -> float | None:
-        """The difference in standard deviations of one trial.
+        """The difference in standard deviations of one trial, the root mean square of both.
 
-        That is the root mean square of ours and theirs, or the one of them that is known; None
-        where none is.
+        None where one is not known: ours alone, of few trials, may be near 0 by chance.
         """
-        known = [
-            sd for sd in (self.ours.sd if self.ours else None, self.article.sd) if sd is not None
-        ]
-        pooled = hypot(*known) / sqrt(len(known)) if known else 0.0
-        return None if self.difference is None or pooled == 0 else self.difference / pooled
+        if self.difference is None or self.article.sd is None:
+            return None
+        if self.ours is None or self.ours.sd is None:
+            return None
+        return self.difference / sqrt((self.ours.sd**2 + self.article.sd**2) / 2)
 
 
 def compare(results: Sequence[Result]) -> list[Cell]:

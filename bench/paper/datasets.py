@@ -28,6 +28,7 @@ from bench.paper.readers import (
     read_npz,
 )
 
+KNOWN = "digits, mnist, fmnist, kmnist, emnist, cifar10 or the stem of an npz"
 EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "letters", "digits", "mnist")
 # torchvision's folder of each data set
 IDX_FOLDERS = {"mnist": "MNIST", "fmnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -73,7 +74,8 @@ def load(name: str = "digits", root: str | Path | None = None) -> ImageData:
         return _image_data(name, _read_digits(), DIGITS_SOURCE)
     if root is None:
         raise ValueError(
-            f"Expected a folder that holds the files of {name!r} (a data root), got None"
+            f"Expected --data-root, a folder that holds the files of {name!r}, got none. "
+            f"Data sets: {KNOWN}; only digits needs no files"
         )
     folder = Path(root).expanduser()
     candidates = _candidates(name, folder)
@@ -213,9 +215,9 @@ def _scaled(x: NDArray[Any]) -> NDArray[np.float32]:
 
 def _what_was_looked_for(name: str, root: Path, candidates: list[_Candidate]) -> str:
     lines = [
-        f"No files of data set {name!r} in {root}"
+        f"No files of data set {name!r} in --data-root {root}"
         + ("" if root.is_dir() else " (no such folder)")
-        + ". Looked for:"
+        + f". Data sets: {KNOWN}. Looked for:"
     ]
     for candidate in candidates:
         missing = [names for names in candidate.files if not any(path.is_file() for path in names)]

@@ -118,11 +118,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.paper.demo", description="Train a dANN and its masked-dense twin."
     )
-    parser.add_argument(
-        "--data",
-        default="digits",
-        help="digits, mnist, fmnist, kmnist, emnist, cifar10 or the stem of an npz",
-    )
+    parser.add_argument("--data", default="digits", help=datasets.KNOWN)
     parser.add_argument("--data-root", help="folder with the data set's files (digits needs none)")
     parser.add_argument("--kind", default="dANN-LRF", choices=["dANN-R", "dANN-LRF", "dANN-GRF"])
     parser.add_argument("--somas", type=int, default=256)

@@ -93,8 +93,9 @@ def _introduction(results: Sequence[Result]) -> str:
     machine = describe()
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     where = (
-        f"Written {machine['date']} on {machine['cpu']}, {machine['system']}, {versions}, "
-        f"commit {machine['commit']}."
+        f"This page was written {machine['date']} on {machine['cpu']}, {machine['system']}, "
+        f"{versions}, commit {machine['commit']}. Where and when the trainings ran, and with which "
+        "versions, is not recorded in their tables: it may have been elsewhere."
     )
     return f"<p>{escape(text)}</p>\n<p class='note'>{escape(where)}</p>"
 
@@ -109,8 +110,9 @@ def _article(cells: Sequence[Cell]) -> str:
     note = (
         "Ours is the best mean on the test set over the sizes that were trained, as in the "
         "article; mean ± standard deviation over n trials, with the 95 % confidence interval of "
-        "the mean. The last column is the difference in standard deviations of a trial, the root "
-        "mean square of ours and the article's where both are known."
+        "the mean. “In deviations”: the difference in standard deviations of a trial, the root "
+        "mean square of ours and the article's. It is left out where one of them is not known: "
+        "the article does not give all, and one trial has none."
     )
     tables: dict[str, list[Cell]] = {}
     for cell in known:

@@ -49,9 +49,7 @@ def read(paths: Iterable[Path]) -> list[Result]:
     """
     results: dict[Run, Result] = {}
     for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"Expected the table of a sweep, got no file {path}")
-        with Table(path) as table:
+        with Table(path, read_only=True) as table:
             results |= {result.run: result for result in table.results()}
     if not results:
         raise ValueError("Expected a table with results, got none")
@@ -59,17 +57,30 @@ def read(paths: Iterable[Path]) -> list[Result]:
 
 
 class Table:
-    """The runs of a sweep, in the order in which they were added."""
+    """The runs of a sweep, in the order in which they were added.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: the file; it and its folder are made if they are not there.
+        read_only: write nothing, make nothing.
+
+    Raises:
+        FileNotFoundError: there is no file to read.
+        ValueError: it is no table of a sweep.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif not self.path.exists():
+            raise FileNotFoundError(f"Expected the table of a sweep, got no file {self.path}")
         try:
-            self._db = sqlite3.connect(self.path, timeout=_WAIT)
+            self._db = sqlite3.connect(_uri(self.path, read_only), timeout=_WAIT, uri=True)
         except sqlite3.OperationalError as error:
             raise ValueError(f"Expected the table of a sweep, got {self.path}: {error}") from error
         try:
-            self._db.execute(_SCHEMA)
+            if not read_only:
+                self._db.execute(_SCHEMA)
             self._db.execute("SELECT run, part, state, outcome, measures, error FROM runs LIMIT 1")
         except sqlite3.DatabaseError as error:
             self._db.close()
@@ -161,3 +172,15 @@ class Table:
         counts: dict[State, int] = {"waiting": 0, "done": 0, "failed": 0}
         counts.update(self._db.execute("SELECT state, COUNT(*) FROM runs GROUP BY state"))
         return counts
+
+
+def _uri(path: Path, read_only: bool) -> str:
+    """The file's name for SQLite, with what may be done to it.
+
+    The journal of a sweep that was killed in a transaction must be undone before anything can be
+    read, and that writes.
+    """
+    path = path.resolve()
+    killed = path.with_name(f"{path.name}-journal").exists()
+    mode = "rwc" if not read_only else "rw" if killed else "ro"
+    return f"{path.as_uri()}?mode={mode}"

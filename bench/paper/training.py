@@ -46,7 +46,7 @@ class Outcome:
     epoch: int = 0  # that the final weights come from, counted from 0
     test_loss: float = math.nan
     test_accuracy: float = math.nan
-    seconds: float = 0.0  # of a training of several trials, its share
+    seconds: float = 0.0  # by the clock; of a training of several trials, its share
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Processes that train groups of runs, one torch thread each.
+"""Processes that train groups of runs, one thread each.
+
+Torch is told so. What a worker calls of numpy, scipy and scikit-learn uses no threads: no products
+of matrices, no estimators.
 
 A thread of each blocks on a pipe, whose other end only the parent has. When the parent ends,
 however that happens, the read ends, and so does the worker.

@@ -53,8 +53,8 @@ def noise_images() -> ImageData:
 def step_times(run: Run, data: ImageData, trials: int, seconds: float) -> tuple[float, float]:
     """Milliseconds of a step and trial: one by one, as one network."""
     runs = [Run(**{**vars(run), "trial": trial}) for trial in range(trials)]
-    separate = [_training([run], data) for run in runs]
-    whole = _training(runs, data)
+    separate = [train_on([run], data) for run in runs]
+    whole = train_on(runs, data)
 
     def one_by_one() -> None:
         for training in separate:
@@ -68,7 +68,7 @@ def step_times(run: Run, data: ImageData, trials: int, seconds: float) -> tuple[
     return alone, joined
 
 
-def _training(runs: list[Run], data: ImageData) -> Training:
+def train_on(runs: list[Run], data: ImageData) -> Training:
     return Training(runs, [run.build(data) for run in runs], [prepare(data, run) for run in runs])
 
 

@@ -268,6 +268,7 @@ def test_report_has_ours_and_the_articles_in_their_columns(written: Any) -> None
     assert row["difference"] == "-6.26"
     assert row["in deviations"] == f"{-6.256 / np.sqrt((2 + 0.224**2) / 2):+.1f}"
     assert row["our network"] == "D=4, S=32, 3 epochs"
+    assert "It is left out where one of them is not known" in page.text
     loss = {row["family"]: row for row in page.table("Beside the article", "Test loss")}["vANN"]
     assert (loss["article"], loss["ours"]) == ("0.4040 ± 0.0066", "0.2500 ± 0.1414")
     assert loss["difference"] == "-0.1540"
@@ -289,6 +290,13 @@ def test_report_has_our_own_tables_and_the_cost(written: Any) -> None:
         ("fmnist", "vANN", "6", "9.0 s"),
     ]
     assert {row["mean"] for row in cost} == {"1.5 s"}
+
+
+def test_report_says_whose_machine_it_names(written: Any) -> None:
+    page, _ = written
+    (note,) = (p.text for p in page.root.iter("p") if "commit" in str(p.text) and p.get("class"))
+    assert note.startswith("This page was written 20")
+    assert "Where and when the trainings ran, and with which versions, is not recorded" in note
 
 
 def test_report_needs_nothing_else(written: Any) -> None:

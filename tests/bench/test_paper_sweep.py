@@ -278,6 +278,18 @@ def test_commands_that_make_no_sense(
     assert not (tmp_path / "t.db").exists()
 
 
+@pytest.mark.parametrize("folder", ["", " --data-root {}"])
+@pytest.mark.parametrize("command", ["train --kind", "sweep --table {}/t.db --kinds"])
+def test_unknown_data_say_what_there_is(
+    command: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{command} vANN --data nosuch --dendrites 1 --somas 2{folder}"
+    assert main(line.replace("{}", str(tmp_path)).split()) == 2
+    error = capsys.readouterr().err
+    for name in ("nosuch", "--data-root", "digits", "fmnist", "emnist", "cifar10", "npz"):
+        assert name in error
+
+
 @pytest.mark.parametrize("arguments", ["", "other", "show", "train --nonsense 1", "show a --x"])
 def test_unknown_arguments(arguments: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,13 @@ import numpy as np
 import pytest
 
 from bench.paper import datasets
+from bench.paper.__main__ import main
 from bench.paper.grids import GRIDS, subset
 from bench.paper.groups import group, joins, parameters
 from bench.paper.result import Result
 from bench.paper.run import Run
 from bench.paper.sweep import _costs, _Progress
-from bench.paper.table import Table
+from bench.paper.table import Table, read
 from bench.paper.training import Outcome
 from bench.paper.workers import Epoch
 from tests.bench.stripes import RUN, trials
@@ -86,6 +91,57 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "t.db").write_text("Not a database, but a text that is long enough to be read." * 9)
     with pytest.raises(ValueError, match=r"Expected the table of a sweep in .*t\.db"):
         Table(tmp_path / "t.db")
+
+
+@pytest.mark.parametrize("content", ["nothing", "another table"])
+@pytest.mark.parametrize("command", ["show", "analyse", "report"])
+def test_reading_writes_nothing(
+    command: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a b?#%20.db"
+    path.touch()
+    if content == "another table":
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE others (x)")
+    before = path.read_bytes()
+    assert main([command, str(path)]) == 2
+    assert "error: Expected the table of a sweep in " in capsys.readouterr().err
+    assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == [(path, before)]
+
+
+def test_a_table_is_read_under_any_name(tmp_path: Path) -> None:
+    """A name that stands for itself, and not for what a URI makes of it."""
+    path = tmp_path / "a b?mode=rwc#%20.db"
+    with Table(path) as table:
+        table.add([[RUN]])
+        table.finish([result(RUN)])
+    assert list(tmp_path.iterdir()) == [path]
+    assert read([path]) == [result(RUN)]
+    with Table(path, read_only=True) as table, pytest.raises(sqlite3.OperationalError):
+        table.add([trials(RUN, 2)])
+
+
+KILLED_IN_A_TRANSACTION = """
+import os, signal, sqlite3, sys
+db = sqlite3.connect(sys.argv[1])
+db.execute("PRAGMA cache_size = 1")  # so that pages are written before the end
+db.execute("UPDATE runs SET error = ?", ("x" * 100_000,))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_reading_after_a_kill_in_a_transaction(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    with Table(path) as table:
+        table.add([trials(RUN, 3)])
+        table.finish([result(RUN)])
+    before = path.read_bytes()
+    subprocess.run([sys.executable, "-c", KILLED_IN_A_TRANSACTION, str(path)], check=False)
+    assert path.read_bytes() != before
+    assert path.with_name("t.db-journal").exists()
+    assert read([path]) == [result(RUN)]
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
 
 
 # Which runs are trained together, and what they cost

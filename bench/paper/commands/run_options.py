@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, NamedTuple, get_args
 
 import dendrite_kernels as dk
+from bench.paper import datasets
 from bench.paper.run import Run, Task
 
 
@@ -19,7 +20,7 @@ class _Option(NamedTuple):
 
 
 _OPTIONS = {
-    "data": _Option(str, "digits, mnist, fmnist, kmnist, emnist, cifar10 or the stem of an npz"),
+    "data": _Option(str, datasets.KNOWN),
     "kind": _Option(str, "family of networks", get_args(dk.models.Kind)),
     "dendrites": _Option(int, "of a soma"),
     "somas": _Option(int, "of a layer"),

@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    if not options.table.exists():
-        raise FileNotFoundError(f"Expected the table of a sweep, got no file {options.table}")
-    with Table(options.table) as table:
+    with Table(options.table, read_only=True) as table:
         print("\n".join(lines(table.results())))
         print(", ".join(f"{count} {state}" for state, count in table.counts().items()))
         for run, error in table.errors().items():
