@@ -48,7 +48,7 @@ paper: .venv/.installed-demo
 	$(PAPER) report '$(REPORT)/quick.db' --output '$(REPORT)'
 
 paper-full: .venv/.installed-demo
-	$(PAPER) sweep fixed table1 dendritic noise sequential depth dropout learning-rate early-stopping \
+	$(PAPER) sweep fixed table1 dendritic noise sequential depth dropout learning-rate early-stopping branching \
 	  --data '$(DATA)' $(ROOT) --table '$(REPORT)/full.db' $(ARGS)
 	$(PAPER) analyse '$(REPORT)/full.db' --embed $(ROOT) --output '$(REPORT)'
 	$(PAPER) report '$(REPORT)/full.db' --output '$(REPORT)'

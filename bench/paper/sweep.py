@@ -50,9 +50,11 @@ def sweep(
         RuntimeError: another sweep works on this table.
     """
     with table.locked():
-        table.add(groups)
+        new = list(groups)
+        sizes = _sizes([*table.waiting(), *new], data_root)  # before a name of no data is kept
+        table.add(new)
         checkpoints = table.path.with_name(f"{table.path.name}.checkpoints")
-        costs = _costs(table.waiting(), data_root)
+        costs = _costs(table.waiting(), sizes)
         todo = [Group(list(runs), _checkpoint(checkpoints, runs)) for runs in costs]
         task = Task(data_root, measure)
         with (
@@ -78,7 +80,15 @@ def processors() -> int:
 Costs = dict[tuple[Run, ...], float]  # of each group
 
 
-def _costs(groups: Sequence[Sequence[Run]], data_root: str | Path | None) -> Costs:
+Sizes = dict[str, tuple[int, int]]  # samples and inputs of each data set
+
+
+def _sizes(groups: Iterable[Sequence[Run]], data_root: str | Path | None) -> Sizes:
+    names = dict.fromkeys(run.data for group in groups for run in group)
+    return {name: datasets.load(name, data_root).x_train.shape for name in names}
+
+
+def _costs(groups: Sequence[Sequence[Run]], sizes: Sizes) -> Costs:
     """The groups in the order of their training, with their costs.
 
     One data set after the other, so that a worker reads each once. The long ones come first: a
@@ -86,8 +96,7 @@ def _costs(groups: Sequence[Sequence[Run]], data_root: str | Path | None) -> Cos
     """
     costs: Costs = {}
     for name in dict.fromkeys(group[0].data for group in groups):
-        data = datasets.load(name, data_root)
-        samples, inputs = data.x_train.shape
+        samples, inputs = sizes[name]
         of_data = {
             tuple(group): sum(cost(run, inputs, samples) for run in group)
             for group in groups

@@ -290,6 +290,13 @@ def test_unknown_data_say_what_there_is(
         assert name in error
 
 
+def test_a_wrong_name_is_not_kept(tmp_path: Path) -> None:
+    """Otherwise every later sweep of this table would look for the data, too."""
+    table = f"sweep --table {tmp_path}/t.db --trials 1 --epochs 1 --kinds dANN-R --somas 2"
+    assert main([*table.split(), "--dendrites", "1", "--data", "digit"]) == 2
+    assert main([*table.split(), "--dendrites", "1", "--data", "digits"]) == 0
+
+
 @pytest.mark.parametrize("arguments", ["", "other", "show", "train --nonsense 1", "show a --x"])
 def test_unknown_arguments(arguments: str) -> None:
     with pytest.raises(SystemExit, match="2"):

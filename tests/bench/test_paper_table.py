@@ -20,7 +20,7 @@ from bench.paper.grids import GRIDS, subset
 from bench.paper.groups import group, joins, parameters
 from bench.paper.result import Result
 from bench.paper.run import Run
-from bench.paper.sweep import _costs, _Progress
+from bench.paper.sweep import _costs, _Progress, _sizes
 from bench.paper.table import Table, read
 from bench.paper.training import Outcome
 from bench.paper.workers import Epoch
@@ -181,7 +181,8 @@ def test_the_longest_comes_first_and_each_data_set_once(root: Path) -> None:
         replace(RUN, data=d, epochs=e)
         for e, d in itertools.product((1, 5, 2), ("stripes", "other"))
     ]
-    order = [(g[0].data, g[0].epochs) for g in _costs([[run] for run in runs], root)]
+    groups = [[run] for run in runs]
+    order = [(g[0].data, g[0].epochs) for g in _costs(groups, _sizes(groups, root))]
     expected = [(d, e) for d in ("stripes", "other") for e in (5, 2, 1)]
     assert order == expected
 
