@@ -208,6 +208,8 @@ def hooked(where: str) -> nn.Module:
         layer.register_forward_pre_hook(lambda *_: None)
     elif where == "backward":
         layer.register_full_backward_hook(lambda *_: None)
+    elif where == "state":
+        layer.register_state_dict_post_hook(lambda *_: None)
     elif where == "tensor":
         layer.weight.register_hook(lambda _: None)
     else:
@@ -286,6 +288,7 @@ def bias_pruned() -> nn.Linear:
         (hooked("forward"), "it has hooks"),
         (hooked("before"), "it has hooks"),
         (hooked("backward"), "it has hooks"),
+        (hooked("state"), "it has hooks"),
         (hooked("tensor"), "its parameters have hooks"),
         (hooked("step"), "its parameters have hooks"),
         (parametrizations.weight_norm(masked()), "it is parametrized"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import dendrite_kernels as dk
 from dendrite_kernels.interop import portable
@@ -115,6 +115,10 @@ def test_what_would_be_lost_is_refused() -> None:
         (hooked("forward"), "without hooks, got DendriticLayer '0'"),
         (hooked("forward_pre"), "without hooks"),
         (hooked("full_backward"), "without hooks"),
+        (hooked("state_dict_post"), "without hooks"),
+        (hooked("state_dict_pre"), "without hooks"),
+        (hooked("load_state_dict_pre"), "without hooks"),
+        (hooked("load_state_dict_post"), "without hooks"),
         (Doubled(c), "without a forward of their own, got Doubled '0'"),
         (patched, "without a forward of their own"),
     ):
@@ -129,10 +133,10 @@ def test_weights_that_hooks_or_parametrizations_compute(kind: Any) -> None:
     c, x = dk.connectivity.random(20, 4, 3, 6, seed=0), torch.randn(5, 20)
     pruned = kind(c)
     prune.l1_unstructured(pruned, kind.WEIGHT, 0.5)
-    parametrized = kind(c)
+    parametrized, normalised = kind(c), parametrizations.weight_norm(kind(c), kind.WEIGHT)
     signs = dk.Signed(torch.ones(c.nnz))
     parametrize.register_parametrization(parametrized, kind.WEIGHT, signs)
-    for model in (pruned, parametrized):
+    for model in (pruned, parametrized, normalised):
         model(x).square().sum().backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         agree(portable(model), model, x)  # before a forward brings the pruned weight up to date
