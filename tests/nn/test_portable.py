@@ -186,6 +186,32 @@ def test_other_widths_are_refused_by_every_program(name: str) -> None:
                 program(torch.randn(2, width))
 
 
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("kind", [dk.DendriticLayer, dk.SparseLinear])
+def test_dtypes_are_those_of_the_layer(name: str, kind: Any) -> None:
+    layer = kind(IMAGES[name][0])
+    plain = portable(layer)
+    scripted = torch.jit.script(plain)
+    x = torch.randint(9, (2, 36))
+    for program in (layer, plain, scripted):
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
+            for autocast in (True, False):
+                with (
+                    torch.autocast("cpu", enabled=autocast),
+                    pytest.raises(Exception, match=r"Expected .* of dtype"),
+                ):
+                    program(x.to(dtype))
+        program(x.float())
+    for low in (torch.bfloat16, torch.float16):
+        for program in (layer, plain):
+            with pytest.raises(TypeError, match="Expected .* of dtype"):
+                program(x.to(low))
+        for program in (plain, scripted):
+            with torch.autocast("cpu"):
+                assert oracle.relative_error(program(x.to(low)), layer(x.to(low)).float()) < 1e-2
+    agree(portable(layer.double()), layer, x.double())
+
+
 # TorchScript and ONNX
 
 
