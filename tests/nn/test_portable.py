@@ -204,7 +204,7 @@ def test_dtypes_are_those_of_the_layer(name: str, kind: Any) -> None:
         program(x.float())
     for low in (torch.bfloat16, torch.float16):
         for program in (layer, plain):
-            with pytest.raises(TypeError, match="Expected .* of dtype"):
+            with pytest.raises(TypeError, match=r"Expected .* of dtype"):
                 program(x.to(low))
         for program in (plain, scripted):
             with torch.autocast("cpu"):
