@@ -31,8 +31,8 @@ def _check_dtype(x: torch.Tensor, weight: torch.Tensor) -> None:
     """TypeError for what the layer refuses: another dtype, but that autocast mixes floats."""
     if x.dtype == weight.dtype:
         return
-    autocast = True
-    if not torch.jit.is_scripting():  # scripts that ask crash under autocast (torch 2.13)
+    autocast = True  # maybe: a script that asks crashes under autocast (torch 2.13)
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         autocast = torch.is_autocast_enabled(x.device.type)
     double = x.dtype == torch.float64 or weight.dtype == torch.float64
     if double or not (autocast and x.is_floating_point()):
