@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, ValuesView
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +64,8 @@ def weights(values: Any) -> tuple[Array, torch.dtype]:
     """The weights [edges] and the dtype that they get."""
     if isinstance(values, torch.Tensor) and values.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(f"Expected weight of float32, float64 or integers, got {values.dtype}")
+    if isinstance(values, (Iterator, ValuesView)):  # numpy would take one for a single object
+        values = list(values)
     array = as_numpy(values)
     if array.ndim != 1:
         raise ValueError(f"Expected weight to be one-dimensional, got shape {list(array.shape)}")

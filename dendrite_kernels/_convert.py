@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._masked import from_masked_dense
-from ._modules import copied, hooked, pruning, state_hooked
+from ._modules import copied, hooked, pruning
 from ._pruned import from_pruned, masked, masked_linear, under_mask
 from .nn import DendriticLayer, SparseLinear
 
@@ -152,7 +152,7 @@ def _unusual(module: nn.Module, sharing: dict[int, list[str]]) -> str | None:
         return f"it is shared: {', '.join(sharing[id(module)])}"
     if parametrize.is_parametrized(module):
         return "it is parametrized"
-    if hooked(module) or state_hooked(module):
+    if hooked(module):
         return "it has hooks"
     for parameter in module.parameters():
         if len(sharing[id(parameter)]) > 1:

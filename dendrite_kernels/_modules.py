@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 Maybe = torch.Tensor | None
 
-_RUN_HOOKS = "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
-_STATE_HOOKS = (
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
@@ -50,17 +51,18 @@ def pruning(module: nn.Module) -> bool:
     return any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values())
 
 
+def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The kind and the function of each hook that runs with a module or its state dict."""
+    for kind in _HOOKS:
+        for hook in getattr(module, kind).values():
+            # weight_norm leaves one that reads old files, even where it is removed
+            if getattr(hook, "__module__", None) != parametrizations.__name__:
+                yield kind[1:], hook
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether hooks run with a module, other than those of torch.nn.utils.prune."""
-    before = module._forward_pre_hooks.values()
-    return any(getattr(module, hooks, None) for hooks in _RUN_HOOKS) or not all(
-        isinstance(hook, prune.BasePruningMethod) for hook in before
-    )
-
-
-def state_hooked(module: nn.Module) -> bool:
-    """Whether hooks see a module's state dict."""
-    return any(getattr(module, hooks, None) for hooks in _STATE_HOOKS)
+    """Whether a module has hooks, other than those of torch.nn.utils.prune."""
+    return not all(isinstance(hook, prune.BasePruningMethod) for _, hook in hooks_of(module))
 
 
 def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:

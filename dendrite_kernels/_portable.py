@@ -27,6 +27,18 @@ def _rows_of(x: torch.Tensor, features: int, shape: list[int]) -> torch.Tensor:
     return x
 
 
+def _check_dtype(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """TypeError for what the layer refuses: another dtype, but that autocast mixes floats."""
+    if x.dtype == weight.dtype:
+        return
+    autocast = True  # maybe: a script that asks crashes under autocast (torch 2.13)
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        autocast = torch.is_autocast_enabled(x.device.type)
+    double = x.dtype == torch.float64 or weight.dtype == torch.float64
+    if double or not (autocast and x.is_floating_point()):
+        raise TypeError(f"Expected x of dtype {weight.dtype} like the weight, got {x.dtype}")
+
+
 class _PaddedRows(nn.Module):
     """Rows of unequal length as a rectangle: index [rows, width], weight 0 where a row is short.
 
@@ -70,7 +82,9 @@ class _PortableSparseLinear(nn.Module):
         self.in_shape = list(c.in_shape or (c.in_features,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A torch.fx.Proxy is no tensor, and jit.trace warns of every comparison.
+        # A torch.fx.Proxy is no tensor, and jit.trace warns of every comparison of sizes.
+        if isinstance(x, torch.Tensor):
+            _check_dtype(x, self.rows.weight)
         if self.has_image or (isinstance(x, torch.Tensor) and not torch.jit.is_tracing()):  # type: ignore[attr-defined]
             x = _rows_of(x, self.in_features, self.in_shape)
         # Traced programs keep no `if`, but they keep this: it fits no other width.
@@ -132,10 +146,12 @@ def portable(model: nn.Module) -> nn.Module:
     Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
     B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
     It computes in the dtype of the parameters and ignores precision="bf16". All else is copied as
-    copy.deepcopy does, hooks of other modules too; it shares nothing with the model.
+    copy.deepcopy does, hooks of other modules too, but not hooks of parameters; it shares nothing
+    with the model.
 
     Inputs are those of the layers, images too. A program that is traced (torch.jit.trace, ONNX,
-    torch.export) takes the form of the example.
+    torch.export) takes the form of the example. It checks no dtype; one that is scripted takes any
+    float but float64, as under autocast.
 
     Raises:
         ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own.

@@ -100,7 +100,7 @@ def _linear(module: nn.Module) -> nn.Module:
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    if hooked(module):  # a hook of forward may change what the layer computes
+    if hooked(module):  # they may change what the layer computes, or its state
         raise ValueError(f"Expected a layer without hooks, got {type(module).__name__} with some")
 
 

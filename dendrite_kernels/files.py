@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ._modules import hooks_of
 from ._replace import replaced
 from .nn import DendriticLayer, SparseLinear
 
@@ -57,10 +58,6 @@ _OPTIONS: dict[type[nn.Module], dict[str, Check]] = {
     nn.LogSoftmax: {"dim": _DIM},
 }
 _TYPES = {kind.__name__: kind for kind in _OPTIONS}
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_state_dict_hooks", "_state_dict_pre_hooks",
-)  # fmt: skip
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -76,18 +73,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: the model holds a module of another type: save its state_dict() instead.
         ValueError: two modules share a parameter or one is used twice, a module holds a parameter
             or an option that is not of its type, has hooks (as pruned ones do) or a forward of its
-            own: a file cannot hold these.
+            own: a file cannot hold these. Nor hooks of parameters, which only training needs: they
+            are left out, so that a model can be saved while optim.StepInBackward trains it.
         OSError: the file cannot be written.
     """
     described = _describe(model, "", {})
+    _check_sharing(model)
     state = model.state_dict()
-    _check_parameters(model, _build(described, state, "", {}), state)
     header = {
         "version": _VERSION,
         "evaluating": [name for name, module in _modules(model) if not module.training],
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "model": described,
     }
+    try:
+        _model(header, state)
+    except _UNREADABLE as error:
+        expected = "Expected modules with the options and parameters of their types"
+        raise ValueError(f"{expected}, got other ones: {error}") from error
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     metadata = {_KEY: json.dumps(header), "format": "pt"}
     with replaced(path) as temporary:
@@ -102,7 +105,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
     """Read what `save` wrote: the same modules, parameters, connectivity and training modes.
 
-    Never unpickles and draws no random numbers. Everything in the file is checked.
+    Never unpickles and draws no random numbers. Checked are the types of modules and of their
+    options, the names and shapes of parameters, and the connectivity. Whether the values of options
+    make sense, and whether the modules fit each other, shows in forward.
 
     Raises:
         OSError: the file cannot be opened.
@@ -118,11 +123,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
             if header["version"] != _VERSION:
                 raise ValueError(f"its version is {header['version']}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = _build(header["model"], state, "", {})
-        model.load_state_dict(state, assign=True)
-        for name in header["frozen"]:
-            model.get_parameter(name).requires_grad_(False)
-        _set_modes(model, header["evaluating"])
+        model = _model(header, state)
     except _UNREADABLE as error:
         expected = "Expected a file written by dendrite_kernels.save"
         raise ValueError(f"{expected}, got {os.fspath(path)}: {error!r}") from error
@@ -134,17 +135,28 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
 
-def _set_modes(model: nn.Module, evaluating: list[str]) -> None:
+def _model(header: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """What a file with this header and this state holds."""
+    model = _build(header["model"], state, "", {})
+    model.load_state_dict(state, assign=True)
+    for name in header["frozen"]:
+        model.get_parameter(name).requires_grad_(False)
     modules = dict(_modules(model))
     for module in modules.values():
         module.training = True
-    for name in evaluating:
+    for name in header["evaluating"]:
         modules[name].training = False
+    return model
 
 
-def _describe(module: nn.Module, prefix: str, seen: dict[int, str]) -> dict[str, Any]:
+def _describe(module: nn.Module | None, prefix: str, seen: dict[int, str]) -> dict[str, Any]:
     """What `_build` makes the module of, besides its state; `seen`: the prefix of each so far."""
     name = f"model.{prefix}"[:-1] if prefix else "model"
+    if module is None or type(module) not in (nn.Sequential, *_OPTIONS):
+        raise TypeError(
+            f"Expected modules of types Sequential, {', '.join(_TYPES)}, "
+            f"got {type(module).__name__} at {name}: save its state_dict() instead"
+        )
     _check_forward(module, name)
     if type(module) is nn.Sequential:
         children = {
@@ -154,13 +166,8 @@ def _describe(module: nn.Module, prefix: str, seen: dict[int, str]) -> dict[str,
     first = seen.setdefault(id(module), prefix)
     if first != prefix:
         return {"type": "again", "module": first}
-    options = _OPTIONS.get(type(module))
-    if options is None:
-        raise TypeError(
-            f"Expected modules of types Sequential, {', '.join(_TYPES)}, "
-            f"got {type(module).__name__} at {name}: save its state_dict() instead"
-        )
-    return {"type": type(module).__name__} | {key: getattr(module, key) for key in options}
+    kind = type(module)
+    return {"type": kind.__name__} | {key: getattr(module, key) for key in _OPTIONS[kind]}
 
 
 def _build(
@@ -210,10 +217,9 @@ def _layer(
     return made(**options)
 
 
-def _check_forward(module: nn.Module | None, name: str) -> None:
+def _check_forward(module: nn.Module, name: str) -> None:
     """ValueError if the module does what its type does not say."""
-    own = {} if module is None else vars(module)
-    found = [hooks[1:] for hooks in _HOOKS if own.get(hooks)] + ["forward"] * ("forward" in own)
+    found = [kind for kind, _ in hooks_of(module)] + ["forward"] * ("forward" in vars(module))
     if found:
         raise ValueError(
             f"Expected modules as their types make them, got {', '.join(found)} at {name}: "
@@ -221,18 +227,10 @@ def _check_forward(module: nn.Module | None, name: str) -> None:
         )
 
 
-def _check_parameters(
-    model: nn.Module, rebuilt: nn.Module, state: Mapping[str, torch.Tensor]
-) -> None:
-    """ValueError unless a module built anew would take the state as it is."""
+def _check_sharing(model: nn.Module) -> None:
+    """ValueError if a parameter has several names."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if first != name:
             raise ValueError(f"Expected no shared parameters, got {first} and {name} the same")
-    expected = set(rebuilt.state_dict())
-    if expected != set(state):
-        raise ValueError(
-            "Expected modules with the parameters of their types, "
-            f"got other ones: {sorted(expected ^ set(state))}"
-        )

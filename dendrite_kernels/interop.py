@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,9 +46,11 @@ def from_scipy(matrix: Any, bias: Any = None, *, duplicates: Duplicates = "refus
         duplicates: an entry that is stored twice is refused; "sum" adds the values.
 
     Raises:
-        TypeError, ValueError: as Connectivity.from_scipy; a bias of another shape.
+        TypeError, ValueError: as Connectivity.from_scipy; another dtype; a bias of another shape.
     """
     connectivity = Connectivity.from_scipy(matrix, duplicates=duplicates)
+    if matrix.dtype not in (np.float32, np.float64):
+        raise TypeError(f"Expected a matrix of dtype float32 or float64, got {matrix.dtype}")
     csr = matrix.tocsr().copy()
     csr.sum_duplicates()  # and sorts: the order of the connectivity
     weight = torch.from_numpy(csr.data)

@@ -16,10 +16,19 @@ from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Init = Literal["fan_in", "paper"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, TypedDict, Unpack
+
+    class Options(TypedDict, total=False):
+        """What a state does not hold; a SparseLinear has no activations."""
+
+        activation: ActivationName
+        negative_slope: float
+        soma_activation: ActivationName | None
+        init: Init
+        precision: functional.Precision | None
 
 
 def _check_init(init: str) -> None:
@@ -148,14 +157,16 @@ class _Sparse(nn.Module):
         return layer.train(self.training)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], prefix: str = "", **options: Any) -> Self:
+    def from_state_dict(
+        cls, state: Mapping[str, Any], prefix: str = "", **options: Unpack[Options]
+    ) -> Self:
         """The layer whose state dict this is, on its connectivity.
 
         Args:
             state: of a layer, or of a model in which its keys begin with `prefix`, say "0.".
             prefix: see state.
-            options: what a state does not hold: activation, negative_slope, init, precision.
-                Device, dtype and whether there is a bias are those of the state.
+            options: what a state does not hold: activation, negative_slope, soma_activation, init,
+                precision. Device, dtype and whether there is a bias are those of the state.
 
         Raises:
             ValueError: no such state, or a damaged one.
@@ -170,7 +181,7 @@ class _Sparse(nn.Module):
         return layer
 
     @classmethod
-    def _of_state(cls, state: Mapping[str, Any], prefix: str, options: dict[str, Any]) -> Self:
+    def _of_state(cls, state: Mapping[str, Any], prefix: str, options: Mapping[str, Any]) -> Self:
         """The layer that fits a state, its parameters on the meta device."""
         names = prefix + cls.WEIGHT, prefix + "_extra_state"
         weight, packed = map(state.get, names)

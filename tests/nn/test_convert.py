@@ -124,7 +124,9 @@ def test_files_take_the_copy(tmp_path: Any) -> None:
     assert agree(dk.load(tmp_path / "model"), converted)
 
 
-@pytest.mark.parametrize("kind", ["several somas", "two slopes", "tanh", "one bias", "subclass"])
+@pytest.mark.parametrize(
+    "kind", ["several somas", "two slopes", "tanh", "one bias", "subclass", "hook", "state hook"]
+)
 def test_what_is_no_pair_becomes_sparse_linear_layers(kind: str) -> None:
     owners = cable()
     if kind == "several somas":
@@ -132,6 +134,10 @@ def test_what_is_no_pair_becomes_sparse_linear_layers(kind: str) -> None:
     first = MaskedLinear(N, R, synapses())
     second = MaskedLinear(R, S, owners, bias=kind != "one bias")
     act: nn.Module = nn.Tanh() if kind == "tanh" else nn.LeakyReLU(0.1)
+    if kind == "hook":
+        act.register_forward_hook(lambda *_: None)
+    if kind == "state hook":
+        act.register_state_dict_post_hook(lambda *_: None)
     other = nn.LeakyReLU(0.2) if kind == "two slopes" else act
     sequential = type("Other", (nn.Sequential,), {}) if kind == "subclass" else nn.Sequential
     model = sequential(first, act, second, other)
@@ -208,6 +214,8 @@ def hooked(where: str) -> nn.Module:
         layer.register_forward_pre_hook(lambda *_: None)
     elif where == "backward":
         layer.register_full_backward_hook(lambda *_: None)
+    elif where == "state":
+        layer.register_state_dict_post_hook(lambda *_: None)
     elif where == "tensor":
         layer.weight.register_hook(lambda _: None)
     else:
@@ -286,6 +294,7 @@ def bias_pruned() -> nn.Linear:
         (hooked("forward"), "it has hooks"),
         (hooked("before"), "it has hooks"),
         (hooked("backward"), "it has hooks"),
+        (hooked("state"), "it has hooks"),
         (hooked("tensor"), "its parameters have hooks"),
         (hooked("step"), "its parameters have hooks"),
         (parametrizations.weight_norm(masked()), "it is parametrized"),

@@ -280,7 +280,7 @@ def test_only_dendritic_layers_have_a_masked_form() -> None:
         to_masked_dense(other)
 
 
-@pytest.mark.parametrize("change", ["forward", "hook", "class"])
+@pytest.mark.parametrize("change", ["forward", "hook", "state hook", "class"])
 def test_masked_dense_refuses_layers_that_compute_something_else(change: str) -> None:
     class Twice(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -291,6 +291,8 @@ def test_masked_dense_refuses_layers_that_compute_something_else(change: str) ->
         dendrite.forward = lambda x: x  # type: ignore[method-assign]
     if change == "hook":
         dendrite.register_forward_hook(lambda _module, _x, y: 2 * y)
+    if change == "state hook":
+        dendrite.register_state_dict_post_hook(lambda *_: None)
     mask, soma_mask = torch.ones(4, 6, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
     with pytest.raises(ValueError, match="Expected dendrite without hooks and forward of its own"):
         dk.interop.from_masked_dense(dendrite, mask, torch.nn.Linear(4, 4), soma_mask)

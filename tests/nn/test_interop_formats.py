@@ -93,6 +93,14 @@ def test_scipy_duplicates(form: str) -> None:
     assert oracle.relative_error(layer(x), torch.from_numpy((matrix @ x.numpy().T).T)) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [np.longdouble, np.complex64, np.int64, bool])
+def test_scipy_matrices_of_other_dtypes(dtype: Any) -> None:
+    matrix = scipy.sparse.csr_array(np.eye(3).astype(dtype))
+    message = f"Expected a matrix of dtype float32 or float64, got {matrix.dtype}"
+    with pytest.raises(TypeError, match=message):
+        interop.from_scipy(matrix)
+
+
 def test_scipy_bias_has_one_number_for_each_row() -> None:
     with pytest.raises(ValueError, match=r"Expected a bias of shape \[3\], got \[1\]"):
         interop.from_scipy(scipy.sparse.eye_array(3), [1.0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import dendrite_kernels as dk
 from dendrite_kernels.interop import portable
@@ -115,6 +115,10 @@ def test_what_would_be_lost_is_refused() -> None:
         (hooked("forward"), "without hooks, got DendriticLayer '0'"),
         (hooked("forward_pre"), "without hooks"),
         (hooked("full_backward"), "without hooks"),
+        (hooked("state_dict_post"), "without hooks"),
+        (hooked("state_dict_pre"), "without hooks"),
+        (hooked("load_state_dict_pre"), "without hooks"),
+        (hooked("load_state_dict_post"), "without hooks"),
         (Doubled(c), "without a forward of their own, got Doubled '0'"),
         (patched, "without a forward of their own"),
     ):
@@ -129,10 +133,10 @@ def test_weights_that_hooks_or_parametrizations_compute(kind: Any) -> None:
     c, x = dk.connectivity.random(20, 4, 3, 6, seed=0), torch.randn(5, 20)
     pruned = kind(c)
     prune.l1_unstructured(pruned, kind.WEIGHT, 0.5)
-    parametrized = kind(c)
+    parametrized, normalised = kind(c), parametrizations.weight_norm(kind(c), kind.WEIGHT)
     signs = dk.Signed(torch.ones(c.nnz))
     parametrize.register_parametrization(parametrized, kind.WEIGHT, signs)
-    for model in (pruned, parametrized):
+    for model in (pruned, parametrized, normalised):
         model(x).square().sum().backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         agree(portable(model), model, x)  # before a forward brings the pruned weight up to date
@@ -180,6 +184,32 @@ def test_other_widths_are_refused_by_every_program(name: str) -> None:
         for width in (35, 40, 72):
             with pytest.raises(Exception, match=r"36|Expected"):
                 program(torch.randn(2, width))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("kind", [dk.DendriticLayer, dk.SparseLinear])
+def test_dtypes_are_those_of_the_layer(name: str, kind: Any) -> None:
+    layer = kind(IMAGES[name][0])
+    plain = portable(layer)
+    scripted = torch.jit.script(plain)
+    x = torch.randint(9, (2, 36))
+    for program in (layer, plain, scripted):
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
+            for autocast in (True, False):
+                with (
+                    torch.autocast("cpu", enabled=autocast),
+                    pytest.raises(Exception, match=r"Expected .* of dtype"),
+                ):
+                    program(x.to(dtype))
+        program(x.float())
+    for low in (torch.bfloat16, torch.float16):
+        for program in (layer, plain):
+            with pytest.raises(TypeError, match=r"Expected .* of dtype"):
+                program(x.to(low))
+        for program in (plain, scripted):
+            with torch.autocast("cpu"):
+                assert oracle.relative_error(program(x.to(low)), layer(x.to(low)).float()) < 1e-2
+    agree(portable(layer.double()), layer, x.double())
 
 
 # TorchScript and ONNX

@@ -20,6 +20,7 @@ import dendrite_kernels as dk
 c = dk.connectivity.random(784, 8, 4, 16, seed=0)
 layer = dk.DendriticLayer(c, activation="relu", precision="bf16")
 model = dk.models.build("dANN-R", (28, 28), 8, 4, 16, 10)
+again: dk.DendriticLayer = dk.DendriticLayer.from_state_dict(layer.state_dict(), activation="relu")
 total: int = dk.estimate_memory(c, 3).total
 step = dk.optim.StepInBackward(layer.parameters(), lambda p: torch.optim.SGD(p, lr=0.1))
 shard: dk.parallel.ShardSomas = dk.parallel.ShardSomas()
@@ -27,6 +28,8 @@ shard: dk.parallel.ShardSomas = dk.parallel.ShardSomas()
 TYPOS = {
     'dk.DendriticLayer(c, activation="rellu")': "rellu",
     'dk.DendriticLayer(c, precision="bf61")': "bf61",
+    'dk.DendriticLayer.from_state_dict(layer.state_dict(), activation="rellu")': "rellu",
+    "dk.SparseLinear.from_state_dict({}, negative_slop=0.2)": "negative_slop",
     'dk.models.build("dANN-LFR", (28, 28), 8, 4, 16, 10)': "dANN-LFR",
     'dk.estimate_memory(c, 4, "adma")': "adma",
     'dk.use_backend("nummba")': "nummba",

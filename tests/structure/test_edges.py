@@ -82,7 +82,8 @@ LABELS: dict[str, Callable[[str, int], Hashable]] = {
 def test_random_tables(label: Callable[[str, int], Hashable], seed: int) -> None:
     edges = random_table(seed, label)
     pre, dendrite, soma, weight = zip(*edges, strict=True)
-    c, values = from_edges(pre, dendrite, soma, weight, duplicates="sum")
+    columns: Any = [pre, dendrite, soma, weight]
+    c, values = from_edges(*map(iter, columns) if seed == 0 else columns, duplicates="sum")
     assert_is_table(c, values, edges)
     assert values.dtype == torch.float32
     assert c.labels.inputs == tuple(dict.fromkeys(pre))
@@ -249,6 +250,7 @@ def test_graph_without_attributes() -> None:
         (torch.tensor([3, 4]), torch.float32),
         ([3, 4], torch.float32),
         ([3.0, 4.0], torch.float32),
+        ({"a": 3.0, "b": 4.0}.values(), torch.float32),
     ],
 )
 @pytest.mark.parametrize("duplicates", ["refuse", "sum"])

@@ -328,6 +328,30 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("missing/c.npz", FileNotFoundError),
+        ("file/c.npz", NotADirectoryError),
+        ("folder", IsADirectoryError),
+    ],
+)
+def test_errors_name_the_path_given(place: str, kind: type[OSError], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / place
+    with pytest.raises(kind) as caught:
+        small().save(path)
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("c" * 250)
+    small().save(path)
+    assert Connectivity.load(path) == small()
+
+
 def test_load_rejects_other_files(tmp_path: Path) -> None:
     path = tmp_path / "c.npz"
     small().save(path)
