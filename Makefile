@@ -6,7 +6,7 @@ ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
-SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
+SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile MANIFEST.in pyproject.toml setup.py constraints.txt .clang-format
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 QUICK := -m 'not slow and not tools'
