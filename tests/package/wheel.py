@@ -8,6 +8,7 @@ Wheels and environments are left in build/wheel. Needs Linux, the extra [wheel] 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import re
 import shutil
@@ -60,29 +61,28 @@ def faults(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
         libraries = [name for name in names if LIBRARY.search(name)]
-        for needed in (r"dendrite_kernels/py\.typed", r"[^/]+\.dist-info/licenses/LICENSE"):
-            if not any(re.fullmatch(needed, name) for name in names):
-                found.append(f"Expected a file {needed}, got none")
+        for pattern in ("dendrite_kernels/py.typed", "*.dist-info/licenses/LICENSE"):
+            if not fnmatch.filter(names, pattern):
+                found.append(f"Expected a file {pattern}, got none")
         if len(libraries) != 1 or not EXTENSION.fullmatch(libraries[0]):
             found.append(f"Expected the extension _cpu and no other library, got {libraries}")
         for name in libraries:
-            wanted = [
-                found for found in needs(archive.extract(name, folder)) if FOREIGN.search(found)
-            ]
+            wanted = foreign(archive.extract(name, folder))
             if wanted:
                 found.append(f"Expected {name} to need nothing of torch or OpenMP, got {wanted}")
     return found
 
 
-def needs(library: str) -> list[str]:
-    """The libraries and symbols that a library looks for when it is loaded."""
+def foreign(library: str) -> list[str]:
+    """The libraries and symbols of torch and OpenMP that it looks for when it is loaded."""
     printed = subprocess.run(
         ["readelf", "--wide", "--dynamic", "--dyn-syms", library],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    return re.findall(r"\(NEEDED\).*\[(.*)\]", printed) + re.findall(r" UND (\S+)", printed)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]|\bUND (\S+)", printed)
+    return [name for pair in needed for name in pair if FOREIGN.search(name)]
 
 
 def try_with(wheel: Path, torch: str) -> None:
