@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("bench", "csrc", "dendrite_kernels", "docs", "tests")
-_BUILT = {".so", ".pyd", ".pyc"}
+_BUILT = {".so", ".pyd", ".pyc", ".nbi", ".nbc"}
 
 
 def missing() -> str | None:
