@@ -70,8 +70,11 @@ JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 class BuildOptional(build_ext):
     """Compiles every source with flags of its own; records why an extension is missing."""
 
-    def build_extensions(self) -> None:
+    def initialize_options(self) -> None:
+        super().initialize_options()
         self.left_out: list[Extension] = []
+
+    def build_extensions(self) -> None:
         if self.compiler.compiler_type != "msvc":
             self.give_every_source_its_flags()
         for extension in list(self.extensions):
