@@ -3,15 +3,16 @@ PYTHON ?= python3
 DATA ?= digits
 DATA_ROOT ?=
 ARGS ?=
+WHEEL_TORCH ?= 2.13.0
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
-SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile pyproject.toml setup.py constraints.txt
+SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile MANIFEST.in pyproject.toml setup.py constraints.txt .clang-format
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 QUICK := -m 'not slow and not tools'
 
-.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize lint bench benchmark benchmark-compare gpu clean
+.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize wheel lint bench benchmark benchmark-compare gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -26,6 +27,8 @@ help:
 	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
 	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
 	@echo 'make test-numba-oldest  the tests of the Numba backend on the oldest Numba that pyproject.toml allows'
+	@echo 'make wheel [WHEEL_TORCH="2.11.0 2.13.0"]'
+	@echo '                  build the wheel, check it, train a step with it beside each of these torch versions'
 	@echo 'make lint         ruff, mypy, clang-format'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
@@ -96,6 +99,10 @@ test-numba-oldest:
 	.venv-numba-oldest/bin/python -m pip install $(OLDEST)
 	.venv-numba-oldest/bin/python -m pytest -q tests/backends/test_numba_backend.py \
 	  tests/backends/test_numba_processes.py $(ARGS)
+
+# pip chooses which build of torch it is: set PIP_EXTRA_INDEX_URL where PyPI has only the one for CUDA.
+wheel: .venv/.installed-wheel
+	$(VENV_PYTHON) -m tests.package.wheel $(WHEEL_TORCH)
 
 lint: .venv/.installed-lint
 	.venv/bin/ruff check .

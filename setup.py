@@ -2,6 +2,7 @@
 
 An extension that cannot be built (no compiler) is left out and the package works without it;
 `dendrite_kernels.backend_info()` then says so. DENDRITE_KERNELS_REQUIRE=cpu,cuda makes it an error.
+A copy of the repository that lacks a source is an error in any case.
 
 The CUDA extension takes nvcc minutes for all kinds of GPU, so by default (auto) it is built where
 nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc,
@@ -13,6 +14,7 @@ As many compilers run at a time as there are cores; MAX_JOBS says otherwise.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +58,10 @@ ISA_FLAGS = {  # the more a unit takes to compile, the later
 }
 BIND_FLAGS = ["-O1"]
 LONGEST_FIRST = [*reversed(ISA_FLAGS), "bind.cpp"]
+CPU, CUDA = Path("csrc", "cpu"), Path("csrc", "cuda")
+CUDA_UNITS = [*(f"kernels_{dtype}.cu" for dtype in ("bf16", "f16", "f32", "f64")), "bind.cpp"]
+INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
+EMULATOR = "emulator.h"  # of the tests, which alone compile what includes it
 ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -64,7 +70,25 @@ JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 class BuildOptional(build_ext):
     """Compiles every source with flags of its own; records why an extension is missing."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.left_out: list[Extension] = []
+
     def build_extensions(self) -> None:
+        if self.compiler.compiler_type != "msvc":
+            self.give_every_source_its_flags()
+        for extension in list(self.extensions):
+            try:
+                self.build_extension(extension)
+            except Exception as error:
+                if extension.name.rsplit("_", 1)[1] in REQUIRED:
+                    raise
+                self.extensions.remove(extension)
+                self.left_out.append(extension)
+                remove_stale(Path(self.build_lib, self.get_ext_filename(extension.name)))
+                print(f"{extension.name} was not built: {error}", file=sys.stderr)
+
+    def give_every_source_its_flags(self) -> None:
         compile_one = self.compiler._compile
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
@@ -74,25 +98,22 @@ class BuildOptional(build_ext):
 
         self.compiler._compile = compile_with_flags
         self.compiler.compile = in_parallel(self.compiler.compile)
-        for extension in list(self.extensions):
-            room = extension.name.rsplit("_", 1)[1]
-            try:
-                self.build_extension(extension)
-            except Exception as error:
-                if room in REQUIRED:
-                    raise
-                self.extensions.remove(extension)
-                print(f"{extension.name} was not built: {error}", file=sys.stderr)
 
     def build_extension(self, extension: Extension) -> None:
         if extension.name.endswith("._cuda"):
             build_cuda(
                 extension, Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp)
             )
+        elif self.compiler.compiler_type == "msvc":
+            raise RuntimeError(
+                "Expected GCC or Clang, whose vector types the kernels use, got MSVC"
+            )
         else:
             super().build_extension(extension)
 
     def copy_extensions_to_source(self) -> None:  # editable install: only what was built
+        for extension in self.left_out:
+            remove_stale(Path(self.get_ext_filename(extension.name)))
         built = Path(self.build_lib)
         self.extensions = [
             e for e in self.extensions if (built / self.get_ext_filename(e.name)).exists()
@@ -101,6 +122,13 @@ class BuildOptional(build_ext):
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def remove_stale(extension: Path) -> None:
+    """Removes what an earlier build made: it would be used as if it came from these sources."""
+    if extension.exists():
+        extension.unlink()
+        print(f"removed {extension}, which an earlier build made", file=sys.stderr)
 
 
 def in_parallel(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -115,13 +143,30 @@ def in_parallel(compile_all: Callable[..., list[str]]) -> Callable[..., list[str
     return compile_sources
 
 
+def absent_sources() -> list[str]:
+    """The sources for every machine, and what they include, that are not there."""
+    found: set[Path] = set()
+    todo = [CPU / name for name in {*X86_UNITS, *ARM_UNITS, "bind.cpp"}]
+    todo += [CUDA / name for name in CUDA_UNITS]
+    while todo:
+        path = Path(os.path.normpath(todo.pop()))
+        if path not in found and path.exists():
+            included = INCLUDE.findall(path.read_text(encoding="utf-8"))
+            todo += [path.parent / name for name in included if name != EMULATOR]
+        found.add(path)
+    return sorted(str(path) for path in found if not path.exists())
+
+
+def headers(folder: Path) -> list[str]:
+    return sorted(str(path) for end in ("h", "inl") for path in folder.glob(f"*.{end}"))
+
+
 def cpu_extension() -> Extension:
-    room = Path("csrc", "cpu")
     units = UNITS.get(MACHINE, ["kernels_base.cpp"])
     return Extension(
         "dendrite_kernels._cpu",
-        sources=[str(room / name) for name in ["bind.cpp", *units]],
-        depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in room.glob(pattern)),
+        sources=[str(CPU / name) for name in ["bind.cpp", *units]],
+        depends=headers(CPU),
         include_dirs=[pybind11.get_include()],
         extra_compile_args=FLAGS,
         language="c++",
@@ -189,11 +234,10 @@ def build_cuda(extension: Extension, target: Path, temporary: Path) -> None:
 
 
 def cuda_extension() -> Extension:
-    room = Path("csrc", "cuda")
     return Extension(
         "dendrite_kernels._cuda",
-        sources=sorted(str(path) for path in [*room.glob("*.cu"), room / "bind.cpp"]),
-        depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in room.glob(pattern)),
+        sources=[str(CUDA / name) for name in CUDA_UNITS],
+        depends=headers(CUDA),
         include_dirs=[pybind11.get_include(), sysconfig.get_path("include")],
         language="c++",
     )
@@ -208,6 +252,9 @@ def wants_cuda() -> bool:
     return wish == "auto" and find_nvcc() is not None and bool(archs_of_this_machine())
 
 
+absent = absent_sources()
+if absent:
+    raise SystemExit(f"Expected all sources of the kernels, got a copy without {', '.join(absent)}")
 setup(
     ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
     cmdclass={"build_ext": BuildOptional},
