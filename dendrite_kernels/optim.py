@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .nn import DendriticLayer, SparseLinear
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
 )  # fmt: skip
+
+_trained: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by a StepInBackward; values None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -99,8 +102,9 @@ class StepInBackward:
         make: called with [parameter] for each, returns its optimizer, of this parameter alone.
 
     Raises:
-        ValueError: no parameter needs a gradient, one already holds one or is given twice, or an
-            optimizer has other parameters.
+        ValueError: no parameter needs a gradient, one already holds one, is given twice or is
+            trained by another StepInBackward (`remove` that first), or an optimizer has other
+            parameters.
         RuntimeError: in backward: a parameter already holds a gradient, so that they would be
             accumulated; or a group was added to an optimizer, which no backward would step.
     """
@@ -117,6 +121,10 @@ class StepInBackward:
             raise ValueError("Expected parameters without gradients, got some that hold one")
         if len({id(p) for p in chosen}) < len(chosen):
             raise ValueError("Expected each parameter once, got some twice")
+        if any(p in _trained for p in chosen):
+            raise ValueError(
+                "Expected parameters of no other StepInBackward, got some of one: call its remove()"
+            )
         self.optimizers = [make([p]) for p in chosen]
         for p, optimizer in zip(chosen, self.optimizers, strict=True):
             if not _steps_only(optimizer, p):
@@ -126,21 +134,38 @@ class StepInBackward:
             p.register_post_accumulate_grad_hook(_step(optimizer))
             for p, optimizer in zip(chosen, self.optimizers, strict=True)
         ]
+        self._parameters = chosen
+        _trained.update(dict.fromkeys(chosen))
 
     def remove(self) -> None:
         """Give the parameters back: later backward calls leave gradients as usual."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for p in self._parameters:
+            del _trained[p]
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Of each optimizer, in the order of the parameters."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+        """Of each optimizer, in the order of the parameters, with the parameter's shape."""
+        return [
+            {**optimizer.state_dict(), "shape": list(p.shape)}
+            for p, optimizer in zip(self._parameters, self.optimizers, strict=True)
+        ]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """What `state_dict` returned for the same parameters; else ValueError."""
-        if len(states) != len(self.optimizers):
-            raise ValueError(f"Expected {len(self.optimizers)} states, got {len(states)}")
+        """What `state_dict` returned for the same parameters in the same order.
+
+        Raises:
+            ValueError: it was for another number of parameters, or for parameters of other shapes.
+        """
+        shapes = [list(p.shape) for p in self._parameters]
+        if len(states) != len(shapes):
+            raise ValueError(f"Expected {len(shapes)} states, got {len(states)}")
+        found = [state.get("shape") for state in states]  # None: an older version wrote it
+        if any(f not in (None, shape) for f, shape in zip(found, shapes, strict=True)):
+            raise ValueError(f"Expected states of parameters of shapes {shapes}, got {found}")
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 

@@ -77,6 +77,32 @@ def test_its_state_can_be_saved(backend: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_states_of_other_parameters_are_refused() -> None:
+    trainer = StepInBackward(model().parameters(), MAKERS["adam"])
+    states = trainer.state_dict()
+    with pytest.raises(ValueError, match=r"parameters of shapes \[\[.*, got \[\["):
+        trainer.load_state_dict(states[::-1])
+    for state in states:  # as older versions wrote them
+        del state["shape"]
+    trainer.load_state_dict(states)
+
+
+def test_two_on_the_same_parameters_are_refused() -> None:
+    """The first would go on stepping, whatever the second is told."""
+    network = model()
+    first = StepInBackward(network.parameters(), MAKERS["sgd"])
+    with pytest.raises(ValueError, match="of no other StepInBackward, got some of one"):
+        StepInBackward(network[0].parameters(), MAKERS["sgd"])
+    first.remove()
+    second = StepInBackward(network.parameters(), MAKERS["sgd"])
+    first.remove()  # changes nothing
+    with pytest.raises(ValueError, match="of no other StepInBackward"):
+        StepInBackward(network.parameters(), MAKERS["sgd"])
+    del second  # its hooks stay with the parameters
+    with pytest.raises(ValueError, match="of no other StepInBackward"):
+        StepInBackward(network.parameters(), MAKERS["sgd"])
+
+
 def test_remove_gives_the_parameters_back(backend: str) -> None:
     network = model()
     StepInBackward(network.parameters(), MAKERS["sgd"]).remove()
@@ -98,6 +124,7 @@ def test_wrong_use_is_refused() -> None:
     first = network[0].get_parameter("synapse_weight")
     with pytest.raises(ValueError, match="each parameter once, got some twice"):
         StepInBackward([first, first], MAKERS["sgd"])
+    trainer.remove()
     everything = torch.optim.SGD(network[1].parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer of the given parameter, got other ones"):
         StepInBackward([first], lambda _: everything)
