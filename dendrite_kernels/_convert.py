@@ -65,7 +65,7 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
     weight of a layer finds one number for each synapse. Give an optimizer the new parameters.
 
     The somas' outputs then come from the first of the four modules in an nn.Sequential. Code that
-    walks through it, slices it or reads inside it (`for layer in body`, `body[:2](x)`, a hook on an
+    walks through it, slices it or reads inside it (`for layer in body`, `body[:2]`, a hook on an
     activation) finds other values, without an error: only the whole computes the same. A subclass
     of nn.Sequential keeps its modules apart: its layers become a SparseLinear each.
 

@@ -102,7 +102,7 @@ def copied(model: nn.Module, new: dict[int, Any]) -> nn.Module:
     """
     memo = dict(new)
     for module in model.modules():
-        if id(module) in new or isinstance(module, torch.jit.ScriptModule):
+        if id(module) in new:
             continue
         for attribute in (*vars(module).values(), *module._buffers.values()):
             if isinstance(attribute, torch.Tensor) and not (
