@@ -32,7 +32,8 @@ class Signed(nn.Module):
 
     Raises:
         TypeError: signs that are no tensor.
-        ValueError: other signs, a tensor without values or a sparse one; in register_parametrization, another shape.
+        ValueError: other signs, a sparse tensor or one without values; in register_parametrization,
+            another shape.
     """
 
     signs: torch.Tensor  # int8

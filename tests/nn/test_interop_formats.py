@@ -242,10 +242,10 @@ def test_files_that_are_not_of_keras(tmp_path: Path) -> None:
         interop.from_keras(path)
     write(path, "keras 2 model", kernels)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="Expected a .keras or HDF5 file of Keras.*truncated"):
+    with pytest.raises(ValueError, match=r"Expected a .keras or HDF5 file of Keras.*truncated"):
         interop.from_keras(path)
     torch.save({}, path)
-    with pytest.raises(ValueError, match="Expected a .keras or HDF5 file of Keras.*config.json"):
+    with pytest.raises(ValueError, match=r"Expected a .keras or HDF5 file of Keras.*config.json"):
         interop.from_keras(path)
 
 
@@ -314,7 +314,7 @@ def test_keras_weights_of_other_layers(form: str, kind: str, tmp_path: Path) -> 
     }  # fmt: skip
     kernels["soma_1"] = [np.ones(shape, np.float32) for shape in shapes[kind]]
     write(tmp_path / "model", form, kernels)
-    with pytest.raises(ValueError, match="Expected .*(soma_1|dense_1)"):
+    with pytest.raises(ValueError, match=r"Expected .*(soma_1|dense_1)"):
         interop.from_keras(tmp_path / "model")
 
 
@@ -328,7 +328,7 @@ def test_keras_weights_that_look_like_a_kernel(form: str, tmp_path: Path) -> Non
         else:
             file["input_1/embeddings:0"] = np.ones((30, 30))
             file["input_1"].attrs["weight_names"] = ["embeddings:0"]
-    with pytest.raises(ValueError, match="Expected dense layers, got .*embedding"):
+    with pytest.raises(ValueError, match=r"Expected dense layers, got .*embedding"):
         interop.from_keras(path)
 
 

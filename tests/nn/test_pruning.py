@@ -181,10 +181,10 @@ def test_nan_is_not_the_smallest_weight(kind: Any) -> None:
 @KINDS
 def test_layers_without_values_are_refused(kind: Any) -> None:
     for prune_it in (interop.from_pruned, lambda made: made.prune(0.5)):
-        with pytest.raises(ValueError, match="Expected .*weight to be a dense tensor with values"):
+        with pytest.raises(ValueError, match=r"Expected .*weight to be a dense tensor with values"):
             prune_it(layer(kind, device="meta"))
     linear = nn.Linear(3, 3, device="meta")
-    with pytest.raises(ValueError, match="Expected weight to be a dense tensor .* got a meta one"):
+    with pytest.raises(ValueError, match=r"Expected weight to be a dense tensor .* got a meta one"):
         interop.from_pruned(linear)
 
 
