@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._masked import from_masked_dense
-from ._modules import copied, hooked, pruning
+from ._modules import check_shapes, copied, hooked, pruning
 from ._pruned import from_pruned, masked, masked_linear, under_mask
 from .nn import DendriticLayer, SparseLinear
 
@@ -64,13 +64,22 @@ def convert(model: nn.Module) -> tuple[nn.Module, Conversion]:
     shares a parameter, or if a torch module above it reads its weight. Code of yours that reads the
     weight of a layer finds one number for each synapse. Give an optimizer the new parameters.
 
+    The somas' outputs then come from the first of the four modules in an nn.Sequential. Code that
+    walks through it, slices it or reads inside it (`for layer in body`, `body[:2]`, a hook on an
+    activation) finds other values, without an error: only the whole computes the same. A subclass
+    of nn.Sequential keeps its modules apart: its layers become a SparseLinear each.
+
     Returns:
         The copy, and what became of each layer.
+
+    Raises:
+        ValueError: a parameter is lazy, without a shape.
 
     Example:
         model, report = convert(model)
         print(report)
     """
+    check_shapes(model)
     report = Conversion(parameters_before=_count(model))
     sharing = _sharing(model)
     linears: Linears = {}
@@ -133,6 +142,8 @@ def _reason(
 ) -> str | None:
     """Why a module stays, None if it need not."""
     kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript has compiled it: convert first"
     if not isinstance(module, _OURS):
         if not isinstance(module, nn.Linear) and not masked(module):
             return f"only linear layers are converted, not {kind}"
@@ -159,8 +170,6 @@ def _unusual(module: nn.Module, sharing: dict[int, list[str]]) -> str | None:
             return f"it shares a parameter: {', '.join(sharing[id(parameter)])}"
         if any(getattr(parameter, hooks, None) for hooks in _TENSOR_HOOKS):
             return "its parameters have hooks"
-        if parameter.is_meta:
-            return "it is on the meta device"
     return None
 
 

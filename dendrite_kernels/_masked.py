@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._modules import Maybe, computes_as, hooked, value
+from ._modules import Maybe, computes_as, hooked, ordinary, value
 from .activations import ActivationName
 from .nn import DendriticLayer, SparseLinear
 from .reference import owners
@@ -16,10 +16,11 @@ def as_mask(name: str, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """The mask [out, in] of a weight as bool, on the weight's device.
 
     Raises:
-        TypeError, ValueError: not a tensor of the weight's shape whose values are 0 and 1.
+        TypeError, ValueError: not a dense tensor of the weight's shape with values 0 and 1.
     """
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(mask).__name__}")
+    ordinary(name, mask)
     if mask.shape != weight.shape:
         transposed = list(mask.shape) == list(weight.shape[::-1])
         hint = f": give {name}.T, for Keras has [in, out] where torch has [out, in]"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, prune
 
 Maybe = torch.Tensor | None
@@ -17,6 +18,23 @@ _HOOKS = (
     "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+def ordinary(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, if it has its numbers, in memory and one for each place; else ValueError."""
+    kind = "lazy" if is_lazy(tensor) else "meta" if tensor.is_meta else str(tensor.layout)
+    if kind != "torch.strided":
+        raise ValueError(f"Expected {name} to be a dense tensor with values, got a {kind} one")
+    return tensor
+
+
+def check_shapes(model: nn.Module) -> None:
+    """ValueError if a parameter is lazy: it has no shape yet."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"Expected parameters with shapes, got a lazy {name}: call the model once first"
+            )
 
 
 def current(module: nn.Module, name: str) -> Maybe:
@@ -41,10 +59,12 @@ def current(module: nn.Module, name: str) -> Maybe:
 
 
 def value(module: nn.Module, name: str) -> Maybe:
-    """`current`, detached; it says whether training changes it."""
+    """`current`, detached; it says whether training changes it. ValueError if not `ordinary`."""
     with torch.enable_grad():
         found = current(module, name)
-    return None if found is None else found.detach().requires_grad_(found.requires_grad)
+    if found is None:
+        return None
+    return ordinary(name, found).detach().requires_grad_(found.requires_grad)
 
 
 def pruning(module: nn.Module) -> bool:
@@ -77,11 +97,16 @@ def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def copied(model: nn.Module, new: dict[int, Any]) -> nn.Module:
     """copy.deepcopy with other objects in the place of some, which are given by id.
 
-    It refuses tensors that have a history; what torch.nn.utils.prune leaves as the weight has one.
+    It refuses tensors that have a history, as what torch.nn.utils.prune leaves as the weight, and
+    compressed ones.
     """
     memo = dict(new)
     for module in model.modules():
-        for attribute in vars(module).values() if id(module) not in new else ():
-            if isinstance(attribute, torch.Tensor) and not attribute.is_leaf:
+        if id(module) in new:
+            continue
+        for attribute in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(attribute, torch.Tensor) and not (
+                attribute.is_leaf and attribute.layout is torch.strided
+            ):
                 memo[id(attribute)] = attribute.detach().clone()
     return copy.deepcopy(model, memo)

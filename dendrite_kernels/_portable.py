@@ -18,7 +18,7 @@ Maybe = torch.Tensor | None
 @torch.fx.wrap  # symbolic_trace does not know which form x has
 def _rows_of(x: torch.Tensor, features: int, shape: list[int]) -> torch.Tensor:
     """x [..., N] or images [..., *shape], see functional.dendritic_layer, as [..., N]."""
-    if len(shape) > 0 and x.shape[-1] != features and list(x.shape[-len(shape) :]) == shape:
+    if x.dim() > 0 and x.shape[-1] != features and list(x.shape[-len(shape) :]) == shape:
         one_channel = len(shape) == 2 and x.dim() == 4 and x.shape[1] == 1
         x = x.flatten(1 if one_channel else -len(shape))
     if x.dim() == 0 or x.shape[-1] != features:

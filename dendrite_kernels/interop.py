@@ -12,7 +12,7 @@ from torch import nn
 
 from ._convert import Conversion, convert
 from ._keras import read_dense
-from ._masked import from_masked_dense, linear, sparse_linear, to_masked_dense
+from ._masked import as_mask, from_masked_dense, linear, sparse_linear, to_masked_dense
 from ._modules import value
 from ._portable import portable
 from ._pruned import from_pruned, from_pruned_pair
@@ -73,13 +73,15 @@ def from_keras(
     """A dendritic network trained in Keras, from its file (HDF5 or .keras), read with h5py.
 
     The file must hold dense layers in the order of the paper's models: pairs of dendrites and
-    somas, then an output layer.
+    somas, then an output layer. Where it describes the model (.keras, whole models in HDF5), there
+    may also be Flatten, Dropout, a softmax at the end, which is left out, and must be the leaky
+    ReLU. Files of weights only tell no activations: it is up to you that the model has these.
 
     Args:
         path: a whole model or weights only.
-        masks: of the kernels [inputs, outputs] in their order, None where a kernel is dense;
-            default: a synapse is where a kernel is not zero.
-        negative_slope: of the leaky ReLU after dendrites and somas.
+        masks: of the kernels [inputs, outputs] in their order, bool or 0 and 1, None where a kernel
+            is dense; default: a synapse is where a kernel is not zero.
+        negative_slope: of the leaky ReLU after dendrites and somas; 0 for ReLU.
 
     Returns:
         For each pair a DendriticLayer where every dendrite feeds one soma, else sparse or dense
@@ -87,9 +89,10 @@ def from_keras(
 
     Raises:
         ImportError: h5py is missing.
-        ValueError: not such a file, an even number of dense layers, masks that do not fit.
+        ValueError: not such a file, other layers or activations, an even number of dense layers,
+            masks that do not fit.
     """
-    dense = read_dense(path)
+    dense = read_dense(path, negative_slope)
     if len(dense) % 2 == 0:
         raise ValueError(f"Expected pairs of dense layers and an output layer, got {len(dense)}")
     given: list[Any] = [None if masks is None else False] * len(dense)
@@ -123,9 +126,5 @@ def _from_kernel(name: str, kernel: Any, bias: Any, mask: Any) -> tuple[nn.Linea
     elif mask is False:
         taken = torch.ones_like(weight, dtype=torch.bool)
     else:
-        taken = torch.as_tensor(mask).t() != 0
-        if taken.shape != weight.shape:
-            raise ValueError(
-                f"Expected a mask {list(kernel.shape)} for {name}, got {list(taken.t().shape)}"
-            )
+        taken = as_mask(f"mask of {name}", torch.as_tensor(mask), weight.t()).t()
     return linear(weight * taken, None if bias is None else torch.from_numpy(bias)), taken

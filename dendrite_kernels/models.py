@@ -59,10 +59,15 @@ def _synapses(
     rng: np.random.Generator,
 ) -> Connectivity:
     inputs = math.prod(in_shape) * channels
-    if rule == "random":
-        return connectivity.random(inputs, somas, dendrites, synapses, seed=rng)
-    if rule == "dense":
-        return connectivity.all_to_all(inputs, somas, dendrites)
+    if rule in ("random", "dense"):
+        if rule == "random":
+            c = connectivity.random(inputs, somas, dendrites, synapses, seed=rng)
+        else:
+            c = connectivity.all_to_all(inputs, somas, dendrites)
+        colour = (channels, *in_shape) if channels_first else (*in_shape, channels)
+        image = in_shape if channels == 1 else colour
+        first = channels_first and channels > 1  # one channel has no place, as in fields
+        return Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, inputs, image, first)
     fields = {
         "local": connectivity.local_receptive_fields,
         "global": connectivity.global_receptive_fields,
@@ -143,7 +148,9 @@ def build(
     Args:
         kind: dANN-R, dANN-LRF, dANN-GRF, pdANN, sANN, sANN-LRF, sANN-GRF, psANN, vANN, vANN-R,
             vANN-LRF or vANN-GRF.
-        in_shape: (H, W) of the images, which arrive flattened as [..., H * W * channels].
+        in_shape: (H, W) of the images, which arrive flattened as [..., H * W * channels], or as
+            they are, see DendriticLayer. A family whose first layer is an nn.Linear (psANN, vANN,
+            or where K takes in every input) takes flattened ones only: put an nn.Flatten before.
         somas, dendrites, synapses: S per layer, D per soma, K per dendrite. Receptive fields count
             pixels: K * channels synapses. Families with dense synapses ignore K.
         classes: number of outputs.
@@ -159,7 +166,7 @@ def build(
             instead of a DendriticLayer, whose dendrites nothing can reach; it is slower.
 
     Returns:
-        nn.Sequential that maps [..., H * W * channels] to logits [..., classes].
+        nn.Sequential that maps [..., H * W * channels], or images, to logits [..., classes].
 
     Raises:
         ValueError: an unknown kind, or sizes that do not fit.

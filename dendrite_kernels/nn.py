@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import activations, functional, operators
-from ._modules import current
+from ._modules import current, ordinary
 from ._subset import Amount, largest, subset
 from .activations import ActivationName
 from .packing import difference, pack, unpack
@@ -134,7 +134,8 @@ class _Sparse(nn.Module):
 
         Raises:
             TypeError, ValueError: not such an amount; a weight is NaN; or the layer is a shard,
-                parametrized, or under torch.nn.utils.prune (interop.from_pruned takes that).
+                parametrized, on the meta device, or under torch.nn.utils.prune
+                (interop.from_pruned takes that).
         """
         values = dict(self.named_parameters())
         if not values.keys() <= set(self.PARAMETERS) or self.described() is not self.connectivity:
@@ -142,6 +143,8 @@ class _Sparse(nn.Module):
                 f"Expected a whole layer with parameters {list(self.PARAMETERS)}, "
                 f"got {type(self).__name__} with {list(values)}"
             )
+        for name, value in values.items():
+            ordinary(name, value)
         return self._without(largest(self.connectivity, values[self.WEIGHT], amount), values)
 
     def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._modules import check_shapes
 from .nn import DendriticLayer, SparseLinear
 
 _NORMS = (
@@ -38,8 +39,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: of the first group; the second has 0. A group may be empty.
 
     Raises:
-        ValueError: a weight_decay that is negative or not finite.
+        ValueError: a weight_decay that is negative or not finite, or a lazy parameter.
     """
+    check_shapes(model)
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"Expected a finite weight_decay >= 0, got {weight_decay}")
     weights = {id(p) for module in model.modules() for p in _weights(module)}

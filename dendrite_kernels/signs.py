@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ._modules import ordinary
 from .structure import Connectivity
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Signed(nn.Module):
 
     Raises:
         TypeError: signs that are no tensor.
-        ValueError: other signs; in register_parametrization, another shape.
+        ValueError: other signs, a sparse tensor or one without values; in register_parametrization,
+            another shape.
     """
 
     signs: torch.Tensor  # int8
@@ -69,3 +71,4 @@ class Signed(nn.Module):
 def _check_tensor(signs: object) -> None:
     if not isinstance(signs, torch.Tensor):
         raise TypeError(f"Expected signs to be a tensor, got {type(signs).__name__}")
+    ordinary("signs", signs)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 import dendrite_kernels as dk
+from dendrite_kernels import models
 
 H, W, C = 4, 5, 3
 LAYERS = pytest.mark.parametrize("make", [dk.DendriticLayer, dk.SparseLinear])
@@ -73,10 +77,24 @@ def test_other_shapes_are_refused(make: type, shape: tuple[int, ...]) -> None:
         layer(make)(torch.randn(shape))
 
 
-def test_networks() -> None:
+@pytest.mark.parametrize("kind", [kind for kind in models._KINDS if kind not in ("vANN", "psANN")])
+def test_networks(kind: Any) -> None:
     x = torch.randn(3, C, H, W)
-    options = {"channels": C, "channels_first": True, "layers": 2, "seed": 0}
-    net = dk.models.build("dANN-GRF", (H, W), 4, 2, 3, 10, **options)
+    options = {"channels": C, "layers": 2, "seed": 0}
+    net = dk.models.build(kind, (H, W), 4, 2, 3, 10, channels_first=True, **options)
     assert torch.equal(net(x), net(x.flatten(1)))
     with pytest.raises(ValueError, match="channels_first=False"):
         net(x.movedim(1, 3))
+    last = dk.models.build(kind, (H, W), 4, 2, 3, 10, **options)
+    assert torch.equal(last(x.movedim(1, 3)), last(x.movedim(1, 3).flatten(1)))
+    grey = dk.models.build(kind, (H, W), 4, 2, 3, 10, channels_first=True, seed=0)
+    assert torch.equal(grey(x[:, :1]), grey(x[:, 0].flatten(1)))
+
+
+def test_networks_read_states_from_before_they_took_images() -> None:
+    net = dk.models.build("dANN-R", (H, W), 4, 2, 3, 10, seed=0)
+    c = net[0].connectivity
+    assert isinstance(c, dk.Connectivity)
+    old = dk.Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, c.in_features)
+    net.load_state_dict(nn.Sequential(dk.DendriticLayer(old), nn.Linear(4, 10)).state_dict())
+    assert net(torch.randn(3, 1, H, W)).shape == (3, 10)

@@ -229,6 +229,15 @@ def wrong_mask(mask: Tensor) -> nn.Module:
     return layer
 
 
+class Renamed(nn.Linear):
+    """No forward of its own."""
+
+
+def unused_mask(linear: nn.Linear) -> nn.Linear:
+    linear.register_buffer("mask", synapses())
+    return linear
+
+
 class Inverse(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * (1 - self.mask.float()), self.bias)
@@ -309,7 +318,12 @@ def bias_pruned() -> nn.Linear:
         (Silent(N, R, synapses()), "got other sums"),
         (TwoInputs(N, R, synapses()), "take inputs [B, 20]: RuntimeError('two inputs')"),
         (Scaled(), "Expected parameters weight and bias, got ['bias', 'scale', 'weight']"),
-        (masked().to("meta"), "it is on the meta device"),
+        (masked().to("meta"), "Expected weight to be a dense tensor with values, got a meta one"),
+        (wrong_mask(synapses().to_sparse()), "Expected mask to be a dense tensor with values"),
+        (wrong_mask(synapses().to_sparse_csr()), "Expected mask to be a dense tensor with values"),
+        (unused_mask(nn.Linear(N, R)), "got Linear with others, whose forward does not use"),
+        (unused_mask(Renamed(N, R)), "got Renamed with others, whose forward does not use"),
+        (unused_mask(pruned(nn.Linear(N, R), ~synapses())), "got Linear with others"),
     ],
 )
 def test_reasons(module: nn.Module, reason: str) -> None:
@@ -355,6 +369,43 @@ def test_weights_that_torch_reads_itself_stay() -> None:
     assert report.left["self_attn.out_proj"] == "MultiheadAttention reads its weight"
     x = torch.randn(2, 3, N)
     assert torch.equal(converted(x), encoder(x))
+
+
+def test_masks_that_the_weights_already_have() -> None:
+    linear = unused_mask(nn.Linear(N, R))
+    with torch.no_grad():
+        linear.weight *= synapses()
+    converted, report = convert(linear)
+    assert report.converted == {"": "SparseLinear"}
+    assert agree(converted, linear)
+
+
+def test_scripted_modules_stay() -> None:
+    x = torch.randn(2, N)
+    first, second = torch.jit.trace(masked(), x), torch.jit.trace(nn.Linear(N, N), x)  # type: ignore[no-untyped-call]
+    model = Root(a=first, b=second, c=masked())
+    converted, report = convert(model)
+    assert report.left == {"a": "TorchScript has compiled it: convert first"}
+    assert report.converted == {"c": "SparseLinear"}
+    assert agree(converted, model)
+
+
+def test_lazy_modules_are_refused() -> None:
+    for model in (nn.LazyLinear(3), Root(a=masked(), b=nn.LazyLinear(3))):
+        with pytest.raises(ValueError, match=r"Expected parameters with shapes, got a lazy .*weig"):
+            convert(model)
+
+
+def test_only_subclasses_of_sequential_keep_what_is_inside() -> None:
+    class Body(nn.Sequential):
+        pass
+
+    act = nn.LeakyReLU(0.1)
+    layers = MaskedLinear(N, R, synapses()), act, MaskedLinear(R, S, cable()), act
+    whole: Any = convert(nn.Sequential(*layers))[0]
+    assert [type(m) for m in whole[1:]] == [nn.Identity] * 3
+    for end in range(1, 5):
+        assert agree(convert(Body(*layers))[0][:end], nn.Sequential(*layers)[:end])  # type: ignore[index]
 
 
 def test_other_pruned_modules_stay_pruned() -> None:

@@ -261,7 +261,10 @@ def owners(*extra: tuple[int, int], without: int | None = None) -> Tensor:
         ({"soma": nn.Linear(4, S)}, TypeError, "soma of dtype torch.float64, got torch.float32"),
         ({"soma": nn.Linear(4, S).half()}, TypeError, "soma of dtype torch.float64"),
         ({"dendrite": nn.Linear(N, 4)}, TypeError, "soma of dtype torch.float32, got"),
-        ({"soma": nn.Linear(4, S).double().to("meta")}, ValueError, "soma on cpu, got meta"),
+        ({"soma": nn.Linear(4, S).double().to("meta")}, ValueError, "weight .*, got a meta one"),
+        ({"dendrite": nn.LazyLinear(4).double()}, ValueError, "weight .*, got a lazy one"),
+        ({"soma_mask": owners().to("meta")}, ValueError, "soma_mask .*, got a meta one"),
+        ({"soma_mask": owners().to_sparse()}, ValueError, "soma_mask .*, got a torch.sparse_coo"),
         (
             {"dendrite": nn.Linear(N, 4, bias=False).double()},
             ValueError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +139,35 @@ def keras_network(cabled: bool) -> tuple[Any, Kernels]:
     return model, kernels
 
 
-def write(path: Path, form: str, kernels: Kernels) -> None:
+def described(names: Iterable[str]) -> dict[str, Any]:
+    """The model of these dense layers as Keras describes it."""
+    layers: list[tuple[str, dict[str, Any]]] = [("InputLayer", {}), ("Flatten", {})]
+    for name in names:
+        layers += [("Dense", {"name": name, "activation": "linear"})]
+        if name != "output":
+            layers += [("LeakyReLU", {"negative_slope": 0.1}), ("Dropout", {"rate": 0.2})]
+    layers += [("Activation", {"activation": "softmax"})]
+    made = [{"class_name": kind, "config": config} for kind, config in layers]
+    return {"class_name": "Functional", "config": {"layers": made}}
+
+
+def write(path: Path, form: str, kernels: Kernels, config: Any = None) -> None:
     """A file as Keras 2 (model or weights) or Keras 3 (weights or .keras) lays it out."""
+    config = described(kernels) if config is None else config
     h5py = pytest.importorskip("h5py")
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         if form.startswith("keras 2"):
             root = file.create_group("model_weights") if form == "keras 2 model" else file
             names = ["input_1", *kernels]
+            if form == "keras 2 model":
+                file.attrs["model_config"] = json.dumps(config)
             root.attrs["layer_names"] = [name.encode() for name in names]
             for name in names:
                 group = root.create_group(name)
                 weights = kernels.get(name, [])
-                labels = [f"{name}/kernel:0", f"{name}/bias:0"][: len(weights)]
+                parts = ["kernel", "bias", "third", "fourth"][: len(weights)]
+                labels = [f"{name}/{part}:0" for part in parts]
                 group.attrs["weight_names"] = [label.encode() for label in labels]
                 for label, value in zip(labels, weights, strict=True):
                     group[label] = value
@@ -159,10 +176,9 @@ def write(path: Path, form: str, kernels: Kernels) -> None:
                 label = name if form == "keras 3 named" else "dense" + f"_{i}" * (i > 0)
                 for j, value in enumerate(weights):
                     file[f"layers/{label}/vars/{j}"] = value
+            file["layers/dropout/seed_generator/vars/0"] = np.zeros(2, np.uint32)
             file.create_group("layers/input_layer/vars")
     if form in ("keras 3 named", "keras 3 numbered"):
-        layers = [{"class_name": "Dense", "config": {"name": name}} for name in kernels]
-        config = {"config": {"layers": [{"class_name": "ReLU", "config": {}}, *layers]}}
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("config.json", json.dumps(config))
             archive.writestr("model.weights.h5", buffer.getvalue())
@@ -202,8 +218,11 @@ def test_keras_masks_keep_synapses_of_weight_zero(tmp_path: Path) -> None:
     loaded: Any = interop.from_keras(tmp_path / "model", [*masks[:4], None])
     assert loaded[0].connectivity.nnz == masks[0].sum()
     assert isinstance(loaded[1], dk.DendriticLayer)
-    with pytest.raises(ValueError, match=r"Expected a mask \[30, 27\] for dend_1"):
+    with pytest.raises(ValueError, match=r"Expected mask of dend_1 of its .* \[30, 27\], got"):
         interop.from_keras(tmp_path / "model", [masks[1]])
+    for wrong in (0.5, 2, np.nan):
+        with pytest.raises(ValueError, match=f"Expected mask of dend_1 of values .* got {wrong}"):
+            interop.from_keras(tmp_path / "model", [masks[0] * wrong])
     with pytest.raises(ValueError, match="Expected at most 5 masks, got 6"):
         interop.from_keras(tmp_path / "model", [*masks, None])
 
@@ -220,6 +239,96 @@ def test_files_that_are_not_of_keras(tmp_path: Path) -> None:
     kernels.pop("output")
     write(path, "keras 3 weights", kernels)
     with pytest.raises(ValueError, match="Expected pairs of dense layers and an output"):
+        interop.from_keras(path)
+    write(path, "keras 2 model", kernels)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"Expected a .keras or HDF5 file of Keras.*truncated"):
+        interop.from_keras(path)
+    torch.save({}, path)
+    with pytest.raises(ValueError, match=r"Expected a .keras or HDF5 file of Keras.*config.json"):
+        interop.from_keras(path)
+
+
+LEAKY = {"class_name": "LeakyReLU", "config": {"negative_slope": 0.1}}
+
+
+def changed(at: int, kind: str, **options: Any) -> Any:
+    """The description of the network with another layer in the place of one."""
+    config = described(NAMES)
+    config["config"]["layers"][at] = {"class_name": kind, "config": {"name": "it", **options}}
+    return config
+
+
+@pytest.mark.parametrize("form", ["keras 2 model", "keras 3 numbered"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(1, "Rescaling"), r"nothing behind the input, got \['Rescaling'\]"),
+        (changed(4, "BatchNormalization"), r"dend_1, got \[0.1, 'BatchNormalization'\]"),
+        (changed(3, "PReLU"), r"a leaky ReLU of negative_slope 0.1 behind dend_1, got \['PReLU'\]"),
+        (changed(3, "LeakyReLU", alpha=0.3), r"behind dend_1, got \[0.3\]"),
+        (changed(3, "ReLU", max_value=6.0), r"behind dend_1, got \['ReLU'\]"),
+        (changed(3, "Dropout"), r"behind dend_1, got \[\]"),
+        (changed(2, "Dense", activation="tanh"), r"behind it, got \['tanh', 0.1\]"),
+        (changed(15, "Activation", activation="tanh"), r"softmax behind output, got \['tanh'\]"),
+        ({"class_name": "Mine", "config": {}}, "Sequential or Functional model, got Mine"),
+    ],
+)
+def test_keras_models_that_compute_something_else(
+    form: str, config: Any, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "model", form, keras_network(True)[1], config)
+    with pytest.raises(ValueError, match=f"Expected .*{message}"):
+        interop.from_keras(tmp_path / "model")
+
+
+def test_keras_layers_that_are_used_twice(tmp_path: Path) -> None:
+    config = described(NAMES)
+    config["config"]["layers"][2]["inbound_nodes"] = [{}, {}]
+    write(tmp_path / "model", "keras 2 model", keras_network(True)[1], config)
+    with pytest.raises(ValueError, match="Expected each layer to be used once, got dend_1 again"):
+        interop.from_keras(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        changed(3, "LeakyReLU", alpha=float(np.float32(0.1))),
+        changed(3, "ReLU", negative_slope=0.1),
+        changed(3, "Activation", activation=LEAKY),
+        changed(15, "Softmax"),
+    ],
+)
+def test_keras_activations(config: Any, tmp_path: Path) -> None:
+    write(tmp_path / "model", "keras 2 model", keras_network(True)[1], config)
+    assert len(interop.from_keras(tmp_path / "model")) == 3
+
+
+@pytest.mark.parametrize("form", ["keras 2 weights", "keras 3 weights"])
+@pytest.mark.parametrize("kind", ["norm", "conv", "lstm", "prelu", "width", "bias"])
+def test_keras_weights_of_other_layers(form: str, kind: str, tmp_path: Path) -> None:
+    _, kernels = keras_network(True)
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "norm": [(27,)] * 4, "conv": [(3, 3, 1, 8), (8,)], "lstm": [(30, 27), (27, 27), (27,)],
+        "prelu": [(27,)], "width": [(5, 5), (5,)], "bias": [(27, 9), (8,)],
+    }  # fmt: skip
+    kernels["soma_1"] = [np.ones(shape, np.float32) for shape in shapes[kind]]
+    write(tmp_path / "model", form, kernels)
+    with pytest.raises(ValueError, match=r"Expected .*(soma_1|dense_1)"):
+        interop.from_keras(tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["keras 2 weights", "keras 3 weights"])
+def test_keras_weights_that_look_like_a_kernel(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path, form, keras_network(True)[1])
+    with pytest.importorskip("h5py").File(path, "a") as file:
+        if form == "keras 3 weights":
+            file["layers/embedding/vars/0"] = np.ones((9, 9))
+        else:
+            file["input_1/embeddings:0"] = np.ones((30, 30))
+            file["input_1"].attrs["weight_names"] = ["embeddings:0"]
+    with pytest.raises(ValueError, match=r"Expected dense layers, got .*embedding"):
         interop.from_keras(path)
 
 

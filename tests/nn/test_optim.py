@@ -279,3 +279,8 @@ def test_adamw_takes_the_groups(backend: str, empty: bool) -> None:
 def test_wrong_weight_decay(weight_decay: float) -> None:
     with pytest.raises(ValueError, match="Expected a finite weight_decay >= 0, got"):
         parameter_groups(model(), weight_decay)
+
+
+def test_parameters_without_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected parameters with shapes, got a lazy 0\.weight"):
+        parameter_groups(nn.Sequential(nn.LazyLinear(3)), 0.1)

@@ -174,6 +174,10 @@ def test_other_widths_are_refused_by_every_program(name: str) -> None:
     plain = portable(dk.DendriticLayer(c))
     with pytest.raises(ValueError, match=r"Expected x of shape \[\.\.\., 36\].*, got \[2, 40\]"):
         plain(torch.randn(2, 40))
+    with pytest.raises(ValueError, match=r"Expected x of shape .*, got \[\]"):
+        plain(torch.tensor(1.0))
+    with pytest.raises(torch.jit.Error, match=r"Expected x of shape"):
+        torch.jit.script(plain)(torch.tensor(1.0))
     x = torch.randn(2, 36)
     for program in (
         torch.fx.symbolic_trace(plain),

@@ -178,6 +178,16 @@ def test_nan_is_not_the_smallest_weight(kind: Any) -> None:
     assert before.prune(0.5).get_parameter(kind.WEIGHT).isinf().sum() == 1
 
 
+@KINDS
+def test_layers_without_values_are_refused(kind: Any) -> None:
+    for prune_it in (interop.from_pruned, lambda made: made.prune(0.5)):
+        with pytest.raises(ValueError, match=r"Expected .*weight to be a dense tensor with values"):
+            prune_it(layer(kind, device="meta"))
+    linear = nn.Linear(3, 3, device="meta")
+    with pytest.raises(ValueError, match=r"Expected weight to be a dense tensor .* got a meta one"):
+        interop.from_pruned(linear)
+
+
 def test_dendrites_of_a_pruned_layer_are_those_of_its_forward() -> None:
     before = layer(dk.DendriticLayer, soma_activation="identity")
     prune.l1_unstructured(before, "synapse_weight", 0.5)

@@ -163,6 +163,10 @@ def test_wrong_signs() -> None:
     made = layer()
     with pytest.raises(ValueError, match="Expected signs 1 and -1, got 0"):
         Signed(torch.tensor([1, 0, -1]))
+    for signs in (torch.ones(N, device="meta"), torch.ones(N).to_sparse()):
+        for make in (Signed, lambda signs: Signed.of_inputs(signs, made.connectivity)):
+            with pytest.raises(ValueError, match="Expected signs to be a dense tensor with values"):
+                make(signs)
     with pytest.raises(ValueError, match=r"Expected signs of shape \[30\], got \[10\]"):
         Signed.of_inputs(torch.ones(S), made.connectivity)
     with pytest.raises(ValueError, match=r"Expected a weight of shape \[10\], got \[40\]"):
