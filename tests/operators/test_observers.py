@@ -167,9 +167,7 @@ def test_fake_tensors(kind: str) -> None:
 
 @kinds
 def test_a_default_fake_mode(kind: str) -> None:
-    """Which refuses ordinary tensors: layers made in it, on a connectivity of before or drawn in it,
-    and layers of before with fake parameters.
-    """
+    """Which takes no ordinary tensors: layers made in it, and others with fake parameters."""
     model, x = warm(kind), torch.randn(4, 36)
     with FakeTensorMode() as mode:
         made = KINDS[kind]()
@@ -189,7 +187,7 @@ def test_connectivities_hold_values() -> None:
         assert fields() == c
         layer = dk.DendriticLayer(c)
     assert layer.connectivity is c
-    with pytest.raises(TypeError, match="tensor with values, got a torch.strided FakeTensor"):
+    with pytest.raises(TypeError, match=r"tensor with values, got a torch\.strided FakeTensor"):
         dk.Connectivity.from_csr(mode.from_tensor(c.crow_indices), c.col_indices, 36)
 
 

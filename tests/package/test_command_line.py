@@ -170,7 +170,7 @@ def test_winners_and_density() -> None:
         ("bench --threads 100000000000", "Expected at most 1024 threads, got 100000000000"),
         ("bench --batch 2000000000 --inputs 10000", "Expected sizes that fit into the "),
         ("bench --batch 2000000 --inputs 1 --somas 1000000 --dendrites 1 --synapses 1", "that fit"),
-        ("bench --somas 65536 --dendrites 30000 --synapses 16", "Expected sizes that fit into the "),
+        ("bench --somas 65536 --dendrites 30000", "Expected sizes that fit into the "),
     ],
 )
 def test_bad_arguments_end_with_2(

@@ -132,7 +132,7 @@ def test_from_mask_errors() -> None:
         Connectivity.from_mask(np.ones(4, bool))
     with pytest.raises(ValueError, match="in_features from 1"):
         Connectivity.from_mask(np.ones((4, 0), bool))
-    with pytest.raises(TypeError, match="values, got a torch.sparse_coo tensor on cpu"):
+    with pytest.raises(TypeError, match=r"values, got a torch\.sparse_coo tensor on cpu"):
         Connectivity.from_mask(torch.ones(2, 2, dtype=torch.bool).to_sparse())
     masked = np.ma.masked_array(np.ones((2, 3), bool), [[0, 0, 0], [0, 1, 0]])
     with pytest.raises(ValueError, match=r"no missing values, got .* masked at \[1, 1\]"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import copy
 import io
+import os
 import pickle
 import threading
 import time
