@@ -29,9 +29,9 @@ inline int threads() {
   return int(threads);
 }
 
-// The view of a tensor; false for another class, for a tensor without memory (torch's ZeroTensor, or
-// an empty one), and for one with the negative bit (a lazy negation, which a DLPack view does not
-// show).
+// The view of a tensor; false for another class, for a tensor without memory (torch's ZeroTensor,
+// or an empty one), and for one with the negative bit (a lazy negation, which a DLPack view does
+// not show).
 inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
   PyTypeObject* const kind = Py_TYPE(object.ptr());
   if (kind != torch.tensor_class && kind != torch.parameter_class) return false;
