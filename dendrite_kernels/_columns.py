@@ -23,10 +23,11 @@ def numbered(name: str, values: Any) -> Column:
     """Labels of any kind as numbers; missing ones refused."""
     if isinstance(values, (str, bytes, set, frozenset)) or not isinstance(values, Iterable):
         raise TypeError(f"Expected {name} to be a sequence of labels, got {type(values).__name__}")
+    if hasattr(values, "dtype"):
+        values = as_numpy(values)  # a matrix of a struct of polars
     shape = getattr(values, "shape", (0,))
     if len(shape) != 1:
         raise ValueError(f"Expected {name} to be one-dimensional, got shape {list(shape)}")
-    values = as_numpy(values) if hasattr(values, "dtype") else list(values)
     if isinstance(values, np.ndarray) and values.dtype.kind in "iufU":
         column = _numbered_array(values)
     else:
@@ -35,6 +36,8 @@ def numbered(name: str, values: Any) -> Column:
         except TypeError as error:
             raise TypeError(f"Expected hashable labels in {name}: {error}") from error
     for code, label in enumerate(column.names):
+        if isinstance(label, torch.Tensor):  # equal ones would be different labels
+            raise TypeError(f"Expected labels in {name}, got {label} among them: use tolist()")
         if _missing(label):
             row = int((column.codes == code).argmax())
             raise ValueError(f"Expected no missing value in {name}, got {label} in row {row}")

@@ -21,8 +21,12 @@ T = TypeVar("T")
 
 _FORMAT = "dendrite_kernels.Connectivity"
 _FORMAT_VERSION = 1
+_NAMES = {
+    "format", "version", "in_features", "in_shape", "channels_first", "crow_indices", "col_indices",
+    "soma_ptr", "labels",
+}  # fmt: skip
 _UNREADABLE = (
-    EOFError, IndexError, KeyError, NotImplementedError, RecursionError, TypeError, ValueError,
+    EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
@@ -34,15 +38,17 @@ def write(c: Connectivity, path: str | os.PathLike[str]) -> None:
     with replaced(path) as temporary, open(temporary, "xb") as file:
         np.savez(
             file,
+            # The optional ones first: a damaged length in the archive's directory hides what comes
+            # after it, and one of the others is missed.
+            channels_first=np.array(c.channels_first),
+            **labels,
             format=np.array(_FORMAT),
             version=np.array(_FORMAT_VERSION),
             in_features=np.array(c.in_features),
             in_shape=np.array(shape, np.int64),
-            channels_first=np.array(c.channels_first),
             crow_indices=c.crow_indices.numpy(),
             col_indices=c.columns,
             soma_ptr=c.soma_ptr.numpy(),
-            **labels,
         )
 
 
@@ -54,6 +60,8 @@ def read(path: str | os.PathLike[str], build: Callable[..., T]) -> T:
             found = str(archive["format"]), int(archive["version"])
             if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
                 raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
+            if not set(archive.files) <= _NAMES:  # a damaged name: what it names would be lost
+                raise ValueError(f"it holds {sorted(set(archive.files) - _NAMES)}")
             return build(**_arguments(archive))
         except _UNREADABLE as error:
             expected = "Expected a file written by Connectivity.save"

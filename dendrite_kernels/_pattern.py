@@ -22,16 +22,15 @@ def of_scipy(m: Any, duplicates: Duplicates) -> Pattern:
     if len(m.shape) != 2:
         raise ValueError(f"Expected a matrix of shape [R, N], got shape {list(m.shape)}")
     csr = m.tocsr()
-    if duplicates == "sum":
+    stored = m.nnz if m.format == "coo" else csr.nnz  # the conversion of COO sums duplicates
+    if not csr.has_canonical_format:
         csr = csr.copy()
-        csr.sum_duplicates()
-    elif m.format == "coo" and csr.nnz != m.nnz:  # the conversion sums duplicates
+        csr.sum_duplicates()  # and sorts
+    if duplicates == "refuse" and csr.nnz != stored:
         raise ValueError(
-            f"Expected no duplicate entries, got {m.nnz - csr.nnz}: "
+            f"Expected no duplicate entries, got {stored - csr.nnz}: "
             'duplicates="sum" makes one synapse of those in one place'
         )
-    if not csr.has_sorted_indices:
-        csr = csr.sorted_indices()  # a copy
     return csr.indptr, csr.indices, m.shape[1]
 
 

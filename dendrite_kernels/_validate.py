@@ -8,6 +8,7 @@ from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Duplicates = Literal["refuse", "sum"]
@@ -29,8 +30,15 @@ def check_size(name: str, value: SupportsIndex) -> int:
 
 
 def as_numpy(values: Any) -> Array:
+    """An array of the values; an error where some are missing."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        first = [int(i[0]) for i in np.ma.getmaskarray(values).nonzero()]
+        raise ValueError(f"Expected no missing values, got a masked array, masked at {first}")
     if not isinstance(values, torch.Tensor):
         return np.asarray(values)
+    if isinstance(values, FakeTensor) or values.is_meta or values.layout is not torch.strided:
+        kind = "FakeTensor" if isinstance(values, FakeTensor) else f"tensor on {values.device}"
+        raise TypeError(f"Expected a dense tensor with values, got a {values.layout} {kind}")
     try:
         array: Array = values.detach().cpu().numpy()
     except TypeError:

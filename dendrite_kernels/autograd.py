@@ -201,6 +201,6 @@ def layer(
         operators.refuse_onnx_later()
     y: torch.Tensor
     y, _ = torch.ops.dendrite_kernels.forward.default(
-        x, *parameters, *operators.index_tensors(connectivity), *slopes, False, round_x
+        x, *parameters, *operators.index_tensors(connectivity, x), *slopes, False, round_x
     )
     return y

@@ -7,6 +7,7 @@ JSON description of the modules. Loading builds the modules of a fixed table and
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -71,8 +72,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the model holds a module of another type: save its state_dict() instead.
-        ValueError: two modules share a parameter or one is used twice, a module holds a parameter
-            or an option that is not of its type, has hooks (as pruned ones do) or a forward of its
+        ValueError: two modules share a parameter or memory, or one is used twice; a parameter is on
+            the meta device; a module holds a parameter or an option that is not of its type, has
+            hooks (as pruned ones do) or a forward of its
             own: a file cannot hold these. Nor hooks of parameters, which only training needs: they
             are left out, so that a model can be saved while optim.StepInBackward trains it.
         OSError: the file cannot be written.
@@ -80,6 +82,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     described = _describe(model, "", {})
     _check_sharing(model)
     state = model.state_dict()
+    _check_values(state)
     header = {
         "version": _VERSION,
         "evaluating": [name for name, module in _modules(model) if not module.training],
@@ -87,12 +90,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "model": described,
     }
     try:
-        _model(header, state)
+        text = json.dumps(header, default=operator.methodcaller("item"))  # of numpy numbers
+        _model(json.loads(text), state)
     except _UNREADABLE as error:
         expected = "Expected modules with the options and parameters of their types"
         raise ValueError(f"{expected}, got other ones: {error}") from error
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    metadata = {_KEY: json.dumps(header), "format": "pt"}
+    metadata = {_KEY: text, "format": "pt"}
     with replaced(path) as temporary:
         with open(temporary, "xb"):
             pass  # PermissionError and the like, before safetensors words them its own way
@@ -100,6 +104,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"Expected to write {os.fspath(path)}, got {error}") from error
+        except RuntimeError as error:
+            raise ValueError(f"Expected parameters that share no memory, got {error}") from error
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
@@ -122,7 +128,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
             header = json.loads((file.metadata() or {})[_KEY])
             if header["version"] != _VERSION:
                 raise ValueError(f"its version is {header['version']}")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: the tensors are the mapped file, which may be overwritten or cut short
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         model = _model(header, state)
     except _UNREADABLE as error:
         expected = "Expected a file written by dendrite_kernels.save"
@@ -234,3 +241,10 @@ def _check_sharing(model: nn.Module) -> None:
         first = names.setdefault(id(parameter), name)
         if first != name:
             raise ValueError(f"Expected no shared parameters, got {first} and {name} the same")
+
+
+def _check_values(state: Mapping[str, torch.Tensor]) -> None:
+    """ValueError if a tensor has no values."""
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(f"Expected parameters with values, got {name} on the meta device")

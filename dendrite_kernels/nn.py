@@ -61,7 +61,7 @@ def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
 @torch.no_grad()
 def _init_rows(weight: torch.Tensor, pointer: torch.Tensor, negative_slope: float) -> None:
     """Uniform in each row's own bound; `pointer` says which weights form a row."""
-    counts = pointer.long().diff()
+    counts = operators.beside(weight, pointer).long().diff()
     bound = _fan_in_bound(counts, negative_slope)
     _uniform(weight, bound.repeat_interleave(counts, output_size=weight.numel()))
 

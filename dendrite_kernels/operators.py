@@ -21,6 +21,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._subclasses import FakeTensor
 from torch.autograd import profiler
 from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
@@ -67,12 +68,19 @@ class _Owner(weakref.ref[Connectivity]):
 torch.serialization.add_safe_globals([_nobody])  # torch.load(weights_only=True)
 
 
-def index_tensors(connectivity: Connectivity) -> Three:
-    """The operators' index arguments, marked so that they lead back to `connectivity`."""
+def index_tensors(connectivity: Connectivity, x: Maybe = None) -> Three:
+    """The operators' index arguments beside x, marked so that they lead back to `connectivity`."""
     col = connectivity.col_indices
     if not is_compiling() and getattr(col, _OWNER, None) is None:
         setattr(col, _OWNER, _Owner(connectivity))
-    return connectivity.crow_indices, col, connectivity.soma_ptr
+    return beside(x, connectivity.crow_indices), beside(x, col), beside(x, connectivity.soma_ptr)
+
+
+def beside(x: Maybe, index: torch.Tensor) -> torch.Tensor:
+    """An index tensor as operations take it beside x: a FakeTensorMode may refuse ordinary ones."""
+    if isinstance(x, FakeTensor) and not x.fake_mode.allow_non_fake_inputs:
+        index = x.fake_mode.from_tensor(index, static_shapes=True)
+    return index
 
 
 def known_connectivity(
@@ -252,12 +260,13 @@ def _function_mode() -> bool:
 
 def _needs_dispatch(*tensors: Maybe) -> bool:
     """Whether a call must not skip the dispatcher, whose way costs as much as a small kernel:
-    something observes it, or a tensor is of a subclass or without memory.
+    something observes it, or a tensor is of a subclass or without memory (on meta, or a ZeroTensor,
+    which the dispatcher fills).
     """
     if observed():
         return True
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.data_ptr()):
             return True
     return False
 

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ._validate import SIZE_LIMIT, Array
 from .structure import Connectivity
@@ -29,6 +30,7 @@ _CAUSE = (
 )
 
 
+@unset_fake_temporarily()
 def pack(c: Connectivity) -> torch.Tensor:
     """A new uint8 tensor: sizes, then the arrays that sizes do not tell.
 
@@ -52,6 +54,7 @@ def pack(c: Connectivity) -> torch.Tensor:
     return torch.from_numpy(packed)
 
 
+@unset_fake_temporarily()
 def unpack(packed: object, nnz: int) -> Connectivity:
     """The Connectivity that `pack` made `packed` of, validated anew.
 
@@ -131,7 +134,12 @@ def _column_type(in_features: int) -> str:
 
 
 def _bytes(packed: object) -> Array:
-    if not isinstance(packed, torch.Tensor) or packed.dim() != 1 or packed.is_meta:
+    if isinstance(packed, torch.Tensor) and packed.is_meta:
+        raise TypeError(
+            "Expected a packed Connectivity with values, got one on the meta device: "
+            "take _extra_state from a state on the CPU"
+        )
+    if not isinstance(packed, torch.Tensor) or packed.dim() != 1:
         got = list(packed.shape) if isinstance(packed, torch.Tensor) else type(packed).__name__
         raise TypeError(f"Expected a packed Connectivity, a tensor of one dimension, got {got}")
     values = packed.detach().cpu()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import _combine, _npz, edges
 from ._pattern import of_mask, of_scipy, to_mask, to_scipy
@@ -436,8 +437,10 @@ torch.serialization.add_safe_globals([Connectivity, _from_bytes])  # torch.load(
 
 
 def _tensors(*arrays: Array) -> list[torch.Tensor]:
-    """Ordinary tensors, under torch.inference_mode too: others may not be saved for backward."""
-    with torch.inference_mode(False):
+    """Ordinary tensors: those of torch.inference_mode may not be saved for backward, those of
+    FakeTensorMode hold no values.
+    """
+    with torch.inference_mode(False), unset_fake_temporarily():
         return [torch.from_numpy(array) for array in arrays]
 
 

@@ -37,7 +37,7 @@ class Linear(torch.autograd.Function):
     def forward(
         x: torch.Tensor, weight: torch.Tensor, bias: Maybe, connectivity: Connectivity
     ) -> torch.Tensor:
-        indices = operators.index_tensors(connectivity)
+        indices = operators.index_tensors(connectivity, x)
         u: torch.Tensor
         u, _ = operators.forward(x, weight, bias, None, None, *indices, 1.0, 1.0, False)
         return u
@@ -81,7 +81,7 @@ class LinearBackward(torch.autograd.Function):
         connectivity: Connectivity,
         need_x: bool,
     ) -> operators.Three:
-        indices = operators.index_tensors(connectivity)
+        indices = operators.index_tensors(connectivity, x)
         none = None, None
         return operators.backward(grad, x, *none, weight, *none, *indices, 1.0, 1.0, need_x)[:3]
 
@@ -144,9 +144,8 @@ def _gathered_linear(
     For torch.func inside torch.compile: the compiler follows no autograd.Function through
     transforms (torch 2.13 drops parts of its gradients without a word).
     """
-    device = x.device
-    product = x.index_select(-1, connectivity.col_indices.to(device)) * weight
-    row = _owners(connectivity.crow_indices, connectivity.nnz, device)
+    product = x.index_select(-1, connectivity.col_indices.to(x.device)) * weight
+    row = _owners(connectivity.crow_indices, connectivity.nnz, x)
     u = _sums(product, row, connectivity.num_dendrites)
     return u if bias is None else u + bias
 
@@ -163,13 +162,14 @@ def _linear(
 # ---- the cable, of plain torch operations ----
 
 
-def _owners(pointer: torch.Tensor, items: int, device: torch.device) -> torch.Tensor:
-    """Which stretch of `pointer` each of the items is in, int64 [items]."""
-    return torch.repeat_interleave(pointer.to(device).long().diff(), output_size=items)
+def _owners(pointer: torch.Tensor, items: int, x: torch.Tensor) -> torch.Tensor:
+    """Which stretch of `pointer` each of the items is in, int64 [items] beside x."""
+    steps = operators.beside(x, pointer).to(x.device).long().diff()
+    return torch.repeat_interleave(steps, output_size=items)
 
 
-def _soma_of(connectivity: Connectivity, device: torch.device) -> torch.Tensor:
-    return _owners(connectivity.soma_ptr, connectivity.num_dendrites, device)  # [R]
+def _soma_of(connectivity: Connectivity, x: torch.Tensor) -> torch.Tensor:
+    return _owners(connectivity.soma_ptr, connectivity.num_dendrites, x)  # [R]
 
 
 def _sums(values: torch.Tensor, owner: torch.Tensor, owners: int) -> torch.Tensor:
@@ -188,7 +188,7 @@ def cable(
             "...sd,sd->...s", a.unflatten(-1, blocks), cable_weight.unflatten(0, blocks)
         )
     else:
-        v = _sums(a * cable_weight, _soma_of(connectivity, a.device), somas)
+        v = _sums(a * cable_weight, _soma_of(connectivity, a), somas)
     return v if soma_bias is None else v + soma_bias
 
 
@@ -244,7 +244,7 @@ def layer_backward(
         return dx.to(x.dtype), *(g.to(synapse_weight.dtype) for g in gradients)
     u = _linear(x, synapse_weight, dendrite_bias, connectivity)
     grad_v = torch.where(y > 0, grad, slopes[1] * grad)
-    spread = grad_v.index_select(1, _soma_of(connectivity, grad.device))  # [B, R]
+    spread = grad_v.index_select(1, _soma_of(connectivity, grad))  # [B, R]
     q = torch.where(u > 0, spread, slopes[0] * spread)
     dc = (q * u).sum(0)
     dx, dw, dbd = LinearBackward.apply(q * cable_weight, x, synapse_weight, connectivity, need_x)

@@ -38,7 +38,10 @@ def plot(
     if somas is None:
         at_first = c.num_somas if c.in_shape is None else 8 if ax is None else 1
         somas = range(min(at_first, c.num_somas))
-    chosen = [operator.index(soma) for soma in somas]
+    try:
+        chosen = [operator.index(soma) for soma in somas]
+    except TypeError:
+        raise TypeError(f"Expected a sequence of integers as somas, got {somas!r}") from None
     for soma in chosen:
         if not 0 <= soma < c.num_somas:
             raise ValueError(f"Expected somas in [0, {c.num_somas}), got {soma}")

@@ -55,11 +55,14 @@ def weights_of(weights: Any, c: Connectivity) -> Weights:
         raise TypeError(f"Expected weights of a real dtype, got {array.dtype}")
     if array.shape != (c.nnz,):
         raise ValueError(f"Expected weights of shape [{c.nnz}], got {list(array.shape)}")
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = int(finite.argmin())
-        raise ValueError(f"Expected finite weights, got {array[first]} at synapse {first}")
     array = array.astype(np.float64)
+    largest = np.finfo(np.float64).max / 4  # colours reach from the negative size to the positive
+    drawable = np.abs(array) <= largest  # which NaN is not
+    if not drawable.all():
+        first = int(drawable.argmin())
+        raise ValueError(
+            f"Expected finite weights up to {largest:.3g}, got {array[first]} at synapse {first}"
+        )
     return Weights(array, float(np.abs(array).max(initial=0)) or 1.0)
 
 

@@ -72,12 +72,16 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         _check_memory(case, DTYPES[options.dtype])
         _say("drawing the layer")
         connectivity = case.connectivity(options.rule)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         parser.error(str(error))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         found = _measure(case, connectivity, options)
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeErrors
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        parser.error(f"Expected sizes that fit into memory, got {error}")
     finally:
         torch.set_num_threads(before)
     if options.json:
@@ -100,13 +104,18 @@ def _case(options: argparse.Namespace) -> Case:
 
 
 def _check_memory(case: Case, dtype: torch.dtype) -> None:
-    """ValueError unless the input fits into memory, once as it is and once in float64."""
-    needed = case.batch * case.in_features * (dtype.itemsize + 8)
+    """ValueError unless the layer, the samples and all gradients fit into memory, once as they are
+    and once in float64.
+    """
+    parameters = case.rows * (case.synapses + 2) + case.somas
+    samples = case.batch * (case.in_features + case.somas)
+    indices = 4 * case.rows * case.synapses
+    needed = 2 * (parameters + samples) * (dtype.itemsize + 8) + indices
     available = available_bytes()
     if available is not None and needed > available:
         raise ValueError(
-            f"Expected samples that fit into the {available / 2**30:.1f} GiB of memory that are "
-            f"free, got {case.batch} of {case.in_features} inputs: {needed / 2**30:.1f} GiB"
+            f"Expected sizes that fit into the {available / 2**30:.1f} GiB of memory that are "
+            f"free, got a layer and samples that take {needed / 2**30:.1f} GiB"
         )
 
 

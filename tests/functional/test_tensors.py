@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,25 @@ def test_expanded_inputs_and_gradients(backend: str, somas: bool) -> None:
     assert row.grad is not None
     assert one.grad is not None
     assert oracle.relative_error(row.grad, one.grad) < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["leaky_relu", "tanh", "sparse"])
+def test_zeros_without_memory(backend: str, kind: str) -> None:
+    """As derivatives of torch's own may be: their pointer is null."""
+    c = dk.connectivity.random(30, 10, 4, 6, seed=0)
+    layer: Any = dk.SparseLinear(c) if kind == "sparse" else dk.DendriticLayer(c, activation=kind)
+    x = torch.randn(5, 30, requires_grad=True)
+    y = layer(x)  # the first call, which makes the fast path
+    layer(x).backward(torch._efficientzerotensor(y.shape))
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+    zero = torch._efficientzerotensor(x.shape)
+    expected = layer(torch.zeros_like(x))
+    assert oracle.same(layer(zero), expected, backend)
+    with torch.no_grad():
+        assert oracle.same(layer(zero), expected, backend)
+    layer(zero).sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(30,), (4, 30), (2, 3, 30), (2, 0, 30), (1, 1, 1, 30)])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -225,6 +226,32 @@ def test_what_load_would_refuse_is_not_saved(module: nn.Module, tmp_path: Path) 
     with pytest.raises(ValueError, match="options and parameters of their types, got other ones"):
         dk.save(nn.Sequential(module), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_without_values_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"with values, got 0\.weight on the meta device"):
+        dk.save(nn.Sequential(nn.Linear(3, 2, device="meta")), tmp_path / "model")
+    flat, linear = torch.zeros(8), nn.Linear(2, 2)
+    linear.weight, linear.bias = nn.Parameter(flat[:4].view(2, 2)), nn.Parameter(flat[3:5])
+    with pytest.raises(ValueError, match="Expected parameters that share no memory, got"):
+        dk.save(linear, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    linear.bias = nn.Parameter(flat[4:6])  # views side by side are as good as tensors of their own
+    round_trip(linear, tmp_path / "model")
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    layer: Any = changed(dk.DendriticLayer(network()), "negative_slope", np.float32(0.25))
+    assert round_trip(layer, tmp_path / "model").negative_slope == 0.25
+
+
+def test_a_loaded_model_does_not_live_in_its_file(tmp_path: Path) -> None:
+    path, layer = tmp_path / "model", dk.SparseLinear(network())
+    dk.save(layer, path)
+    back = dk.load(path)
+    with open(path, "r+b") as file:  # in place, as cp does
+        file.write(bytes(path.stat().st_size))
+    assert_same(back, layer)
 
 
 def test_a_model_that_steps_in_backward_is_saved(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_state_of_a_model_through_a_file(backend: str, used: bool) -> None:
     assert_same(a, b)
 
 
+def test_a_state_on_meta_is_refused_by_name() -> None:
+    layer = dk.SparseLinear(network())
+    state = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="Connectivity with values, got one on the meta device"):
+        layer.load_state_dict(state)
+
+
 @LAYERS
 @pytest.mark.parametrize("strict", [True, False])
 def test_weights_without_their_connectivity_are_refused(make: Make, strict: bool) -> None:

@@ -165,6 +165,32 @@ def test_fake_tensors(kind: str) -> None:
     assert type(y).__name__ == "FakeTensor"
 
 
+@kinds
+def test_a_default_fake_mode(kind: str) -> None:
+    """Which takes no ordinary tensors: layers made in it, and others with fake parameters."""
+    model, x = warm(kind), torch.randn(4, 36)
+    with FakeTensorMode() as mode:
+        made = KINDS[kind]()
+        y = made(torch.randn(4, 36))
+        y.sum().backward()
+        names = made.state_dict().keys()
+    assert names == model.state_dict().keys()
+    assert all(type(p.grad).__name__ == "FakeTensor" for p in made.parameters())
+    parameters = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
+    called = torch.func.functional_call(model, parameters, mode.from_tensor(x))
+    for found in (y, called):
+        assert (type(found).__name__, found.shape) == ("FakeTensor", model(x).shape)
+
+
+def test_connectivities_hold_values() -> None:
+    c = fields()
+    with FakeTensorMode() as mode:
+        drawn = fields()
+    assert drawn == c
+    with pytest.raises(TypeError, match=r"tensor with values, got a torch\.strided FakeTensor"):
+        dk.Connectivity.from_csr(mode.from_tensor(c.crow_indices), c.col_indices, 36)
+
+
 def test_flops_are_those_of_the_weights(backend: str) -> None:
     c, batch = fields(), 5
     x = torch.randn(batch, 36, requires_grad=True)

@@ -31,7 +31,7 @@ def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: PEERS[name] for name in NAMES}
     for module in (command, comparison, peers):
         monkeypatch.setattr(module, "PEERS", few)
-    monkeypatch.setattr(command, "available_bytes", lambda: 10_000)  # x fits, training does not
+    monkeypatch.setattr(command, "available_bytes", lambda: 100_000)  # x fits, training does not
 
 
 def _bench(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
@@ -102,6 +102,17 @@ def test_bench_does_not_wait_for_the_slowest(
     assert found["skipped"][OURS] == "forward took 0 s, more than 0"
 
 
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("can't allocate memory: no")])
+def test_bench_ends_with_2_if_memory_runs_out(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "_measure", measure)
+    assert "Expected sizes that fit into memory, got" in _refused(capsys, "bench", *SIZES.split())
+
+
 @needs_cpp
 @pytest.mark.usefixtures("few_peers")
 def test_bench_ends_with_1_if_a_result_is_wrong(
@@ -157,7 +168,9 @@ def test_winners_and_density() -> None:
         ("bench --seconds inf", "Expected seconds > 0, got 'inf'"),
         ("bench --seconds -1", "Expected seconds > 0, got '-1'"),
         ("bench --threads 100000000000", "Expected at most 1024 threads, got 100000000000"),
-        ("bench --batch 2000000000 --inputs 10000", "Expected samples that fit into the "),
+        ("bench --batch 2000000000 --inputs 10000", "Expected sizes that fit into the "),
+        ("bench --batch 2000000 --inputs 1 --somas 1000000 --dendrites 1 --synapses 1", "that fit"),
+        ("bench --somas 65536 --dendrites 30000", "Expected sizes that fit into the "),
     ],
 )
 def test_bad_arguments_end_with_2(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,13 @@ def test_missing_values_in_frames(package: str, column: str) -> None:
         from_edges(frame(COLUMNS | {column: values}))
 
 
+def test_structs_of_polars_are_no_labels() -> None:
+    polars = pytest.importorskip("polars")
+    pre = polars.Series([{"x": 1, "y": 2}, {"x": 1, "y": 3}])
+    with pytest.raises(ValueError, match=r"pre to be one-dimensional, got shape \[2, 2\]"):
+        from_edges(pre, ["p", "q"])
+
+
 def test_nullable_pandas_columns() -> None:
     pandas = pytest.importorskip("pandas")
     whole = pandas.Series([3, 1, 3], dtype="Int64")
@@ -293,6 +302,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pre": np.array([0, 1, math.nan])}, ValueError, "in pre, got nan in row 2"),
     ({"dendrite": [None, 0, 1]}, ValueError, "no missing value in dendrite, got None in row 0"),
     ({"soma": ["s", "s", None]}, ValueError, "no missing value in soma, got None in row 2"),
+    ({"pre": np.ma.masked_array([0, 1, 2], [0, 1, 0])}, ValueError, r"masked at \[1\]"),
+    ({"soma": np.ma.masked_array(["s", "s", "t"], [0, 0, 1])}, ValueError, r"masked at \[2\]"),
+    ({"weight": np.ma.masked_array(np.ones(3), [1, 0, 0])}, ValueError, r"masked at \[0\]"),
+    ({"pre": list(torch.tensor([1, 1, 2]))}, TypeError, r"labels in pre, got 1 .* use tolist\(\)"),
     ({"weight": [1, 2, None]}, ValueError, "no missing value in weight, got None in row 2"),
     ({"weight": [1, math.nan, 2]}, ValueError, "no missing value in weight, got nan in row 1"),
     ({"weight": ["1", "2", "3"]}, TypeError, "weight of float32, .* got <U1"),
@@ -415,6 +428,22 @@ def test_load_checks_labels(tmp_path: Path, labels: str) -> None:
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=r"written by Connectivity.save, got .*c\.npz"):
         Connectivity.load(path)
+
+
+def test_a_damaged_directory_hides_nothing(tmp_path: Path) -> None:
+    """One bit of the flags, the lengths or the name of any array in it."""
+    path, c = tmp_path / "c.npz", labelled()
+    c.save(path)
+    whole = path.read_bytes()
+    entries = [found.start() for found in re.finditer(b"PK\x01\x02", whole)]
+    assert len(entries) == 9
+    for place in (entry + offset for entry in entries for offset in (8, *range(28, 34), 46)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with contextlib.suppress(ValueError):
+                assert Connectivity.load(path).labels == c.labels
 
 
 def test_stack_and_labels() -> None:

@@ -187,7 +187,9 @@ WRONG_WEIGHTS: list[tuple[Any, type[Exception], str]] = [
     (torch.zeros(10, dtype=torch.bool), TypeError, "weights of a real dtype, got bool"),
     (torch.zeros(10, dtype=torch.complex64), TypeError, "weights of a real dtype, got complex64"),
     (["a"] * 10, TypeError, "weights of a real dtype, got <U1"),
-    (torch.tensor([0.0] * 3 + [torch.nan] * 7), ValueError, "finite weights, got nan at synapse 3"),
+    (torch.tensor([0.0] * 3 + [torch.nan] * 7), ValueError, "finite .*, got nan at synapse 3"),
+    (torch.full((10,), 1e308, dtype=torch.float64), ValueError, r"up to 4.49e\+307, got 1e\+308"),
+    (torch.zeros(10, device="meta"), TypeError, "values, got a torch.strided tensor on meta"),
     (torch.nn.Linear(2, 5), TypeError, "DendriticLayer, SparseLinear or tensor, got Linear"),
     (dk.SparseLinear(Connectivity.from_csr([0, 10], range(10), 10)), ValueError,
      "Expected a layer on Connectivity.*num_dendrites=4,.*, got one on .*num_dendrites=1,"),
@@ -240,6 +242,8 @@ def test_plot_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         receptive_fields().plot([0, 2])
     with pytest.raises(ValueError, match="Expected at least one soma"):
         receptive_fields().plot([])
+    with pytest.raises(TypeError, match="sequence of integers as somas, got 1"):
+        receptive_fields().plot(1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"image of 3 x 4 pixels, got \(4, 3\)"):
         receptive_fields().plot(image=np.zeros((4, 3)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

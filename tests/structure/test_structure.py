@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import threading
 import time
@@ -344,6 +345,28 @@ def test_errors_name_the_path_given(place: str, kind: type[OSError], tmp_path: P
         small().save(path)
     assert (caught.value.filename, caught.value.filename2) == (str(path), None)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_saving_writes_where_a_link_leads_and_keeps_permissions(tmp_path: Path) -> None:
+    path, link = tmp_path / "c.npz", tmp_path / "link"
+    small().save(path)
+    path.chmod(0o640)
+    link.symlink_to(path)
+    other = Connectivity.from_mask(np.ones((3, 3), bool))
+    other.save(link)
+    assert link.is_symlink()
+    assert Connectivity.load(path) == other
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="Expected a regular file, got another kind") as caught:
+        small().save(path)
+    assert caught.value.filename == str(path)
+    assert path.is_fifo()
 
 
 def test_names_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
