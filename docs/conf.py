@@ -43,10 +43,12 @@ autosectionlabel_maxdepth = 2
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
-autodoc_type_aliases = {name: name for name in ("ActivationName", "Amount", "Centres", "Duplicates", "Seed")}
 autodoc_default_options = {
     "members": True,
-    "exclude-members": "described, extra_repr, get_extra_state, set_extra_state",
+    "exclude-members": ", ".join(
+        ["cached", "columns", "transposed"]  # for backends
+        + ["described", "extra_repr", "get_extra_state", "set_extra_state"]  # for torch
+    ),
 }
 smartquotes = False
 python_maximum_signature_line_length = 88
@@ -73,6 +75,7 @@ def _as_rst(line: str) -> str:
     for i in range(0, len(parts), 2):
         text = re.sub(r"([*|])", r"\\\1", parts[i])
         text = re.sub(r"(\w)_(?=\W|$)", r"\1\\_", text)
+        text = re.sub(r": ([A-Z])\.", r": \1\.", text)  # no numbered list
         text = CITATION.sub(lambda m: f":ref:`{m[0]} <equations:{EQUATIONS[m[1]]}>`", text)
         parts[i] = re.sub(f"(?<!`){PAGE.pattern}(?!,? section)", r":doc:`/\1`", text)
     return "".join(parts)
