@@ -21,6 +21,7 @@ extensions = [
 exclude_patterns = ["_build"]
 suppress_warnings = ["autosectionlabel.*"]  # headings that a page has twice
 
+highlight_language = "none"
 html_theme = "furo"
 html_title = "dendrite_kernels"
 html_static_path = ["static"]
@@ -56,7 +57,7 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
-napoleon_custom_sections = ["Trained parameters"]
+napoleon_custom_sections = ["Trained parameters", "Shape", "Source"]
 
 EQUATIONS = {
     number: title
@@ -93,7 +94,11 @@ def _docstring(app: Any, what: str, name: str, item: Any, options: Any, lines: l
             block = True
         elif line and not indented:
             block = False
-        line = "Trained parameters:" if line == "Parameters:" else line
+        if line == "Parameters:":  # of a layer; napoleon would take them for arguments
+            line = "Trained parameters:"
+        if section := re.match("(Shape|Source): (.+)", line):
+            result.append(f"{section[1]}:")
+            line = f"    {section[2]}"
         result.append(line if block else _as_rst(line))
         before = line or before
     lines[:] = result
@@ -101,7 +106,7 @@ def _docstring(app: Any, what: str, name: str, item: Any, options: Any, lines: l
 
 # ---- links that work in the repository and on the site ----
 
-LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^]\[]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 PAGES = {
     ROOT / "README.md": DOCS / "index.md",
     ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
@@ -113,13 +118,16 @@ def _links(text: str, folder: Path, page: Path) -> str:
     """The text of a file in `folder`, its links as they must be in `page`."""
 
     def link(match: re.Match[str]) -> str:
-        target = (folder / match[1]).resolve()
+        text, path, place = match.groups(default="")
+        target = (folder / path).resolve()
         if target.is_dir():
             target /= "README.md"
         target = PAGES.get(target, target)
         is_text = target.suffix == ".md" and DOCS not in target.parents
         scheme = "path:" if is_text else ""  # a file, not a page
-        return f"]({scheme}{os.path.relpath(target, page)}{match[2] or ''})"
+        if text.endswith(".md") and not is_text:
+            text = ""  # the title of the page
+        return f"[{text}]({scheme}{os.path.relpath(target, page)}{place})"
 
     return LINK.sub(link, text)
 
