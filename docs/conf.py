@@ -46,10 +46,8 @@ autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
 autodoc_default_options = {
     "members": True,
-    "exclude-members": ", ".join(
-        ["cached", "columns", "transposed"]  # for backends
-        + ["described", "extra_repr", "get_extra_state", "set_extra_state"]  # for torch
-    ),
+    "exclude-members": "cached, columns, transposed, described, extra_repr, get_extra_state, "
+    "set_extra_state",  # for backends and torch
 }
 smartquotes = False
 python_maximum_signature_line_length = 88

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from html import escape
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 GREY, DARK = "#7d8590", "#1b1f24"
@@ -22,9 +23,8 @@ class Drawing:
         self.size = width, height
         self.shapes: list[str] = []
 
-    def text(
-        self, x: float, y: float, words: str, fill: str = GREY, anchor: str = "middle", size: int = 14
-    ) -> None:
+    def text(self, x: float, y: float, words: str, fill: str = GREY, **style: Any) -> None:
+        anchor, size = style.get("anchor", "middle"), style.get("size", 14)
         mono = ' font-family="monospace"' if "`" in words else ""
         words = escape(words.replace("`", ""))
         self.shapes.append(
@@ -190,7 +190,8 @@ def cuda() -> Drawing:
     d = Drawing(540, 330)
     d.box(15, 10, 510, 250, "none")
     d.text(270, 28, "a block, here of four warps: one tile of samples", size=13)
-    d.box(40, 48, 460, 56, ORANGE, "tile of x in shared memory", "every input, and a row of zeros for pads")
+    below = "every input, and a row of zeros for pads"
+    d.box(40, 48, 460, 56, ORANGE, "tile of x in shared memory", below)
     for i in range(4):
         x = 40 + 118 * i
         d.line(x + 53, 104, x + 53, 132, arrow=True)

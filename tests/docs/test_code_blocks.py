@@ -34,7 +34,9 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         exec(compile(block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *NOTEBOOKS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
 def test_links_lead_to_files(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
