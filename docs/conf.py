@@ -94,6 +94,10 @@ def _docstring(app: Any, what: str, name: str, item: Any, options: Any, lines: l
             block = False
         if line == "Parameters:":  # of a layer; napoleon would take them for arguments
             line = "Trained parameters:"
+        if line == "Example:":
+            result += [".. rubric:: Example", "", ".. code-block:: none", ""]
+            block = True
+            continue
         if section := re.match("(Shape|Source): (.+)", line):
             result.append(f"{section[1]}:")
             line = f"    {section[2]}"

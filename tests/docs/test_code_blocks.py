@@ -25,7 +25,10 @@ def test_pages_have_blocks() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 4
 
 
-@pytest.mark.parametrize("page", [*PAGES, *filter(blocks, NOTEBOOKS)], ids=lambda page: page.name)
+RUN = [*PAGES, *(pytest.param(page, marks=pytest.mark.slow) for page in NOTEBOOKS if blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
