@@ -33,7 +33,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900  # seconds for a cell, on a busy machine too
 nb_execution_show_tb = True
 
 # ---- docstrings ----
