@@ -12,7 +12,7 @@ CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -na
 
 QUICK := -m 'not slow and not tools'
 
-.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize wheel lint bench benchmark benchmark-compare gpu clean
+.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize wheel lint docs bench benchmark benchmark-compare gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -30,6 +30,7 @@ help:
 	@echo 'make wheel [WHEEL_TORCH="2.11.0 2.13.0"]'
 	@echo '                  build the wheel, check it, train a step with it beside each of these torch versions'
 	@echo 'make lint         ruff, mypy, clang-format'
+	@echo 'make docs         build the documentation site in reports/docs/html; a warning is an error'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
 	@echo 'make benchmark-compare BASE=REF'
@@ -109,6 +110,9 @@ lint: .venv/.installed-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+docs: .venv/.installed-docs
+	$(VENV_PYTHON) -m sphinx -W --keep-going -d reports/docs/doctrees docs reports/docs/html $(ARGS)
 
 bench: .venv/.installed-demo
 	$(VENV_PYTHON) -m bench.speed.run $(ARGS)

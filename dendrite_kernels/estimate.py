@@ -49,6 +49,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """All parts together, without `dense`."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "dense")
 
     def __str__(self) -> str:

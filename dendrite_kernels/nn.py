@@ -316,7 +316,8 @@ class DendriticLayer(_Sparse):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., S]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] -> [..., S]: the layer that functional.dendritic_layer computes."""
         return functional.dendritic_layer(
             x,
             self.synapse_weight,
@@ -416,7 +417,8 @@ class SparseLinear(_Sparse):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., R]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] -> [..., R]: the layer that functional.sparse_linear computes."""
         return functional.sparse_linear(
             x, self.weight, self.bias, self.connectivity, precision=self.precision
         )

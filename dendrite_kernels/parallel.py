@@ -100,6 +100,7 @@ class ShardedDendriticLayer(DendriticLayer):
         return values[: count[_COUNTED_BY[name]]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's somas of x [..., N], gathered or sharded as the style asks."""
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [self.style.input_layouts], run_check=False)
         # Each rank's gradient of x counts its own somas only: their sum is the gradient.
@@ -129,9 +130,11 @@ class ShardedDendriticLayer(DendriticLayer):
         return y.to_local() if self.style.use_local_output else y
 
     def dendrites(self, x: torch.Tensor) -> torch.Tensor:
+        """RuntimeError: no rank has all dendrites."""
         raise RuntimeError("Expected a layer that is whole, got a sharded one: see parallel.gather")
 
     def reset_parameters(self) -> None:
+        """RuntimeError: the ranks would draw other numbers than a whole layer."""
         raise RuntimeError("Expected a layer that is whole, got a sharded one: reset, then shard")
 
 

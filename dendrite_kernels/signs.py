@@ -57,6 +57,7 @@ class Signed(nn.Module):
         return cls(signs[connectivity.col_indices.to(signs.device).long()])
 
     def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        """The weights: sign * |raw|."""
         return torch.where(raw < 0, -raw, raw) * self.signs
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:

@@ -222,9 +222,9 @@ class Connectivity:
             in_shape, channels_first: as in the class.
 
         Returns:
-            The Connectivity. With weights, (connectivity, weight): a new tensor [nnz] in the order
-            of col_indices, float32 or float64 as given; integers and lists get torch's default
-            dtype.
+            The Connectivity. With weights, (connectivity, weight), these as a new tensor [nnz]
+            in the order of col_indices, float32 or float64 as given; integers and lists get torch's
+            default dtype.
 
         Raises:
             TypeError, ValueError: columns of unequal lengths, a missing or unknown label, a
