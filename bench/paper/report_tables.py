@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
 
 from bench.paper.article import Cell
@@ -148,9 +149,8 @@ def _size(run: Run) -> str:
 
 def _other(run: Run) -> str:
     """What differs from the article's protocol."""
-    default = Run(run.data, run.kind, run.dendrites, run.somas, epochs=run.epochs)
-    names = "synapses", "layers", "noise", "task", "batch", "lr", "dropout", "patience", "twin"
-    different = [n for n in names if getattr(run, n) != getattr(default, n)]
+    article = Run(run.data, run.kind, run.dendrites, run.somas, trial=run.trial, epochs=run.epochs)
+    different = [name for name, value in asdict(run).items() if value != getattr(article, name)]
     return ", ".join(f"{name} {getattr(run, name)}" for name in different)
 
 

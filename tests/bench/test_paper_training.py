@@ -229,6 +229,16 @@ def test_a_run_knows_the_epochs_of_the_article() -> None:
     assert Run.from_key(replace(run, noise=0.25).key).noise == 0.25
 
 
+def test_tables_of_earlier_versions_are_read() -> None:
+    """A field that they lack is left out of a key where it has its default."""
+    assert "init" not in RUN.key
+    other = replace(RUN, init="fan_in")
+    assert '"init":"fan_in"' in other.key
+    assert [Run.from_key(run.key) for run in (RUN, other)] == [RUN, other]
+    weights = [next(run.build(DATA).parameters()) for run in (RUN, other)]
+    assert not torch.equal(*weights)
+
+
 @pytest.mark.parametrize("key", ["", "{}", '{"data":"mnist"}', "[1]", RUN.key.replace("32", "-1")])
 def test_a_key_that_is_none(key: str) -> None:
     with pytest.raises(ValueError, match="Expected the key of a run, got"):
@@ -237,8 +247,8 @@ def test_a_key_that_is_none(key: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"task": "other"}, {"epochs": 0}, {"batch": -1}, {"patience": 0}, {"noise": -0.1}, {"lr": 0.0},
-     {"noise": math.nan}, {"epochs": 2.5}],
+    [{"task": "other"}, {"init": "he"}, {"epochs": 0}, {"batch": -1}, {"patience": 0}, {"noise": -0.1},
+     {"lr": 0.0}, {"noise": math.nan}, {"epochs": 2.5}],
 )  # fmt: skip
 def test_runs_that_make_no_sense(options: Any) -> None:
     with pytest.raises(ValueError, match="Expected"):

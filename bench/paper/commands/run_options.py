@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 import dendrite_kernels as dk
 from bench.paper import datasets
 from bench.paper.run import Run, Task
+from dendrite_kernels.nn import Init
 
 
 class _Option(NamedTuple):
@@ -33,6 +34,7 @@ _OPTIONS = {
     "batch": _Option(int, "samples of a step"),
     "lr": _Option(float, "learning rate of Adam"),
     "dropout": _Option(float, "probability"),
+    "init": _Option(str, "of the weights, by dense sizes or by synapses", get_args(Init)),
     "patience": _Option(int, "stop after so many epochs without a lower validation loss"),
 }
 NAMES = (*_OPTIONS, "twin")
