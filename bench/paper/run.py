@@ -80,7 +80,7 @@ class Run:
     @property
     def key(self) -> str:
         """The run as JSON, the same for equal runs."""
-        values = {name: v for name, v in asdict(self).items() if _LATER.get(name) != v}
+        values = dict(item for item in asdict(self).items() if item not in _LATER.items())
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod

@@ -247,8 +247,8 @@ def test_a_key_that_is_none(key: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"task": "other"}, {"init": "he"}, {"epochs": 0}, {"batch": -1}, {"patience": 0}, {"noise": -0.1},
-     {"lr": 0.0}, {"noise": math.nan}, {"epochs": 2.5}],
+    [{"task": "other"}, {"init": "he"}, {"epochs": 0}, {"batch": -1}, {"patience": 0},
+     {"noise": -0.1}, {"lr": 0.0}, {"noise": math.nan}, {"epochs": 2.5}],
 )  # fmt: skip
 def test_runs_that_make_no_sense(options: Any) -> None:
     with pytest.raises(ValueError, match="Expected"):
