@@ -184,7 +184,7 @@ def stopped_again_and_again(root: Path, stops: int, epochs: int, most_processes:
 
 
 def test_stopped_twice(root: Path, one_thread: None, capsys: pytest.CaptureFixture[str]) -> None:
-    stopped_again_and_again(root, 2, epochs=40, most_processes=1)
+    stopped_again_and_again(root, 2, epochs=60, most_processes=1)
     assert main(["show", str(root / "sweep.db")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:5] == ["data", "kind", "dendrites", "somas", "trials"]
