@@ -29,6 +29,15 @@ def check_size(name: str, value: SupportsIndex) -> int:
     return size
 
 
+def image_of(
+    shape: tuple[int, int], channels: int, channels_first: bool
+) -> tuple[tuple[int, ...], bool]:
+    """in_shape and channels_first of a Connectivity on such images; one channel has no place."""
+    if channels == 1:
+        return shape, False
+    return ((channels, *shape) if channels_first else (*shape, channels)), channels_first
+
+
 def as_numpy(values: Any) -> Array:
     """An array of the values; an error where some are missing."""
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._validate import SIZE_LIMIT, Array, check_size
+from ._validate import SIZE_LIMIT, Array, check_size, image_of
 from .centres import Centres, _draw
 from .structure import Connectivity
 
@@ -327,12 +327,10 @@ def _tiled(
     rows, pixels = len(fields), shape[0] * shape[1]
     channel = np.arange(channels, dtype=np.int32)
     if channels == 1:
-        return _constant(fields, pixels, dendrites, shape)
-    if channels_first:
+        columns = fields
+    elif channels_first:
         columns = fields[:, None, :] + channel[:, None] * np.int32(pixels)  # [R, C, K]
-        in_shape = (channels, *shape)
     else:
         columns = fields[:, :, None] * np.int32(channels) + channel  # [R, K, C]
-        in_shape = (*shape, channels)
-    flat = columns.reshape(rows, -1)
-    return _constant(flat, pixels * channels, dendrites, in_shape, channels_first)
+    image = image_of(shape, channels, channels_first)
+    return _constant(columns.reshape(rows, -1), pixels * channels, dendrites, *image)

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from . import connectivity
-from ._validate import check_size
+from ._validate import check_size, image_of
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .structure import Connectivity
 
@@ -64,10 +64,8 @@ def _synapses(
             c = connectivity.random(inputs, somas, dendrites, synapses, seed=rng)
         else:
             c = connectivity.all_to_all(inputs, somas, dendrites)
-        colour = (channels, *in_shape) if channels_first else (*in_shape, channels)
-        image = in_shape if channels == 1 else colour
-        first = channels_first and channels > 1  # one channel has no place, as in fields
-        return Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, inputs, image, first)
+        image = image_of(in_shape, channels, channels_first)
+        return Connectivity(c.crow_indices, c.col_indices, c.soma_ptr, inputs, *image)
     fields = {
         "local": connectivity.local_receptive_fields,
         "global": connectivity.global_receptive_fields,

@@ -266,7 +266,11 @@ def _needs_dispatch(*tensors: Maybe) -> bool:
     if observed():
         return True
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.data_ptr()):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or (
+            not tensor.data_ptr() and (tensor.numel() or tensor.is_meta)
+        ):
             return True
     return False
 

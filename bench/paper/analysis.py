@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from bench.environment import describe, write_json
 from bench.paper.article import Cell, compare, dense_target
 from bench.paper.result import Result
+from bench.paper.run import Run
 from bench.paper.statistics import (
     Metric,
     best,
@@ -50,12 +51,19 @@ def _of_data(results: Sequence[Result]) -> dict[str, Any]:
 def _configuration(trials: Sequence[Result]) -> dict[str, Any]:
     first = trials[0]
     return {
-        **{name: v for name, v in asdict(first.run).items() if name not in ("trial", "data")},
+        "run": _changed(first.run),
         "trials": [trial.run.trial for trial in trials],
         "parameters": first.outcome.trainable_parameters,
         "seconds": summary([trial.outcome.seconds for trial in trials]).mean,
         **{m: asdict(summary([value(trial, m) for trial in trials])) for m in _METRICS},
     }
+
+
+def _changed(run: Run) -> dict[str, Any]:
+    """The fields that decide the training but for those with their defaults, the trial and data."""
+    defaults = {field.name: field.default for field in fields(Run)} | {"trial": run.trial}
+    values = asdict(run).items()
+    return {name: v for name, v in values if name != "data" and v != defaults[name]}
 
 
 def _of_metric(results: Sequence[Result], own: Sequence[Result], metric: Metric) -> dict[str, Any]:

@@ -29,9 +29,8 @@ inline int threads() {
   return int(threads);
 }
 
-// The view of a tensor; false for another class, for a tensor without memory (torch's ZeroTensor,
-// or an empty one), and for one with the negative bit (a lazy negation, which a DLPack view does
-// not show).
+// The view of a tensor; false for another class, for a tensor without memory (torch's ZeroTensor),
+// and for one with the negative bit (a lazy negation, which a DLPack view does not show).
 inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
   PyTypeObject* const kind = Py_TYPE(object.ptr());
   if (kind != torch.tensor_class && kind != torch.parameter_class) return false;
@@ -39,7 +38,7 @@ inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
     PyErr_Clear();
     return false;
   }
-  if (!t->data) return false;
+  if (!t->data && !is_empty(*t)) return false;
   PyObject* const pending = PyObject_CallOneArg(torch.is_neg, object.ptr());
   if (!pending) PyErr_Clear();
   Py_XDECREF(pending);  // still comparable: Py_False is never freed

@@ -69,15 +69,20 @@ inline bool has_shape(const DLTensorAbi& t, std::initializer_list<int64_t> shape
   return same;
 }
 
+inline bool is_empty(const DLTensorAbi& t) {
+  bool empty = false;
+  for (int32_t i = 0; i < t.ndim; ++i) empty |= t.shape[i] == 0;
+  return empty;
+}
+
 inline bool is_contiguous(const DLTensorAbi& t) {
-  int64_t stride = 1, elements = 1;
+  int64_t stride = 1;
   bool contiguous = true;
   for (int32_t i = t.ndim; i-- > 0;) {
     if (t.strides && t.shape[i] != 1 && t.strides[i] != stride) contiguous = false;
     stride *= t.shape[i];
-    elements *= t.shape[i];
   }
-  return contiguous || elements == 0;
+  return contiguous || is_empty(t);
 }
 
 // Whether t is a contiguous CPU tensor of exactly this type and shape.

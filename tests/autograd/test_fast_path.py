@@ -153,7 +153,7 @@ def test_it_computes_what_the_operators_do(batch: int, monkeypatch: pytest.Monke
     for tensor in tensors:
         tensor.requires_grad_()
     results: list[list[Tensor]] = []
-    assert taken([*tensors, c], batch) == (batch > 0)  # no samples have no memory
+    assert taken([*tensors, c], batch)
     for direct in (True, False):
         if not direct:
             monkeypatch.setattr(fast_path, "topology_of", lambda *_: None)

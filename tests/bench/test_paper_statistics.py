@@ -250,6 +250,9 @@ def test_analysis_file(tmp_path: Path) -> None:
     assert len(fmnist["configurations"]) == 3
     assert fmnist["configurations"][0]["accuracy"]["mean"] == pytest.approx(90)
     assert fmnist["configurations"][0]["trials"] == [0, 1]
+    runs = [configuration["run"] for configuration in fmnist["configurations"]]
+    assert runs[0] == {"kind": "dANN-R", "dendrites": 4, "somas": 128, "epochs": runs[0]["epochs"]}
+    assert [run.get("noise") for run in runs].count(1.0) == 1
     assert fmnist["accuracy"]["parameters_to_match_vANN"] == {"dANN-R": 500, "vANN": 5000}
     assert fmnist["accuracy"]["best"]["vANN"]["somas"] == 128
     assert len(fmnist["loss"]["comparisons"]) == 1
