@@ -203,7 +203,55 @@ def cuda() -> Drawing:
     return d
 
 
-DRAWINGS = {"csr": csr, "way": way, "slopes": slopes, "tiles": tiles, "cuda": cuda}
+FIELDS = [  # pixels [row, column] of each dendrite of network(), three dendrites to a soma
+    [(0, 0), (0, 1), (1, 0)], [(0, 2), (1, 2), (1, 1)], [(2, 0), (2, 1), (3, 0)],
+    [(2, 4), (3, 4), (3, 5)], [(4, 3), (5, 3), (4, 4)], [(4, 5), (5, 5), (5, 4)],
+]  # fmt: skip
+
+
+def network() -> Drawing:
+    """Two neurons on an image, beside the dense matrix that would hold their synapses."""
+    d = Drawing(800, 250)
+    colours, cell, side = (ORANGE, BLUE), 26, 6
+    owner = {pixel: r for r, field in enumerate(FIELDS) for pixel in field}
+    d.text(98, 16, "image")
+    d.text(290, 16, "dendrites")
+    d.text(390, 16, "somas")
+    d.text(620, 16, "the same as a dense matrix")
+    for y in range(side):
+        for x in range(side):
+            r = owner.get((y, x))
+            d.box(20 + cell * x, 45 + cell * y, cell, cell, PALE if r is None else colours[r // 3])
+    for r, field in enumerate(FIELDS):
+        middle = 48 + 30 * r
+        for y, x in field:
+            d.line(20 + cell * (x + 0.5), 45 + cell * (y + 0.5), 276, middle)
+        d.line(304, middle, 376, 78 + 90 * (r // 3))
+        d.circle(290, middle, colours[r // 3], str(r))
+    for s in range(2):
+        d.circle(390, 78 + 90 * s, colours[s], str(s))
+    width = 9
+    for r, field in enumerate(FIELDS):
+        inputs = {side * y + x for y, x in field}
+        d.text(450, 48 + 30 * r, str(r), size=12)
+        for n in range(side**2):
+            fill = colours[r // 3] if n in inputs else "none"
+            d.box(460 + width * n, 39 + 30 * r, width, 18, fill)
+    used = sum(map(len, FIELDS))
+    d.text(98, 230, "receptive fields", size=13)
+    d.text(340, 230, f"{used} synapses, 6 cables", size=13)
+    d.text(620, 230, f"{len(FIELDS) * side**2} weights, {used} of them used", size=13)
+    return d
+
+
+DRAWINGS = {
+    "network": network,
+    "csr": csr,
+    "way": way,
+    "slopes": slopes,
+    "tiles": tiles,
+    "cuda": cuda,
+}
 
 
 def rules() -> None:
