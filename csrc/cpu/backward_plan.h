@@ -28,12 +28,21 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
   const int64_t begin = net.plan_column_ptr[block], end = net.plan_column_ptr[block + 1];
   const Column* column = static_cast<const Column*>(net.plan_column);
   const uint16_t* row = net.plan_row + net.plan_slot_ptr[block];
-  vec<T> folded[kGroups], single[L];
-  int count = 0;
+  // AVX2: two synapses take turns, so that no instruction waits for the one before it, and a group
+  // is folded between the halves of the next one.
+  constexpr bool kPaired = kBlends && Group == 4 && sizeof(T) == 4;
+  static_assert(!kPaired || V % 2 == 0);
+  vec<T> folded[kGroups], single[L], pairs[2] = {};
+  int count = kPaired ? -1 : 0;  // -1: no group yet
   const auto flush = [&](vec<T> sums) DK_LAMBDA {
     store(G, first ? sums : sums + load(G));
     G += L;
     count = 0;
+  };
+  const auto fold_last = [&]() DK_LAMBDA {  // the group in `pairs`
+    if (count > 0) return flush(fold_blocks<T>(folded[0], fold_units<T, 2>(pairs[0], pairs[1])));
+    if (count == 0) folded[0] = fold_units<T, 2>(pairs[0], pairs[1]);
+    ++count;
   };
   // Where columns have few synapses, blocks are large and their q fill much of L2. Rows of x and dx
   // then miss L2, so they are prefetched. Elsewhere they hit, and a prefetch is only one more
@@ -70,8 +79,28 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
       });
       return product;
     };
+    const auto two_synapses = [&](int slot) DK_LAMBDA {
+      vec<T> w[2], products[2];
+      const T* p[2];
+      unroll<2>([&](auto s) DK_LAMBDA {
+        w[s] = splat(weight[slot + s]);
+        p[s] = q + int64_t(row[slot + s]) * kTile;
+      });
+      unroll<2 * V>([&](auto j) DK_LAMBDA {  // vectors 0 1 1 0 2 3 3 2
+        constexpr int s = j % 2, t = j / 4 * 2 + (j + 1) / 2 % 2;
+        const vec<T> value = in_register(load(p[s] + t * L));
+        acc[t] = in_order(w[s] * value + acc[t]);
+        products[s] = j < 2 ? value * xv[t] : value * xv[t] + products[s];
+      });
+      return fold_units<T, 1>(products[0], products[1]);
+    };
     for (int group = net.plan_groups[i]; group > 0; --group) {
-      if constexpr (Group == 4) {
+      if constexpr (kPaired) {
+        const vec<T> first_two = two_synapses(0);
+        fold_last();
+        pairs[0] = first_two;
+        pairs[1] = two_synapses(2);
+      } else if constexpr (Group == 4) {
         vec<T> products[4];
         unroll<4>([&](auto s) DK_LAMBDA { products[s] = synapse(s); });
         unroll<4 / BL>([&](auto g) DK_LAMBDA {
@@ -91,6 +120,8 @@ __attribute__((noinline)) void gather_block(const dk::Topology& net, int64_t blo
     unroll<V>([&](auto t) DK_LAMBDA { store(dx + n * kTile + t * L, acc[t]); });
   }
   if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next) * kTile * sizeof(T));
+  if constexpr (kPaired)
+    if (count >= 0) fold_last();
   if (count > 0) {  // blocks are padded to whole vectors, so the last store stays inside G
     if constexpr (Group == 4) {
       for (int i = count; i < kGroups; ++i) folded[i] = vec<T>{};

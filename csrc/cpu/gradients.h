@@ -103,7 +103,7 @@ DK_INLINE void for_each_q(const dk::Topology& net, const dk::BackwardCall<T>& ca
           const int64_t word = min64(b / 32, last_word);  // a tile may end past the last word
           return soma_grad ? call.signs[word * net.rows + r] >> (b % 32) : ~uint32_t(0);
         };
-    if constexpr (V > 4 && kTile <= 32)  // one word holds the bits of the whole tile
+    if constexpr (V >= 4 && kTile <= 32)  // one word holds the bits of the whole tile
       select_bits<T, V>(signs(sample), active, inactive, q);
     else
       unroll<V>([&](auto t) DK_LAMBDA {

@@ -73,7 +73,28 @@ DK_INLINE vec<T> splat_lane(vec<T> block) {
 #endif
 }
 
-// Sums of adjacent units: the building blocks of transposing reductions.
+// Halve the number of lanes that a sum is spread over: the building blocks of transposing
+// reductions, W = 1 before W = 2. AVX2 has more ports for a blend than for a shuffle, so there one
+// of two shuffles is a blend. It pairs other lanes than an unpack does.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kBlends = true;
+template <class T, int W>
+DK_INLINE vec<T> fold_units(vec<T> a, vec<T> b) {
+  const __m256 v = (__m256)a, w = (__m256)b;
+  if constexpr (sizeof(T) == 8)
+    return shuffle<T>(a, b, Unpack<T, 1, false>{}) + shuffle<T>(a, b, Unpack<T, 1, true>{});
+  else if constexpr (W == 1)  // in each block: a0 + a2, a1 + a3, b2 + b0, b3 + b1
+    return (vec<T>)_mm256_blend_ps(v, w, 0xcc) + (vec<T>)_mm256_shuffle_ps(v, w, 0x4e);
+  else  // in each block: a0 + a1, a2 + a3, b0 + b1, b2 + b3
+    return (vec<T>)_mm256_shuffle_ps(v, w, 0x88) + (vec<T>)_mm256_shuffle_ps(v, w, 0xdd);
+}
+template <class T>
+DK_INLINE vec<T> fold_blocks(vec<T> a, vec<T> b) {
+  const __m256 v = (__m256)a, w = (__m256)b;
+  return (vec<T>)_mm256_blend_ps(v, w, 0xf0) + (vec<T>)_mm256_permute2f128_ps(v, w, 0x21);
+}
+#else
+constexpr bool kBlends = false;
 template <class T, int W>
 DK_INLINE vec<T> fold_units(vec<T> a, vec<T> b) {
   return shuffle<T>(a, b, Unpack<T, W, false>{}) + shuffle<T>(a, b, Unpack<T, W, true>{});
@@ -82,6 +103,7 @@ template <class T>
 DK_INLINE vec<T> fold_blocks(vec<T> a, vec<T> b) {
   return shuffle<T>(a, b, Blocks<T, 0>{}) + shuffle<T>(a, b, Blocks<T, 1>{});
 }
+#endif
 
 // Reduces kBlockLanes vectors: lane i of every 128-bit block of the result holds the partial sum of
 // v[i] in that block.
