@@ -6,7 +6,7 @@ The equations as they stand (docs/equations.md); tests hold this to `dk.referenc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
