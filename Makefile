@@ -7,12 +7,12 @@ WHEEL_TORCH ?= 2.13.0
 
 VENV_PYTHON := .venv/bin/python
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
-SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) LICENSE Makefile MANIFEST.in pyproject.toml setup.py constraints.txt .clang-format
+SOURCES := bench csrc dendrite_kernels tests docs $(wildcard *.md) CITATION.cff LICENSE Makefile MANIFEST.in pyproject.toml setup.py constraints.txt .clang-format
 CXX_SOURCES := $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 QUICK := -m 'not slow and not tools'
 
-.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize wheel lint docs bench benchmark benchmark-compare gpu clean
+.PHONY: help demo paper paper-full test test-all test-tools test-numba test-numba-oldest test-neon test-sanitize coverage wheel lint docs bench benchmark benchmark-compare gpu clean
 
 help:
 	@echo 'make demo [DATA=digits|mnist|fmnist|cifar10|...] [DATA_ROOT=folder]'
@@ -25,11 +25,12 @@ help:
 	@echo 'make test-tools   the layers in Lightning, accelerate, transformers, skorch, tensorboard: installs them'
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
+	@echo 'make coverage     count the lines that tests run, in Python and in csrc/cpu: reports/coverage/index.html (g++, gcov)'
 	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
 	@echo 'make test-numba-oldest  the tests of the Numba backend on the oldest Numba that pyproject.toml allows'
 	@echo 'make wheel [WHEEL_TORCH="2.11.0 2.13.0"]'
 	@echo '                  build the wheel, check it, train a step with it beside each of these torch versions'
-	@echo 'make lint         ruff, mypy, clang-format'
+	@echo 'make lint         ruff, mypy, clang-format, codespell'
 	@echo 'make docs         build the documentation site in reports/docs/html; a warning is an error'
 	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
 	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
@@ -72,6 +73,9 @@ test-neon: .venv/.installed-test
 test-sanitize: .venv/.installed-test
 	$(VENV_PYTHON) -m tests.cpu_kernels.build sanitize
 
+coverage: .venv/.installed-coverage
+	$(VENV_PYTHON) -m tests.coverage $(ARGS)
+
 # What a user without a compiler gets: a plain install of a copy that holds nothing built before, and
 # the tests on what was installed, with links to all programs on PATH but compilers.
 COPY := build/numba
@@ -110,6 +114,7 @@ lint: .venv/.installed-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	.venv/bin/codespell . .github
 
 docs: .venv/.installed-docs
 	$(VENV_PYTHON) -m sphinx -W --keep-going -d reports/docs/doctrees docs reports/docs/html $(ARGS)

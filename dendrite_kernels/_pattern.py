@@ -57,8 +57,10 @@ def _check_inputs(shape: tuple[int, ...], in_features: int) -> None:
 
 def to_scipy(c: Connectivity, data: Any) -> Any:
     """See `Connectivity.to_scipy`."""
-    from scipy.sparse import csr_array
-
+    try:
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise ImportError("to_scipy needs scipy: pip install dendrite-kernels[scipy]") from error
     values = np.ones(c.nnz, np.float32) if data is None else np.array(as_numpy(data))
     if values.shape != (c.nnz,):
         raise ValueError(f"Expected data of shape [{c.nnz}], got {list(values.shape)}")

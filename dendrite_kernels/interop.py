@@ -60,7 +60,11 @@ def from_scipy(matrix: Any, bias: Any = None, *, duplicates: Duplicates = "refus
 
 
 def to_scipy(layer: SparseLinear | DendriticLayer) -> Any:
-    """The synapses of a layer as a scipy.sparse.csr_array [R, N] with their weights."""
+    """The synapses of a layer as a scipy.sparse.csr_array [R, N] with their weights.
+
+    Raises:
+        ImportError: scipy is missing.
+    """
     return layer.connectivity.to_scipy(value(layer, layer.WEIGHT))
 
 

@@ -267,7 +267,12 @@ class Connectivity:
         return _combine.block_diagonal(networks, Connectivity)
 
     def to_scipy(self, data: Any = None) -> Any:
-        """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones)."""
+        """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones).
+
+        Raises:
+            ImportError: scipy is missing.
+            ValueError: data of another shape.
+        """
         return to_scipy(self, data)
 
     def to_mask(self) -> torch.Tensor:

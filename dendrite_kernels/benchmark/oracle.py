@@ -1,4 +1,4 @@
-"""What is right: a layer and its gradients in float64, by scipy, in memory for some of the somas.
+"""What is right: a layer and its gradients in float64, in memory for some of the somas.
 
 The equations as they stand (docs/equations.md); tests hold this to `dk.reference` and autograd.
 """
@@ -6,12 +6,12 @@ The equations as they stand (docs/equations.md); tests hold this to `dk.referenc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._validate import Array
 
@@ -23,12 +23,41 @@ _CHUNK = 1 << 23  # numbers in the largest array of some somas
 _SYNAPSES = 1 << 12  # whose inputs are gathered at a time
 
 
+class _Csr(NamedTuple):
+    """A sparse matrix [R, N]."""
+
+    weight: Array  # [nnz]
+    columns: Array  # [nnz]
+    pointer: Array  # [R + 1]
+
+    def rows(self) -> Array:
+        return np.repeat(np.arange(len(self.pointer) - 1), np.diff(self.pointer))  # [nnz]
+
+    def transposed(self, width: int) -> _Csr:
+        """[width, R]."""
+        order = np.argsort(self.columns, kind="stable")
+        ends = np.cumsum(np.bincount(self.columns, minlength=width))
+        return _Csr(self.weight[order], self.rows()[order], np.concatenate([[0], ends]))
+
+    def __matmul__(self, x: Array) -> Array:
+        """x [N, B] -> [R, B]."""
+        product: Array = F.embedding_bag(
+            torch.from_numpy(self.columns).long(),
+            torch.from_numpy(x),
+            torch.from_numpy(self.pointer).long(),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(self.weight),
+            include_last_offset=True,
+        ).numpy()
+        return product
+
+
 class _Somas(NamedTuple):
     """Consecutive somas with the weights of their synapses [rows, N] and cables [somas, rows]."""
 
     somas: slice
-    synapses: Any
-    cables: Any
+    synapses: _Csr
+    cables: _Csr
     dendrite_bias: Array  # [rows, 1]
     soma_bias: Array  # [somas, 1]
 
@@ -47,8 +76,8 @@ def oracle(problem: Problem, gradients: bool = False) -> dict[str, Tensor]:
         if dx is None:
             continue
         at_v = grad[part.somas] * np.where(v > 0, 1, slope)
-        at_u = (part.cables.T @ at_v) * np.where(u > 0, 1, slope)
-        dx += part.synapses.T @ at_u
+        at_u = (part.cables.transposed(len(u)) @ at_v) * np.where(u > 0, 1, slope)
+        dx += part.synapses.transposed(len(x)) @ at_u
         found["synapse_weight"].append(_along(part.synapses, at_u, x))
         found["cable_weight"].append(_along(part.cables, at_v, a))
         found["dendrite_bias"].append(at_u.sum(1))
@@ -64,13 +93,13 @@ def _float64(tensor: Tensor) -> Array:
     return array
 
 
-def _along(weights: Any, rows: Array, columns: Array) -> Array:
+def _along(weights: _Csr, rows: Array, columns: Array) -> Array:
     """The gradient of a sparse matrix's weights: rows [R, B] times columns [N, B] at each."""
-    row = np.repeat(np.arange(len(rows)), np.diff(weights.indptr))
+    row = weights.rows()
     gradient = np.empty(len(row))
     for first in range(0, len(row), _SYNAPSES):
         some = slice(first, first + _SYNAPSES)
-        gathered = rows[row[some]], columns[weights.indices[some]]
+        gathered = rows[row[some]], columns[weights.columns[some]]
         gradient[some] = np.einsum("kb,kb->k", *gathered)
     return gradient
 
@@ -86,12 +115,10 @@ def _parts(problem: Problem) -> Iterator[_Somas]:
         s1 = min(c.num_somas, s0 + step)
         r0, r1 = soma_ptr[s0], soma_ptr[s1]
         k = slice(crow[r0], crow[r1])
-        synapses = weight[k], col[k], crow[r0 : r1 + 1] - crow[r0]
-        cables = cable[r0:r1], np.arange(r1 - r0), soma_ptr[s0 : s1 + 1] - r0
         yield _Somas(
             slice(s0, s1),
-            scipy.sparse.csr_array(synapses, (r1 - r0, c.in_features)),
-            scipy.sparse.csr_array(cables, (s1 - s0, r1 - r0)),
+            _Csr(weight[k], col[k], crow[r0 : r1 + 1] - crow[r0]),
+            _Csr(cable[r0:r1], np.arange(r1 - r0), soma_ptr[s0 : s1 + 1] - r0),
             dendrite_bias[r0:r1, None],
             soma_bias[s0:s1, None],
         )

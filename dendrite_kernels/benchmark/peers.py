@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,6 +88,8 @@ def reason_to_skip(name: str, problem: Problem) -> str | None:
         entry = dk.backend_info()[peer.backend]
         if not entry["available"]:
             return str(entry["reason"])
+    if issubclass(peer, ScipyCsr) and find_spec("scipy") is None:
+        return "scipy is not installed"
     if issubclass(peer, Compiled) and shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler"
     needed = peer.bytes_needed(problem) * problem.x.itemsize // 4

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,9 +153,7 @@ class ScipyCsr(Peer):
     device = "cpu"
 
     def make_leaves(self) -> dict[str, Tensor]:
-        c = self.problem.connectivity
-        arrays = (t.numpy() for t in (self.problem.synapse_weight, c.col_indices, c.crow_indices))
-        self.matrix = scipy.sparse.csr_array(tuple(arrays), (c.num_dendrites, c.in_features))
+        self.matrix = self.problem.connectivity.to_scipy(self.problem.synapse_weight)
         self.arrays = {name: p.numpy() for name, p in self.problem.parameters.items()}
         return {}
 

@@ -21,7 +21,7 @@ import sys, torch
 before = torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype()
 state = torch.random.get_rng_state()
 import dendrite_kernels as dk
-heavy = {"numba", "llvmlite", "matplotlib"}
+heavy = {"numba", "llvmlite", "matplotlib", "scipy"}
 assert not heavy & set(sys.modules)
 after = torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype()
 assert before == after, (before, after)
@@ -34,6 +34,37 @@ if HAS_CPP:
 """,
         OMP_NUM_THREADS="3",  # torch may grant fewer, on a machine with fewer cores
     )
+
+
+WITHOUT_SCIPY = """
+import sys
+sys.modules["scipy"] = None
+import dendrite_kernels as dk, torch
+from dendrite_kernels.benchmark.peers import reason_to_skip
+from dendrite_kernels.benchmark.problem import Problem
+c = dk.connectivity.random(9, 3, 2, 4, seed=0)
+layer, x = dk.DendriticLayer(c), torch.randn(5, 9)
+results = []
+for name, entry in dk.backend_info().items():
+    if entry["available"] and name != "cuda":
+        with dk.use_backend(name):
+            y = layer(x)
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), layer.parameters())])
+for result in results[1:]:
+    torch.testing.assert_close(result, results[0])
+assert reason_to_skip("scipy CSR", Problem.draw(c, batch=3)) == "scipy is not installed"
+assert reason_to_skip("torch CSR by hand", Problem.draw(c, batch=3)) is None
+for needs_it in (c.to_scipy, lambda: dk.interop.to_scipy(layer)):
+    try:
+        needs_it()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_scipy_is_needed_for_its_matrices_only() -> None:
+    printed = output(WITHOUT_SCIPY).splitlines()
+    assert printed == 2 * ["to_scipy needs scipy: pip install dendrite-kernels[scipy]"]
 
 
 # Missing and broken extensions: fresh interpreters import a copy of the package

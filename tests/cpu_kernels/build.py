@@ -1,6 +1,6 @@
 """Compiles check.cpp with the CPU kernels and runs it, for another processor in an emulator.
 
-    python -m tests.cpu_kernels.build neon|sanitize|native
+    python -m tests.cpu_kernels.build neon|sanitize|native|coverage
 
 Object files are kept and used again for the same sources and flags.
 """
@@ -15,11 +15,13 @@ import platform
 import runpy
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import setuptools
 
 from tests.cuda_emulator import build as cuda_emulator
@@ -45,9 +47,12 @@ class Target:
 
 # -O1, because GCC compiles sanitized code very slowly with -O3.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+# Threads count the same lines. -O1 keeps the lines apart that -O3 would move and merge.
+COUNT = ("--coverage", "-fprofile-update=atomic", "-O1")
 TARGETS = {
     "native": Target(HOST),
     "sanitize": Target(HOST, flags=SANITIZE, link=SANITIZE[:1]),
+    "coverage": Target(HOST, flags=COUNT, link=COUNT[:1]),
     "neon": Target(
         "aarch64", PREFIX, link=("-static",), emulator="qemu-aarch64" if PREFIX else None
     ),
@@ -97,15 +102,27 @@ def compile_unit(name: str, unit: str) -> Path:
 
 def build(name: str) -> Path:
     """Compile the program if needed; its path."""
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", f"-I{SOURCES}"]
+    return _link(name, "check", CHECK, flags, "-pthread")
+
+
+def extension(name: str) -> Path:
+    """The same kernels as a module for the Python that runs this."""
+    setup = setup_constants()
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = [*setup["FLAGS"], "-fPIC", *setup["BIND_FLAGS"], *includes]
+    return _link(name, "extension", SOURCES / "bind.cpp", flags, "-shared")
+
+
+def _link(name: str, result: str, source: Path, flags: list[str], option: str) -> Path:
+    """A source with the kernels."""
     target = TARGETS[name]
     with ThreadPoolExecutor(2) as pool:
         kernels = pool.map(lambda unit: compile_unit(name, unit), units(name))
-        flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", f"-I{SOURCES}"]
-        objects = [_compile(name, CHECK, flags), *kernels]
-    made = OUTPUT / f"check-{_digest(*(str(path).encode() for path in objects))}"
+        objects = [_compile(name, source, flags), *kernels]
+    made = OUTPUT / name / f"{result}-{_digest(*(str(path).encode() for path in objects))}"
     if not made.exists():
-        command = [f"{target.prefix}g++", *target.link, "-pthread", *map(str, objects)]
-        _run_to(made, command)
+        _run_to(made, [f"{target.prefix}g++", *target.link, option, *map(str, objects)])
     return made
 
 
@@ -125,7 +142,7 @@ def _compile(name: str, source: Path, flags: list[str]) -> Path:
         path for folder in folders for end in ("h", "inl") for path in folder.glob(f"*.{end}")
     ]
     content = [path.read_bytes() for path in [source, *sorted(headers)]]
-    made = OUTPUT / f"{source.stem}-{_digest(repr(command).encode(), *content)}.o"
+    made = OUTPUT / name / f"{source.stem}-{_digest(repr(command).encode(), *content)}.o"
     if not made.exists():
         _run_to(made, command)
     return made

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from setuptools import Distribution
 
+import dendrite_kernels as dk
 from tests.cpu_kernels import build
 from tests.package import sources
 
@@ -23,8 +24,8 @@ LEFT_OUT = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
 ADDED = ("PKG-INFO", "setup.cfg", "dendrite_kernels.egg-info/")
 # Without git the files here are all there is to compare with.
 NEEDED = {
-    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
-    "bench/paper/report.css", "bench/results/cpu.json", "bench/speed/roofline.cpp",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
+    "README.md", "bench/paper/report.css", "bench/results/cpu.json", "bench/speed/roofline.cpp",
     "constraints.txt", "csrc/cpu/kernels_neon.cpp", "csrc/cpu/kernels.h", "csrc/cpu/table.inl",
     "csrc/cuda/kernels_bf16.cu", "csrc/cuda/launch.inl", "dendrite_kernels/py.typed",
     "docs/equations.md", "pyproject.toml", "setup.py", "tests/conftest.py",
@@ -46,6 +47,12 @@ def test_the_sdist_holds_every_file(tmp_path: Path) -> None:
     own = {name for name in held if not name.startswith(ADDED)}
     expected = {name for name in sources.files() if not name.startswith((*LEFT_OUT, *ADDED))}
     assert own == expected
+
+
+def test_all_files_name_the_same_version() -> None:
+    for name, line in (("pyproject.toml", 'version = "{}"'), ("CITATION.cff", "version: {}")):
+        lines = (sources.ROOT / name).read_text().splitlines()
+        assert line.format(dk.__version__) in lines, name
 
 
 @pytest.mark.parametrize("name", SOURCES)
