@@ -59,6 +59,15 @@ def bullets(items: Iterable[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{escape(item)}</li>\n" for item in items) + "</ul>\n"
 
 
+def code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def details(summary: str, content: str) -> str:
+    """content: HTML that is shown when asked for."""
+    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>\n"
+
+
 def versions(environment: Mapping[str, Any]) -> str:
     """Of an `environment.describe`, those that are known."""
     return ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)

@@ -100,8 +100,8 @@ def _of_data(name: str, results: Sequence[Result]) -> str:
         return "<p>No network of the article's protocol was trained on it.</p>\n"
     return (
         f"<h3>The best network of each family</h3>\n{best_table(own)}"
-        f"<details><summary>Whether families differ</summary>\n{comparison_table(own)}</details>\n"
-        f"<details><summary>All configurations</summary>\n{configuration_table(own)}</details>\n"
+        f"{page.details('Whether families differ', comparison_table(own))}"
+        f"{page.details('All configurations', configuration_table(own))}"
     )
 
 
