@@ -123,8 +123,7 @@ def measure(cases: dict[str, Run]) -> dict[str, float]:
 
 
 def overhead(backend: BackendName) -> dict[str, Any]:
-    """Microseconds of every layer's calls, and for C++ of the parts of an eager one."""
-    dk.use_backend(backend)
+    """Microseconds of every layer's calls on the backend in use, for C++ also of a call's parts."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(BATCH, 16)
@@ -167,7 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("backend", nargs="?", choices=get_args(BackendName), default="cpp")
     parser.add_argument("--output", type=Path, help="a JSON file to write as well")
     options = parser.parse_args(arguments)
-    report = {**describe_run(parser, arguments, 1), **overhead(options.backend)}
+    with dk.use_backend(options.backend):
+        report = {**describe_run(parser, arguments, 1), **overhead(options.backend)}
     print_overhead(report)
     if options.output:
         write_json(options.output, report, digits=4)

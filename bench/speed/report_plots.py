@@ -140,8 +140,8 @@ def _style(series: str) -> dict[str, Any]:
 
 
 def _logarithmic(axes: Axes, axis: str, values: Iterable[float], lose: bool = False) -> None:
-    """From below the least value to above the largest; with 1 and some room below it."""
-    shown = [*values, *([0.9, 1.0] if lose else [])]
+    """From below the least positive value to above the largest; lose: with 1 and room below it."""
+    shown = [*(value for value in values if value > 0), *([0.9, 1.0] if lose else [])]
     least, most = min(shown), max(shown)
     getattr(axes, f"set_{axis}scale")("log")
     getattr(axes, f"set_{axis}lim")(least / 1.4, most * 1.4)

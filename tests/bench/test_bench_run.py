@@ -18,6 +18,7 @@ from bench.speed import cases, roofline, run
 from bench.speed.kernels import KERNELS, Kernels
 from dendrite_kernels.benchmark import case, peer, peers
 from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.comparison import Comparison
 from dendrite_kernels.benchmark.oracle import PARAMETERS, oracle
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
 from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, largest_error
@@ -267,6 +268,35 @@ def test_kernels_are_compared_with_the_roof_of_their_turn(monkeypatch: pytest.Mo
     assert len(roof.turns) == 10
     assert roof.fraction(kernel, 0.4) == pytest.approx(0.8, rel=0.02)
     assert roof.fraction_of_l2(kernel, 0.4) == pytest.approx(0.9, rel=0.02)
+
+
+def test_a_configuration_is_divided_turn_by_turn(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns, the second at half the speed."""
+    comparison = Comparison(problem, {})
+
+    def timed(group: str, name: str, mode: str, turns: dict[int, list[float]]) -> None:
+        comparison.tasks[group, name, mode] = Task(int, turns=turns)
+
+    timed("peers", OURS, "forward", {0: [1.0, 1.0, 1.0], 1: [2.0]})
+    timed("peers", OFFICIAL, "forward", {1: [60.0]})
+    timed("peers", "embedding_bag", "forward", {0: [3.0], 1: [6.0, 6.0, 6.0]})
+    timed("kernels", "cpp kernels", "forward", {0: [0.005], 1: [0.01, 0.01, 0.01]})
+    timed("kernels", "cpp kernels", "backward", {0: [0.016], 1: [0.032]})
+    timed("kernels", run.BF16, "forward", {0: [0.001]})
+    found = run._ratios(comparison)["forward"]
+    assert found["of"] == OURS
+    assert found["all"] == {OFFICIAL: 30.0, "embedding_bag": 3.0}
+    assert (found["official"], found["best_peer"]) == (30.0, 3.0)
+    monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Roof({8: 100.0}, {8: 9.0}, 50.0))
+    roof = roofline.RoofTask(1, 1, 1)
+    roof.turns = {0: [1 / 100], 1: [1 / 50]}
+    (reached,) = run._fractions(roof, comparison, gflop=0.4)["reached"].values()
+    assert reached["forward_fraction"] == pytest.approx(0.8)
+    assert reached["backward_fraction"] == pytest.approx(0.5)
+    assert reached["backward_fraction_of_l2"] == pytest.approx(1.0)
+    assert reached["forward_gflops"] == pytest.approx(40)
 
 
 def test_crossover_is_interpolated() -> None:
