@@ -32,7 +32,9 @@ help:
 	@echo '                  build the wheel, check it, train a step with it beside each of these torch versions'
 	@echo 'make lint         ruff, mypy, clang-format, codespell'
 	@echo 'make docs         build the documentation site in reports/docs/html; a warning is an error'
-	@echo 'make bench        time the layer against everything else one could use, write bench/results/cpu.json'
+	@echo 'make bench        time the layer against everything else one could use, write reports/bench.html: speed, memory,'
+	@echo '                  rooflines, where dense wins, the overhead of a call. ARGS goes to bench.speed.run, which without'
+	@echo '                  make writes to bench/results: python -m bench.speed.run --cases A --name cpu'
 	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
 	@echo 'make benchmark-compare BASE=REF'
 	@echo '                  build the commit REF beside the working tree, time both in turns, fail if we became slower'
@@ -119,8 +121,12 @@ lint: .venv/.installed-lint
 docs: .venv/.installed-docs
 	$(VENV_PYTHON) -m sphinx -W --keep-going -d reports/docs/doctrees docs reports/docs/html $(ARGS)
 
+# Some 10 to 15 minutes on two quiet cores.
 bench: .venv/.installed-demo
-	$(VENV_PYTHON) -m bench.speed.run $(ARGS)
+	$(VENV_PYTHON) -m bench.speed.run --output reports/bench/cpu.json $(or $(ARGS),--cases A B C E --seconds 2 --memory)
+	$(VENV_PYTHON) -m bench.questions.crossover --output reports/bench/crossover.json --inputs 784 --seconds 1
+	$(VENV_PYTHON) -m bench.questions.overhead --output reports/bench/overhead.json
+	$(VENV_PYTHON) -m bench.speed.report
 
 benchmark: .venv/.installed-test
 	mkdir -p reports

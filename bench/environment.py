@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shlex
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,14 @@ _WIDTH = 160
 def describe(threads: int | None = None) -> dict[str, Any]:
     """As the package's `describe`, and the commit."""
     return {**environment.describe(threads), "commit": commit()}
+
+
+def describe_run(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, threads: int
+) -> dict[str, Any]:
+    """What a file of results begins with: its command and the environment."""
+    command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    return {"command": command.rstrip(), "environment": describe(threads)}
 
 
 def commit() -> str | None:

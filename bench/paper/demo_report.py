@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tabulate import tabulate
+
 import dendrite_kernels as dk
 from bench.paper.datasets import ImageData
 from bench.paper.measured import Measured
@@ -37,28 +39,21 @@ def print_table(kind: str, sparse: Measured, twin: Measured) -> None:
         return label, cell(sparse), cell(twin), f"{value:.1f}x" if value else ""
 
     rows = [
-        ("", kind, "masked dense", "ratio"),
         row("test accuracy", lambda m: f"{m.outcome.history['test_accuracy'][-1]:.2%}"),
         row("test loss", lambda m: f"{m.outcome.history['test_loss'][-1]:.4f}"),
         row("trainable parameters", lambda m: f"{m.outcome.trainable_parameters:,}"),
         row("stored parameters", lambda m: f"{m.outcome.dense_parameters:,}", "stored_parameters"),
         row("ms per training step (median)", lambda m: _step(m, "p50"), "step_ms"),
-        row("  20th to 80th percentile", lambda m: f"{_step(m, 'p20')} to {_step(m, 'p80')}"),
+        row(
+            "from the 20th to the 80th percentile",
+            lambda m: f"{_step(m, 'p20')} to {_step(m, 'p80')}",
+        ),
         row("peak memory of training", lambda m: _mib(m.peak_memory_mib), "peak_memory"),
         row("whole training with evaluation", lambda m: f"{m.outcome.seconds:.1f} s", "seconds"),
     ]
-    widths = [max(len(cells[i]) for cells in rows) for i in range(4)]
-    lines = [
-        "  ".join(
-            [
-                cells[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
-            ]
-        )
-        for cells in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    print("\n" + "\n".join(lines) + "\n")
+    head = "", kind, "masked dense", "ratio"
+    aligned = "left", "right", "right", "right"
+    print(f"\n{tabulate(rows, head, 'simple', disable_numparse=True, colalign=aligned)}\n")
 
 
 def _step(measured: Measured, percentile: str) -> str:

@@ -1,15 +1,12 @@
-"""The report: one HTML page that needs nothing else, ours beside the article's.
-
-The page is well-formed XML, so that tests and other programs can read it.
-"""
+"""The report: one HTML page that needs nothing else, ours beside the article's."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from bench import page, plots
 from bench.environment import describe
 from bench.paper import figures
 from bench.paper.article import DATA, PUBLISHED, TRIALS, Cell, compare
@@ -26,7 +23,7 @@ from bench.paper.statistics import data_name, families, plain, sequential, varie
 
 FILE = "report.html"
 VARIED = "noise", "layers", "dropout", "lr"
-_STYLE = Path(__file__).with_name("report.css")
+_TITLE = "Dendritic networks: ours beside the article's"
 _COMMANDS = (
     ("make paper", "the quick sweep, its figures and this page"),
     ("make paper-full", "all of the article's grid"),
@@ -37,7 +34,7 @@ def report(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write the figures and FILE into the folder; embeddings are those that are there."""
     drawn = list(figures.draw_all(results, folder))
     paths = [
-        path for one in drawn for path in style.save(one.figure, folder / figures.FOLDER, one.name)
+        path for one in drawn for path in plots.save(one.figure, folder / figures.FOLDER, one.name)
     ]
     pictures = [path for path in paths if path.suffix == ".svg"]
     sections = [
@@ -45,37 +42,13 @@ def report(results: Sequence[Result], folder: Path) -> list[Path]:
         *((f"Data set {name}", _of_data(name, results)) for name in _names(results)),
         ("Figures", "".join(map(_figure, drawn, pictures))),
         ("Cost", f"<h3>Seconds of a training</h3>\n{cost_table(results)}"),
-        ("What is missing", _list(_missing(results))),
+        ("What is missing", page.bullets(_missing(results))),
         ("How to make this page", _reproduce()),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / FILE
-    page.write_text(_page(_introduction(results), sections), encoding="utf-8")
-    return [*paths, page]
-
-
-def _page(introduction: str, sections: Sequence[tuple[str, str]]) -> str:
-    body = "\n".join(
-        f"<section><h2>{escape(title)}</h2>\n{content}</section>" for title, content in sections
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>Dendritic networks: ours beside the article's</title>
-<style>
-{_STYLE.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
-<h1>Dendritic networks: ours beside the article's</h1>
-{introduction}
-{body}
-</main>
-</body>
-</html>
-"""
+    file = folder / FILE
+    file.write_text(page.page(_TITLE, _introduction(results), sections), encoding="utf-8")
+    return [*paths, file]
 
 
 def _names(results: Iterable[Result]) -> list[str]:
@@ -91,11 +64,10 @@ def _introduction(results: Sequence[Result]) -> str:
         "parameter-efficient learning, Nature Communications 16:943 (2025)."
     )
     machine = describe()
-    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     where = (
         f"This page was written {machine['date']} on {machine['cpu']}, {machine['system']}, "
-        f"{versions}, commit {machine['commit']}. Where and when the trainings ran, and with which "
-        "versions, is not recorded in their tables: it may have been elsewhere."
+        f"{page.versions(machine)}, commit {machine['commit']}. Where and when the trainings ran, "
+        "and with which versions, is not recorded in their tables: it may have been elsewhere."
     )
     return f"<p>{escape(text)}</p>\n<p class='note'>{escape(where)}</p>"
 
@@ -128,18 +100,16 @@ def _of_data(name: str, results: Sequence[Result]) -> str:
         return "<p>No network of the article's protocol was trained on it.</p>\n"
     return (
         f"<h3>The best network of each family</h3>\n{best_table(own)}"
-        f"<details><summary>Whether families differ</summary>\n{comparison_table(own)}</details>\n"
-        f"<details><summary>All configurations</summary>\n{configuration_table(own)}</details>\n"
+        f"{page.details('Whether families differ', comparison_table(own))}"
+        f"{page.details('All configurations', configuration_table(own))}"
     )
 
 
 def _figure(drawn: figures.Drawn, picture: Path) -> str:
-    """The picture is in the page, as an image of its own: names in it clash with no other's."""
-    data = base64.b64encode(picture.read_bytes()).decode()
     title = f"{drawn.data}: {drawn.title}"
     return (
         f"<figure id='{escape(drawn.name)}'>\n<h3>{escape(title)}</h3>\n"
-        f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{data}'/>\n"
+        f"{page.picture(picture.read_bytes(), title)}"
         f"<figcaption><p><strong>{escape(drawn.seen)}</strong></p>"
         f"<p>{escape(drawn.caption)}</p></figcaption>\n</figure>\n"
     )
@@ -171,10 +141,6 @@ def _missing(results: Sequence[Result]) -> list[str]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _list(items: Iterable[str]) -> str:
-    return "<ul>\n" + "".join(f"<li>{escape(item)}</li>\n" for item in items) + "</ul>\n"
 
 
 def _reproduce() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 
+from bench.page import table
 from bench.paper.article import Cell
 from bench.paper.result import Result
 from bench.paper.run import Run
@@ -53,7 +54,7 @@ def article_table(cells: Iterable[Cell]) -> str:
                 _size(run),
             )
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def best_table(results: Sequence[Result]) -> str:
@@ -78,7 +79,7 @@ def best_table(results: Sequence[Result]) -> str:
                 )
             )
     head = "family", "", "mean", "n", "95 % interval", "parameters", "efficiency", "network"
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def comparison_table(results: Sequence[Result]) -> str:
@@ -97,7 +98,7 @@ def comparison_table(results: Sequence[Result]) -> str:
     if not rows:
         return "<p>Two trials of two families are needed.</p>\n"
     note = "Welch's t-test between the best networks; q is p corrected by Benjamini and Hochberg."
-    return f"<p class='note'>{escape(note)}</p>\n" + _table(
+    return f"<p class='note'>{escape(note)}</p>\n" + table(
         ("families", "", "difference", "p", "q"), rows
     )
 
@@ -119,7 +120,7 @@ def configuration_table(results: Sequence[Result]) -> str:
         for run, trials in by_configuration(results).items()
     ]
     head = "family", "network", "else", "parameters", "n", "accuracy (%)", "loss", "a run"
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def cost_table(results: Sequence[Result]) -> str:
@@ -130,17 +131,7 @@ def cost_table(results: Sequence[Result]) -> str:
             own = [r.outcome.seconds for r in results if (r.run.data, r.run.kind) == (data, kind)]
             cells = str(len(own)), *map(_seconds, (min(own), sum(own) / len(own), max(own)))
             rows.append((data, kind, *cells, _seconds(sum(own))))
-    return _table(("data", "family", "runs", "least", "mean", "most", "all"), rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["<div class='table'><table>", _row("th", head)]
-    lines += [_row("td", row) for row in rows]
-    return "\n".join([*lines, "</table></div>\n"])
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return table(("data", "family", "runs", "least", "mean", "most", "all"), rows)
 
 
 def _size(run: Run) -> str:

@@ -5,7 +5,7 @@
 For each number of inputs, K goes from 1 % to 90 % of the inputs (random, constant fan-in). At each
 K the results are verified, and then three layers are timed in turns: the sparse one, masked dense
 as the official code trains it, and masked dense with a block-sum cable. The crossover is the
-density where the ratio of medians crosses 1, interpolated on logarithmic axes.
+density where the median of the ratios of turns crosses 1, interpolated on logarithmic axes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.environment import describe, write_json
+from bench.environment import describe_run, write_json
 from bench.speed.run import RESULTS
 from dendrite_kernels.benchmark.case import Case
 from dendrite_kernels.benchmark.comparison import Comparison
@@ -35,10 +35,11 @@ SOMAS, DENDRITES = 256, 16
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     path = options.output
-    report: dict[str, Any] = {"environment": describe(options.threads), "sweeps": []}
+    report: dict[str, Any] = {**describe_run(parser, arguments, options.threads), "sweeps": []}
     refused = False
     for inputs in options.inputs:
         sweep = _sweep(inputs, options)
@@ -74,10 +75,10 @@ def _sweep(inputs: int, options: argparse.Namespace) -> dict[str, Any]:
     crossovers: dict[str, dict[str, float | None]] = {}
     for dense in (OFFICIAL, BLOCK_SUM):
         for mode in MODES:
-            verified = [p for p in points if not p["refused"] and dense in p["ms"]]
+            verified = [p for p in points if not p["refused"] and dense in p["ratios"]]
             if not verified:
                 continue
-            ratios = [p["ms"][dense][mode]["p50"] / p["ms"][OURS][mode]["p50"] for p in verified]
+            ratios = [p["ratios"][dense][mode] for p in verified]
             found = crossover([p["density"] for p in verified], ratios)
             crossovers.setdefault(dense, {})[mode] = found
             where = f"above {verified[-1]['density']:.0%}" if found is None else f"{found:.1%}"
@@ -111,13 +112,18 @@ def _point(inputs: int, density: float, options: argparse.Namespace) -> dict[str
         "synapses": k,
         "density": k / inputs,
         "ms": times,
+        "ratios": {
+            name: {mode: comparison.ratio("peers", name, OURS, mode) for mode in MODES}
+            for name in times
+            if name != OURS and OURS in times
+        },
         "relative_errors": comparison.errors,
         "skipped": comparison.skipped,
         "refused": comparison.refused,
     }
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.questions.crossover", description=__doc__.split("\n")[0]
     )
@@ -128,7 +134,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing per density")
     parser.add_argument("--output", type=Path, default=RESULTS / "crossover.json")
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 import dendrite_kernels as dk
 from bench.environment import describe, write_json
@@ -110,15 +111,13 @@ def print_table(report: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     print(f"{report['case']}, {environment['threads']} thread(s), {report['backend']['isa']}")
     print(f"{environment['cpu']}, {environment['date']}, {versions}\n")
-    print("| seconds: all (forward + backward; processor time) | " + " | ".join(MODES) + " |")
-    print("|---|" + "---|" * len(MODES))
-    for row in ROWS:
-        found = [report["seconds"][mode][row] for mode in MODES]
-        cells = [
-            f"{s['all']:.3f} ({s['forward']:.3f} + {s['backward']:.3f}; {s['processor']:.3f})"
-            for s in found
-        ]
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    rows = [(row, *(_cell(report["seconds"][mode][row]) for mode in MODES)) for row in ROWS]
+    head = "seconds: all (forward + backward; processor time)", *MODES
+    print(tabulate(rows, head, "github"))
+
+
+def _cell(s: dict[str, float]) -> str:
+    return f"{s['all']:.3f} ({s['forward']:.3f} + {s['backward']:.3f}; {s['processor']:.3f})"
 
 
 if __name__ == "__main__":

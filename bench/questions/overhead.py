@@ -1,6 +1,6 @@
 """The overhead of one call: tiny layers compared with those of torch, eager and compiled.
 
-    python -m bench.questions.overhead [numba]
+    python -m bench.questions.overhead [numba] [--output FILE]
 
 Times are CPU times of the calling thread, because they depend little on other load. Each is the
 minimum over rounds that call every case in turn. For C++ a second table has the parts of an eager
@@ -9,18 +9,21 @@ call.
 
 from __future__ import annotations
 
-import platform
-import sys
+import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import nn
 
 import dendrite_kernels as dk
+from bench.environment import describe_run, write_json
 from dendrite_kernels import autograd, fast_path, operators
+from dendrite_kernels.backends import BackendName
 
 BATCH, REPEATS, CALLS = 4, 100, 100
 Run = Callable[[], object]
@@ -119,9 +122,8 @@ def measure(cases: dict[str, Run]) -> dict[str, float]:
     return best
 
 
-def main() -> None:
-    backend: Any = sys.argv[1] if len(sys.argv) > 1 else "cpp"
-    dk.use_backend(backend)
+def overhead(backend: BackendName) -> dict[str, Any]:
+    """Microseconds of every layer's calls on the backend in use, for C++ also of a call's parts."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(BATCH, 16)
@@ -132,24 +134,44 @@ def main() -> None:
             for way, build in WAYS.items():
                 cases[f"{name}|{mode}{way}"] = build((called, parameters), x)
     found = measure(cases)
-    for name in cases:
-        if name.endswith("|no grad"):
-            found[name] -= found["nothing"]
-    columns = [f"{mode}{way}" for mode in ("", "compiled ") for way in WAYS]
-    print(
-        f"us per call; {backend}, batch {BATCH}, torch {torch.__version__}, {platform.processor()}"
+    layers: dict[str, dict[str, float]] = {}
+    for case in [*cases][1:]:
+        name, way = case.split("|")
+        us = found[case] - found["nothing"] * way.endswith("no grad")
+        layers.setdefault(name, {})[way] = us
+    return {
+        "backend": backend,
+        "batch": BATCH,
+        "layers_us": layers,
+        "aim_us": {way: 3 + 1.6 * us for way, us in layers["F.linear"].items()},
+        "parts_us": measure(parts()) if backend == "cpp" else {},
+    }
+
+
+def print_overhead(report: dict[str, Any]) -> None:
+    cpu, versions = report["environment"]["cpu"], report["environment"]["versions"]
+    print(f"us per call; {report['backend']}, batch {BATCH}, torch {versions['torch']}, {cpu}")
+    rows = [*report["layers_us"].items(), ("3 + 1.6 F.linear", report["aim_us"])]
+    head = "", *report["aim_us"]
+    print(tabulate([(name, *us.values()) for name, us in rows], head, "plain", floatfmt=".1f"))
+    if report["parts_us"]:
+        print("\nus of the parts of dendritic_layer")
+        print(tabulate(report["parts_us"].items(), tablefmt="plain", floatfmt=".1f"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.questions.overhead", description=__doc__.split("\n")[0]
     )
-    print("".join(f"{title:>26}" for title in ["", *columns]))
-    for name in models():
-        row = [f"{found[f'{name}|{column}']:26.1f}" for column in columns]
-        print(f"{name:>26}" + "".join(row))
-    limits = [f"{3 + 1.6 * found[f'F.linear|{column}']:26.1f}" for column in columns]
-    print(f"{'3 + 1.6 F.linear':>26}" + "".join(limits))
-    if backend != "cpp":
-        return
-    print("\nus of the parts of dendritic_layer")
-    for name, time_of_part in measure(parts()).items():
-        print(f"{time_of_part:8.1f}  {name}")
+    parser.add_argument("backend", nargs="?", choices=get_args(BackendName), default="cpp")
+    parser.add_argument("--output", type=Path, help="a JSON file to write as well")
+    options = parser.parse_args(arguments)
+    with dk.use_backend(options.backend):
+        report = {**describe_run(parser, arguments, 1), **overhead(options.backend)}
+    print_overhead(report)
+    if options.output:
+        write_json(options.output, report, digits=4)
+        print(f"Wrote {options.output}")
 
 
 if __name__ == "__main__":

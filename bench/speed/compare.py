@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
+from tabulate import tabulate
+
 from bench.speed.tasks import BACKENDS, TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -100,12 +102,14 @@ def compare(base: Path, new: Path, options: argparse.Namespace) -> list[str]:
                     worker.prepare(task)
                 one, now[task] = ratio(pair, options.turns, options.seconds)
                 found[task].append(one)
-    print(f"{'':20} {'ms':>9}  new / {options.base}, each pair of processes")
-    for task, ratios in found.items():
-        verdict = "SLOWER" if slower(ratios, options.margin) else ""
-        shown = "  ".join(f"{one:.3f}" for one in sorted(ratios))
-        print(f"{task:20} {1e3 * now[task]:9.4f}  {shown}  {verdict}".rstrip())
-    return [task for task, ratios in found.items() if slower(ratios, options.margin)]
+    worse = [task for task, ratios in found.items() if slower(ratios, options.margin)]
+    rows = [
+        (task, 1e3 * now[task], *sorted(ratios), "SLOWER" if task in worse else "")
+        for task, ratios in found.items()
+    ]
+    head = "", "ms", f"new / {options.base}", *[""] * options.pairs
+    print(tabulate(rows, head, "plain", floatfmt=("", ".4f", *[".3f"] * options.pairs)))
+    return worse
 
 
 def install(source: Path, folder: Path) -> Path:

@@ -18,11 +18,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+
+from dendrite_kernels.benchmark.timing import ROUNDS, Task, ratio
 
 SOURCE = Path(__file__).with_name("roofline.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
 PORTABLE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast")
-MILLISECONDS = 40  # for each of seven ways
+MILLISECONDS = 8  # for each of seven ways
 MAX_INPUTS = 1 << 16
 
 
@@ -57,11 +60,11 @@ class Roof:
 
     @classmethod
     def of(cls, roofs: Sequence[Roof]) -> Roof:
-        """The highest rates of several measurements."""
+        """The medians of several measurements."""
         return cls(
-            _highest([r.one_by_one for r in roofs]),
-            _highest([r.interleaved for r in roofs]),
-            max(r.l2 for r in roofs),
+            _medians([r.one_by_one for r in roofs]),
+            _medians([r.interleaved for r in roofs]),
+            median(r.l2 for r in roofs),
         )
 
     @property
@@ -70,8 +73,8 @@ class Roof:
         return max(*self.one_by_one.values(), *self.interleaved.values())
 
 
-def _highest(rates: Sequence[dict[int, float]]) -> dict[int, float]:
-    return {width: max(r[width] for r in rates) for width in rates[0]}
+def _medians(rates: Sequence[dict[int, float]]) -> dict[int, float]:
+    return {width: median(r[width] for r in rates) for width in rates[0]}
 
 
 def measure(inputs: int, synapses: int, threads: int) -> Roof:
@@ -88,3 +91,29 @@ def measure(inputs: int, synapses: int, threads: int) -> Roof:
     *rows, (_, l2) = (line.split() for line in run.stdout.splitlines())
     one_by_one, interleaved = ({int(row[0]): float(row[i]) for row in rows} for i in (1, 2))
     return Roof(one_by_one, interleaved, float(l2))
+
+
+class RoofTask(Task):
+    """The roof, measured in every round of what it is compared with: see `timing.ratio`.
+
+    A sample is the seconds that a GFLOP takes at the roof.
+    """
+
+    def __init__(self, inputs: int, synapses: int, threads: int) -> None:
+        """Raises Unavailable as `measure` does."""
+        self.sizes = inputs, synapses, threads
+        self.roofs: list[Roof] = []
+        super().__init__(self.measure, least=ROUNDS)
+        self.run()
+
+    def measure(self) -> float:
+        self.roofs.append(measure(*self.sizes))
+        return 1 / self.roofs[-1].gflops
+
+    def fraction(self, kernel: Task, gflop: float) -> float:
+        """The share of the roof that a kernel reaches with `gflop` of work."""
+        return gflop * ratio(self, kernel)
+
+    def fraction_of_l2(self, kernel: Task, gflop: float) -> float:
+        """The same of the FMAs that read the second-level cache, measured beside the roof."""
+        return self.fraction(kernel, gflop) * median(r.gflops / r.l2 for r in self.roofs)

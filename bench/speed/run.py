@@ -3,8 +3,9 @@
     python -m bench.speed.run --cases A B --threads 1 2 4 [--kinds variable local] [--memory]
 
 A candidate is timed only after its results agree with the float64 oracle; one that does not agree
-is refused and the command ends with status 1. Candidates take turns. Written to
-bench/results/NAME.json after every comparison.
+is refused and the command ends with status 1. Candidates take turns, and so does the roof that
+kernels are compared with. Ratios are medians of the ratios of turns, for the machine may change its
+speed. Written to bench/results/NAME.json after every comparison.
 
 Modes: forward (no gradients kept), training (forward + backward without the input's gradient, and
 the masks of gradients where there are any) and training with dx. Kernels are the same work without
@@ -19,26 +20,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import dendrite_kernels as dk
-from bench.environment import describe, write_json
-from bench.speed import roofline
+from bench.environment import describe_run, write_json
 from bench.speed.cases import CASES, find
 from bench.speed.kernels import KERNELS, Kernels
-from bench.speed.roofline import Roof
+from bench.speed.roofline import Roof, RoofTask, Unavailable
 from bench.speed.tables import print_configuration
 from dendrite_kernels.benchmark import whole_step
 from dendrite_kernels.benchmark.case import KINDS, Case
 from dendrite_kernels.benchmark.comparison import Comparison
 from dendrite_kernels.benchmark.dense import MaskedDense
 from dendrite_kernels.benchmark.oracle import oracle
-from dendrite_kernels.benchmark.peer import Peer
-from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
+from dendrite_kernels.benchmark.peer import MODES, Peer
+from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PACKAGE, PEERS
 from dendrite_kernels.benchmark.problem import TOLERANCE, Problem
-from dendrite_kernels.benchmark.tables import ratios
 from dendrite_kernels.benchmark.timing import Task, interleave
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -47,11 +47,16 @@ MODEST_BYTES = 1 << 32  # of a dense layer that the optimizer's state may double
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.cases = find(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
     path = options.output or RESULTS / f"{options.name}.json"
     before = torch.get_num_threads()
     report: dict[str, Any] = {
-        "environment": describe(max(options.threads)),
+        **describe_run(parser, arguments, max(options.threads)),
         "backends": dk.backend_info(),
         "tolerance": TOLERANCE,
         "configurations": [],
@@ -98,22 +103,23 @@ def measure(
         step = whole_step.step_of(module, problem)
         step()
         comparison.tasks["steps", name, "step"] = Task(step)
-    roof: list[Roof] = []
-    unavailable = _measure_roof(threads, problem, roof)
-    interleave(list(comparison.tasks.values()), options.seconds)
-    _measure_roof(threads, problem, roof)
-    candidates, kernels = comparison.times("peers"), comparison.times("kernels")
     c = problem.connectivity
+    roof, unavailable = None, ""
+    try:
+        roof = RoofTask(c.in_features, c.nnz, threads)
+        comparison.tasks["roof", "roof", "roof"] = roof
+    except Unavailable as error:
+        unavailable = str(error)
+    interleave(list(comparison.tasks.values()), options.seconds)
     return {
         "case": asdict(case), "kind": kind, "threads": threads,
         "inputs": c.in_features, "synapses": c.nnz, "density": c.density,
-        "ms": candidates,
-        "kernels_ms": kernels,
+        "ms": comparison.times("peers"),
+        "kernels_ms": comparison.times("kernels"),
         "step_ms": {name: modes["step"] for name, modes in comparison.times("steps").items()},
-        "ratios": ratios(candidates),
-        "roofline": {"unavailable": unavailable} if unavailable else _fractions(
-            roof, kernels, 2e-9 * c.nnz * case.batch
-        ),
+        "ratios": _ratios(comparison),
+        "roofline": _fractions(roof, comparison, 2e-9 * c.nnz * case.batch)
+        if roof else {"unavailable": unavailable},
         "memory_mib": _memory(case, kind, threads, problem) if options.memory else {},
         "relative_errors": comparison.errors,
         "skipped": comparison.skipped,
@@ -132,40 +138,46 @@ def _step_modules(peers: Mapping[str, Peer], problem: Problem) -> dict[str, torc
     return modules
 
 
-def _measure_roof(threads: int, problem: Problem, roof: list[Roof]) -> str | None:
-    """Add a measurement to `roof`; why there is none."""
-    c = problem.connectivity
-    try:
-        roof.append(roofline.measure(c.in_features, c.nnz, threads))
-    except roofline.Unavailable as error:
-        return str(error)
-    return None
-
-
-def _fractions(
-    roof: list[Roof],
-    kernels: Mapping[str, Mapping[str, Mapping[str, float]]],
-    gflop: float,
-) -> dict[str, Any]:
-    """GFLOP/s of the kernels, forward `gflop` of them and backward twice that, and of the roofs."""
-    highest = Roof.of(roof)
-    reached = {}
-    for name, modes in kernels.items():
-        if name == BF16:
-            continue  # the roof is one of float32
-        forward, backward = (
-            work / (1e-3 * modes[mode]["p50"])
-            for mode, work in (("forward", gflop), ("backward", 2 * gflop))
-        )
-        reached[name] = {
-            "forward_gflops": forward,
-            "backward_gflops": backward,
-            "forward_fraction": forward / highest.gflops,
-            "backward_fraction": backward / highest.gflops,
-            "forward_fraction_of_l2": forward / highest.l2,
-            "backward_fraction_of_l2": backward / highest.l2,
+def _ratios(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """For each mode how many times as long as the package's each other way takes."""
+    names = list(comparison.times("peers"))
+    ours = next((name for name in PACKAGE if name in names), None)
+    found: dict[str, dict[str, Any]] = {}
+    if ours is None:
+        return found
+    for mode in MODES:
+        others = {
+            name: comparison.ratio("peers", name, ours, mode)
+            for name in names
+            if name != ours and ("peers", name, mode) in comparison.tasks
         }
-    return {"gflops": highest.gflops, **asdict(highest), "reached": reached}
+        peers = {name: ratio for name, ratio in others.items() if name not in PACKAGE}
+        if not peers:
+            continue
+        best = min(peers, key=lambda name: peers[name])
+        found[mode] = {
+            "of": ours,
+            "official": peers.get(OFFICIAL),
+            "best_peer": peers[best],
+            "best_peer_name": best,
+            "all": others,
+        }
+    return found
+
+
+def _fractions(roof: RoofTask, comparison: Comparison, gflop: float) -> dict[str, Any]:
+    """GFLOP/s of the kernels, forward `gflop` of them and backward twice that, and of the roofs."""
+    reached: dict[str, dict[str, float]] = {}
+    for (group, name, mode), task in comparison.tasks.items():
+        work = {"forward": gflop, "backward": 2 * gflop}.get(mode)
+        if group == "kernels" and name != BF16 and work:  # the roof is one of float32
+            reached.setdefault(name, {}).update({
+                f"{mode}_gflops": work / median(task.samples),
+                f"{mode}_fraction": roof.fraction(task, work),
+                f"{mode}_fraction_of_l2": roof.fraction_of_l2(task, work),
+            })  # fmt: skip
+    rates = Roof.of(roof.roofs)
+    return {"gflops": rates.gflops, **asdict(rates), "reached": reached}
 
 
 def _memory(case: Case, kind: str, threads: int, problem: Problem) -> dict[str, float | None]:
@@ -179,7 +191,7 @@ def _memory(case: Case, kind: str, threads: int, problem: Problem) -> dict[str, 
     }
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.speed.run", description=__doc__.split("\n")[0]
     )
@@ -198,12 +210,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="also measure a step's memory")
     parser.add_argument("--name", default="cpu", help="of the file in bench/results")
     parser.add_argument("--output", type=Path, help="the file, instead of --name")
-    options = parser.parse_args(arguments)
-    try:
-        options.cases = find(options.cases)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    return parser
 
 
 if __name__ == "__main__":

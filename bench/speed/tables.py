@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tabulate import tabulate
+
+from bench.speed.kernels import KERNELS
 from dendrite_kernels.benchmark.peer import MODES
 from dendrite_kernels.benchmark.peers import OURS
-from dendrite_kernels.benchmark.tables import cell, print_rows, time_rows
+from dendrite_kernels.benchmark.tables import cell, time_rows
 
 
 def print_configuration(result: Mapping[str, Any]) -> None:
@@ -17,11 +20,10 @@ def print_configuration(result: Mapping[str, Any]) -> None:
         f"B={case['batch']} N={result['inputs']} S={case['somas']} D={case['dendrites']}, "
         f"{result['synapses']} synapses ({result['density']:.2%}).  ms: median (p20-p80)"
     )
-    print_rows([("", *MODES), *time_rows(result["ms"], MODES)])
-    print_rows(_ratio_rows(result["ratios"]))
-    modes = ("forward", "backward without dx", "backward")
+    rows = [*time_rows(result["ms"], MODES), *_ratio_rows(result["ratios"])]
+    print(tabulate(rows, ("", *MODES), "plain"))
     if result["kernels_ms"]:
-        print_rows([("", *modes), *time_rows(result["kernels_ms"], modes)])
+        print(tabulate(time_rows(result["kernels_ms"], KERNELS), ("", *KERNELS), "plain"))
     _print_roofline(result["roofline"])
     for name, ms in result["step_ms"].items():
         print(f"whole step with Adam, {name}: {cell(ms)} ms")

@@ -15,7 +15,7 @@ from torch import Tensor
 from .peer import Peer
 from .peers import PEERS, reason_to_skip
 from .problem import TOLERANCES, Problem, largest_error
-from .timing import Task, waiting_for
+from .timing import Task, ratio, waiting_for
 
 
 @dataclass
@@ -75,6 +75,10 @@ class Comparison:
             if peer is not None:
                 admitted[name] = peer
         return admitted
+
+    def ratio(self, group: str, a: str, b: str, mode: str) -> float:
+        """How many times as long as candidate `b` candidate `a` takes."""
+        return ratio(self.tasks[group, a, mode], self.tasks[group, b, mode])
 
     def times(self, group: str) -> dict[str, dict[str, dict[str, float]]]:
         """Candidate -> mode -> percentiles in ms."""

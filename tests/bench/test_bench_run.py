@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,10 +18,11 @@ from bench.speed import cases, roofline, run
 from bench.speed.kernels import KERNELS, Kernels
 from dendrite_kernels.benchmark import case, peer, peers
 from dendrite_kernels.benchmark.case import Case
+from dendrite_kernels.benchmark.comparison import Comparison
 from dendrite_kernels.benchmark.oracle import PARAMETERS, oracle
 from dendrite_kernels.benchmark.peers import OFFICIAL, OURS, PEERS
 from dendrite_kernels.benchmark.problem import TOLERANCE, Problem, largest_error
-from dendrite_kernels.benchmark.timing import Task, interleave
+from dendrite_kernels.benchmark.timing import Task, interleave, ratio
 
 TINY = Case("T", 9, 6, 5, 2, 7, 3, 4)
 COMPILED = ("embedding_bag, compiled", "gather, compiled")
@@ -207,6 +210,95 @@ def test_what_is_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == len(task.samples) == 1
 
 
+class _Machine:
+    """A clock, and a machine that becomes 1.5 times as slow at some second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow_from: float) -> None:
+        self.seconds, self.slow_from = 0.0, slow_from
+        monkeypatch.setattr("dendrite_kernels.benchmark.timing.time.perf_counter", self.clock)
+
+    def clock(self) -> float:
+        return self.seconds
+
+    @property
+    def slowness(self) -> float:
+        return 1.5 if self.seconds >= self.slow_from else 1.0
+
+    def works(self, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.seconds += seconds * self.slowness
+
+        return run
+
+
+def test_ratios_are_of_turns_at_the_same_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow task has a sample in three of ten rounds, at the speed that the machine then has."""
+    medians = []
+    for slow_from in np.arange(0, 12, 0.25):
+        machine = _Machine(monkeypatch, float(slow_from))
+        quick, slow = Task(machine.works(0.004)), Task(machine.works(1.2))
+        interleave([quick, slow], 8)
+        assert ratio(slow, quick) == pytest.approx(300, rel=0.01)
+        assert ratio(quick, slow) == pytest.approx(1 / 300, rel=0.01)
+        medians.append(np.median(slow.samples) / np.median(quick.samples))
+    assert max(medians) == pytest.approx(450)  # medians of all samples would not do
+
+
+def test_ratio_takes_the_nearest_turns() -> None:
+    a, b = Task(int), Task(int)
+    a.turns = {0: [1.0], 1: [2.0, 2.0, 9.0], 2: [4.0], 3: [8.0], 9: [1.0]}
+    b.turns = {-1: [2.0], 4: [4.0], 9: [3.0]}
+    assert ratio(a, b) == pytest.approx(0.5)  # of 1 / 2, 8 / 4 and 1 / 3
+    assert ratio(b, a) == pytest.approx(2.0)
+
+
+def test_kernels_are_compared_with_the_roof_of_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel at 80 % of the roof and 90 % of L2, while the machine changes its speed."""
+    machine = _Machine(monkeypatch, slow_from=12)
+
+    def measured(*_: object) -> roofline.Roof:
+        rate = 100.0 / machine.slowness
+        machine.seconds += 0.06
+        return roofline.Roof({16: rate}, {16: 0.9 * rate}, 8 / 9 * rate)
+
+    monkeypatch.setattr(roofline, "measure", measured)
+    roof, kernel = roofline.RoofTask(1, 1, 1), Task(machine.works(0.4 / 80))
+    other = Task(machine.works(0.5))
+    interleave([roof, kernel, other], 21)
+    assert len(roof.turns) == 10
+    assert roof.fraction(kernel, 0.4) == pytest.approx(0.8, rel=0.02)
+    assert roof.fraction_of_l2(kernel, 0.4) == pytest.approx(0.9, rel=0.02)
+
+
+def test_a_configuration_is_divided_turn_by_turn(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns, the second at half the speed."""
+    comparison = Comparison(problem, {})
+
+    def timed(group: str, name: str, mode: str, turns: dict[int, list[float]]) -> None:
+        comparison.tasks[group, name, mode] = Task(int, turns=turns)
+
+    timed("peers", OURS, "forward", {0: [1.0, 1.0, 1.0], 1: [2.0]})
+    timed("peers", OFFICIAL, "forward", {1: [60.0]})
+    timed("peers", "embedding_bag", "forward", {0: [3.0], 1: [6.0, 6.0, 6.0]})
+    timed("kernels", "cpp kernels", "forward", {0: [0.005], 1: [0.01, 0.01, 0.01]})
+    timed("kernels", "cpp kernels", "backward", {0: [0.016], 1: [0.032]})
+    timed("kernels", run.BF16, "forward", {0: [0.001]})
+    found = run._ratios(comparison)["forward"]
+    assert found["of"] == OURS
+    assert found["all"] == {OFFICIAL: 30.0, "embedding_bag": 3.0}
+    assert (found["official"], found["best_peer"]) == (30.0, 3.0)
+    monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Roof({8: 100.0}, {8: 9.0}, 50.0))
+    roof = roofline.RoofTask(1, 1, 1)
+    roof.turns = {0: [1 / 100], 1: [1 / 50]}
+    (reached,) = run._fractions(roof, comparison, gflop=0.4)["reached"].values()
+    assert reached["forward_fraction"] == pytest.approx(0.8)
+    assert reached["backward_fraction"] == pytest.approx(0.5)
+    assert reached["backward_fraction_of_l2"] == pytest.approx(1.0)
+    assert reached["forward_gflops"] == pytest.approx(40)
+
+
 def test_crossover_is_interpolated() -> None:
     assert crossover.crossover([0.01, 0.1, 0.2], [8.0, 4.0, 0.25]) == pytest.approx(
         0.1 * 2**0.5, rel=1e-9
@@ -236,6 +328,6 @@ def test_roofline_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert roof.gflops == max(*roof.one_by_one.values(), *roof.interleaved.values()) > 0
     assert roof.l2 > 0
     faster = roofline.Roof(roof.one_by_one, dict.fromkeys(roof.interleaved, 1e6), roof.l2 + 1)
-    assert roofline.Roof.of([roof, faster, roof]) == faster
+    assert roofline.Roof.of([roof, faster, faster]) == faster
     with pytest.raises(roofline.Unavailable, match="65536"):
         roofline.measure(inputs=70000, synapses=1, threads=1)

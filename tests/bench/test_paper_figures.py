@@ -14,6 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from bench import plots
 from bench.paper import embeddings, figures
 from bench.paper.embeddings import Embedding
 from bench.paper.figures import (
@@ -334,7 +335,7 @@ def test_figures_are_written_in_both_formats(written: Any) -> None:
 
 def test_the_same_results_give_the_same_svg(tmp_path: Path) -> None:
     first, second = (
-        style.save(settings.draw(grid()), tmp_path / name, "s")[1].read_bytes() for name in "ab"
+        plots.save(settings.draw(grid()), tmp_path / name, "s")[1].read_bytes() for name in "ab"
     )
     assert first == second
 

@@ -25,7 +25,7 @@ ADDED = ("PKG-INFO", "setup.cfg", "dendrite_kernels.egg-info/")
 # Without git the files here are all there is to compare with.
 NEEDED = {
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
-    "README.md", "bench/paper/report.css", "bench/results/cpu.json", "bench/speed/roofline.cpp",
+    "README.md", "bench/page.css", "bench/results/cpu.json", "bench/speed/roofline.cpp",
     "constraints.txt", "csrc/cpu/kernels_neon.cpp", "csrc/cpu/kernels.h", "csrc/cpu/table.inl",
     "csrc/cuda/kernels_bf16.cu", "csrc/cuda/launch.inl", "dendrite_kernels/py.typed",
     "docs/equations.md", "pyproject.toml", "setup.py", "tests/conftest.py",

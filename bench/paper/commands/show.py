@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 from bench.paper.result import Result
 from bench.paper.run import Run
@@ -22,15 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     with Table(options.table, read_only=True) as table:
-        print("\n".join(lines(table.results())))
+        print(shown(table.results()))
         print(", ".join(f"{count} {state}" for state, count in table.counts().items()))
         for run, error in table.errors().items():
             print(f"\n{run.key}\n{error.rstrip()}")
     return 0
 
 
-def lines(results: Sequence[Result]) -> list[str]:
-    """One line for each configuration, with the fields in which they differ."""
+def shown(results: Sequence[Result]) -> str:
+    """A line for each configuration, with the fields in which they differ."""
     configurations: dict[Run, list[Result]] = {}
     for result in results:
         configurations.setdefault(replace(result.run, trial=0), []).append(result)
@@ -44,11 +45,7 @@ def lines(results: Sequence[Result]) -> list[str]:
         [*(str(asdict(run)[name]) for name in names), *_summary(trials)]
         for run, trials in configurations.items()
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    ]
+    return str(tabulate(rows, header, "plain", disable_numparse=True, stralign="right"))
 
 
 def _summary(trials: Sequence[Result]) -> list[str]:

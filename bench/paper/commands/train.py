@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tabulate import tabulate
+
 import dendrite_kernels as dk
 from bench.paper import datasets
 from bench.paper.commands import run_options
@@ -36,9 +38,10 @@ def main(options: argparse.Namespace) -> int:
         f"{dk.models.count_dense_parameters(model):,} as dense layers"
     )
     print(f"{len(history['train_loss'])} epochs in {outcome.seconds:.1f} s")
-    print(f"{'':12s}{'loss':>9s}{'accuracy':>12s}")
-    for name in ("train", "val"):
-        loss, accuracy = history[f"{name}_loss"], history[f"{name}_accuracy"]
-        print(f"{name:12s}{loss[outcome.epoch]:9.4f}{accuracy[outcome.epoch]:12.2%}")
-    print(f"{'test':12s}{outcome.test_loss:9.4f}{outcome.test_accuracy:12.2%}")
+    reached = {name: values[outcome.epoch] for name, values in history.items()}
+    rows = [
+        (name, reached[f"{name}_loss"], reached[f"{name}_accuracy"]) for name in ("train", "val")
+    ]
+    rows.append(("test", outcome.test_loss, outcome.test_accuracy))
+    print(tabulate(rows, ("", "loss", "accuracy"), "plain", floatfmt=("", ".4f", ".2%")))
     return 0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from bench import plots
 from bench.paper import embeddings
 from bench.paper.figures import (
     efficiency,
@@ -16,7 +17,6 @@ from bench.paper.figures import (
     robustness,
     settings,
     size,
-    style,
     weights,
 )
 from bench.paper.result import Result
@@ -66,5 +66,5 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     return [
         path
         for drawn in draw_all(results, folder)
-        for path in style.save(drawn.figure, folder / FOLDER, drawn.name)
+        for path in plots.save(drawn.figure, folder / FOLDER, drawn.name)
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench import plots
 from bench.paper.article import dense_target
 from bench.paper.figures import style
 from bench.paper.result import Result
@@ -20,7 +21,7 @@ CAPTION = (
 )
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of one data set; scores are relative to all of its results."""
     figure = Figure(figsize=(7.6, 6.2))
@@ -72,7 +73,7 @@ def _matched(axes: Axes, results: Sequence[Result], metric: Metric) -> None:
         size, look = matched[kind], style.LOOKS[kind]
         if size is None:
             axes.text(
-                x, 0.03, "not reached", rotation=90, ha="center", va="bottom", color=style.MISSING,
+                x, 0.03, "not reached", rotation=90, ha="center", va="bottom", color=plots.MISSING,
                 transform=axes.get_xaxis_transform(),
             )  # fmt: skip
             continue

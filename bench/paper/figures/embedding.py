@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dendrite_kernels as dk
+from bench import plots
 from bench.paper.embeddings import NEIGHBOURS, Embedding
 from bench.paper.figures import style
 from bench.paper.statistics import FAMILIES
@@ -23,7 +24,7 @@ CAPTION = (
 SCORES = "silhouette", "trustworthiness", "neighbourhood"
 
 
-@style.styled
+@plots.styled
 def draw(embeddings: Sequence[Embedding]) -> Figure:
     """Of one data set."""
     kinds = _kinds(embeddings)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dendrite_kernels as dk
+from bench import plots
 from bench.paper.figures import style
 from bench.paper.figures.weights import added, best_trials
 from bench.paper.measures import ENTROPY_BIN
@@ -26,7 +27,7 @@ CAPTION = (
 NODES = "dendrites", "somas"
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set."""
     chosen = best_trials(results)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dendrite_kernels as dk
+from bench import plots
 from bench.paper.figures import style
 from bench.paper.result import Result
 from bench.paper.statistics import (
@@ -34,7 +35,7 @@ CAPTION = (
 _LOG_FROM = 30  # ratio of bars; the article has losses of 1.65 and 313
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set; scores are relative to all of them."""
     figure = Figure(figsize=(7.6, 8.6))

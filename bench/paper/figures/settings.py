@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench import plots
 from bench.paper.figures import style
 from bench.paper.result import Result
 from bench.paper.statistics import Metric, families, summary, value, varied
@@ -19,7 +20,7 @@ CAPTION = (
 FIELDS = {"layers": "depth", "dropout": "dropout", "lr": "learning rate"}
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set."""
     figure = Figure(figsize=(7.6, 5.4))

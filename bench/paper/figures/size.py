@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench import plots
 from bench.paper.figures import style
 from bench.paper.result import Result
 from bench.paper.statistics import (
@@ -31,7 +32,7 @@ _SOMAS_SHOWN = 3
 _LINES = ":", "--", "-"
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set."""
     results = plain(results)

@@ -1,67 +1,43 @@
-"""How all figures look: a colour and a marker for each family, sizes that can be read in print."""
+"""How the figures of families look: a colour and a marker for each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dendrite_kernels as dk
 from bench.paper.statistics import FAMILIES, Metric, Summary
-
-_GREEN, _RED, _BLUE, _PURPLE, _GREY = "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#4D4D4D"
-MISSING = "#777777"
+from bench.plots import BLUE, GREEN, GREY, MISSING, PURPLE, RED
 
 
 class Look(NamedTuple):
     """The colour tells how synapses were chosen, line and marker how dendrites reach somas."""
 
-    color: str  # of Okabe and Ito, which colour-blind readers can tell apart
+    color: str
     line: str
     marker: str
 
 
 LOOKS: dict[dk.models.Kind, Look] = {
-    "dANN-R": Look(_GREEN, "-", "o"),
-    "dANN-LRF": Look(_RED, "-", "s"),
-    "dANN-GRF": Look(_BLUE, "-", "^"),
-    "pdANN": Look(_PURPLE, "-", "D"),
-    "sANN": Look(_GREEN, ":", "o"),
-    "sANN-LRF": Look(_RED, ":", "s"),
-    "sANN-GRF": Look(_BLUE, ":", "^"),
-    "psANN": Look(_PURPLE, ":", "D"),
-    "vANN": Look(_GREY, "-", "X"),
-    "vANN-R": Look(_GREEN, "--", "o"),
-    "vANN-LRF": Look(_RED, "--", "s"),
-    "vANN-GRF": Look(_BLUE, "--", "^"),
+    "dANN-R": Look(GREEN, "-", "o"),
+    "dANN-LRF": Look(RED, "-", "s"),
+    "dANN-GRF": Look(BLUE, "-", "^"),
+    "pdANN": Look(PURPLE, "-", "D"),
+    "sANN": Look(GREEN, ":", "o"),
+    "sANN-LRF": Look(RED, ":", "s"),
+    "sANN-GRF": Look(BLUE, ":", "^"),
+    "psANN": Look(PURPLE, ":", "D"),
+    "vANN": Look(GREY, "-", "X"),
+    "vANN-R": Look(GREEN, "--", "o"),
+    "vANN-LRF": Look(RED, "--", "s"),
+    "vANN-GRF": Look(BLUE, "--", "^"),
 }
 ARTICLE: tuple[dk.models.Kind, ...] = ("dANN-R", "dANN-LRF", "dANN-GRF", "pdANN", "vANN")
 AXIS: dict[Metric, str] = {"accuracy": "test accuracy (%)", "loss": "test loss"}
 METRICS: tuple[Metric, Metric] = ("accuracy", "loss")
-
-styled = matplotlib.rc_context(
-    {
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "lines.linewidth": 1.4,
-        "lines.markersize": 4.5,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.wspace": 0.08,
-        "figure.constrained_layout.hspace": 0.06,
-        "figure.constrained_layout.w_pad": 0.08,
-        "figure.constrained_layout.h_pad": 0.08,
-    }
-)
 
 
 def curve(axes: Axes, kind: dk.models.Kind, x: Sequence[float], y: Sequence[Summary]) -> None:
@@ -138,14 +114,3 @@ def absent(kinds: Iterable[dk.models.Kind]) -> str:
 def footnote(figure: Figure, text: str) -> None:
     if text:
         figure.supxlabel(text, fontsize=8, color=MISSING)
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PNG and as SVG; the same figure gives the same file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=160)
-    figure.set_layout_engine("none")  # what is laid out already need not be again
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(paths[1], metadata={"Date": None}, dpi=160)
-    return paths

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import dendrite_kernels as dk
+from bench import plots
 from bench.paper.figures import style
 from bench.paper.measures import WEIGHT_BIN
 from bench.paper.result import Result
@@ -25,7 +26,7 @@ CAPTION = (
 STAGES = "synapses", "cables", "output"
 
 
-@style.styled
+@plots.styled
 def draw(results: Sequence[Result]) -> Figure:
     """Of the results of one data set."""
     chosen = best_trials(results)
