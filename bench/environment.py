@@ -47,15 +47,18 @@ def commit() -> str | None:
 
 
 def write_json(path: Path, content: dict[str, Any], digits: int = 6) -> None:
-    """What fits a line is on one line; times are [p20, p50, p80, samples]."""
+    """What fits a line is on one line; times are [p20, p50, p80, samples].
+
+    Numbers that are not finite, which JSON has not, become null.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_text(_short(content, digits)) + "\n")
 
 
 def _short(value: Any, digits: int) -> Any:
     """Fewer digits, and times as rows."""
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{digits}g}")
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         short = {str(key): _short(item, digits) for key, item in value.items()}
         return list(short.values()) if tuple(short) == TIMES else short

@@ -6,7 +6,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.paper.commands import analyse, report, show, sweep, train
+from bench.paper.commands import analyse, guarded, report, show, sweep, train
 
 COMMANDS: tuple[ModuleType, ...] = (train, sweep, show, analyse, report)
 
@@ -23,11 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(main=module.main)
     options = parser.parse_args(arguments)
-    try:
-        return int(options.main(options))
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: int(options.main(options)))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import dendrite_kernels as dk
 from bench.environment import describe, write_json
 from bench.paper import datasets
+from bench.paper.commands import guarded
 from bench.paper.datasets import ImageData
 from bench.paper.run import Run
 from dendrite_kernels.benchmark.masked_dense import trainable_parameters
@@ -166,7 +167,12 @@ def _mean_and_deviation(fractions: list[float]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    data = datasets.load_or_exit(options.data, options.data_root)
+    return guarded(lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    data = datasets.load(options.data, options.data_root)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # errors before the first training
     count = options.tasks or (10 if options.scenario == "permuted" else data.classes // 2)
     results = []
     for n in tqdm(NETWORKS, disable=None):
@@ -208,7 +214,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2, help="for each task")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("reports/continual.json"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("tasks", "epochs", "trials"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"Expected --{name} >= 1, got {value}")
+    return options
 
 
 if __name__ == "__main__":

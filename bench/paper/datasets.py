@@ -72,6 +72,8 @@ def load(name: str = "digits", root: str | Path | None = None) -> ImageData:
     """
     if name == "digits":
         return _image_data(name, _read_digits(), DIGITS_SOURCE)
+    if Path(name).name != name:
+        raise ValueError(f"Expected {KNOWN}, got {name!r}: folders belong into --data-root")
     if root is None:
         raise ValueError(
             f"Expected --data-root, a folder that holds the files of {name!r}, got none. "
@@ -96,14 +98,6 @@ def from_arrays(
     """A data set of your own: uint8 images [n, H, W] or [n, H, W, C], integer labels [n] from 0."""
     raw = RawImages(*(np.asarray(array) for array in (x_train, y_train, x_test, y_test)))
     return _image_data(name, raw, "arrays in memory")
-
-
-def load_or_exit(name: str, root: str | Path | None) -> ImageData:
-    """`load` for a command: errors in the data end the program with a message, no traceback."""
-    try:
-        return load(name, root)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def _candidates(name: str, root: Path) -> list[_Candidate]:
@@ -194,7 +188,14 @@ def _image_data(name: str, raw: RawImages, source: str) -> ImageData:
             raise ValueError(f"Expected {expected} in {source} ({part}), got {x.dtype} {x.shape}")
         if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1] or y.min() < 0:
             expected = f"{len(x)} labels, integers from 0"
-            raise ValueError(f"Expected {expected} in {source} ({part}), got {y.dtype} {y.shape}")
+            got = f"{y.dtype} {y.shape}" + (f" from {y.min()}" if y.size else "")
+            raise ValueError(f"Expected {expected} in {source} ({part}), got {got}")
+    last = max(raw.y_train.max(), raw.y_test.max())
+    if len(unseen := np.setdiff1d(np.arange(last + 1), raw.y_train)):
+        raise ValueError(
+            f"Expected every label from 0 to {last} among the training images of {source}, "
+            f"got none of {unseen[:5].tolist()}"
+        )
     return ImageData(
         name=name,
         x_train=_scaled(raw.x_train),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bench.environment import describe, write_json
 from bench.paper import datasets
+from bench.paper.commands import guarded
 from bench.paper.demo_report import draw, print_table, ratios
 from bench.paper.measured import Measured, train_measured
 from bench.paper.run import Run
@@ -65,7 +66,11 @@ class Agreement:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    data = datasets.load_or_exit(options.data, options.data_root)
+    return guarded(lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    data = datasets.load(options.data, options.data_root)
     run = Run(
         data.name,
         options.kind,

@@ -126,5 +126,10 @@ def read(folder: Path) -> list[Embedding]:
     path = folder / FILE
     if not path.exists():
         return []
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["embeddings"]
-    return [Embedding(**{**row, "run": Run(**row["run"])}) for row in rows]
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["embeddings"]
+        return [Embedding(**{**row, "run": Run(**row["run"])}) for row in rows]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected what `analyse --embed` wrote in {path}, got: {error!r}"
+        ) from error

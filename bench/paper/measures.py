@@ -86,8 +86,11 @@ def hits(model: nn.Sequential, x: Tensor, y: Tensor) -> list[NDArray[np.int64]]:
 
 
 def weight_measures(weights: NDArray[np.float32]) -> dict[str, Any]:
-    """Moments (kurtosis: 0 for a normal distribution) and a histogram of bins WEIGHT_BIN wide."""
-    values = weights.astype(np.float64)
+    """Moments (kurtosis: 0 for a normal distribution) and a histogram of bins WEIGHT_BIN wide.
+
+    Weights that are not finite are left out: a training that diverged leaves them.
+    """
+    values = weights[np.isfinite(weights)].astype(np.float64)
     spread = len(values) > 0 and np.ptp(values) > 0
     bins = np.floor(np.clip(values, -WEIGHT_LIMIT, WEIGHT_LIMIT - WEIGHT_BIN / 2) / WEIGHT_BIN)
     return {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +26,9 @@ OTHER_EPOCHS = 25
 # Fields that tables of earlier versions lack: left out of the key where they are these, so that the
 # same training has the same key.
 _LATER = {"init": "paper"}
+_LEAST = dict.fromkeys(
+    ("dendrites", "somas", "synapses", "layers", "epochs", "batch", "patience"), 1
+) | {"trial": 0}
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,22 @@ class Run:
         if self.init not in get_args(Init):
             raise ValueError(f"Expected an init of {list(get_args(Init))}, got {self.init!r}")
         if self.epochs is None:
-            epochs = EPOCHS.get(self.data.partition("-")[0], OTHER_EPOCHS)
+            known = "emnist" if self.data.startswith("emnist-") else self.data
+            epochs = EPOCHS.get(known, OTHER_EPOCHS)
             object.__setattr__(self, "epochs", epochs * (2 if self.task == "sequential" else 1))
-        for name in ("epochs", "batch", *(() if self.patience is None else ("patience",))):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Expected {name} >= 1, got {value!r}")
-        if not self.noise >= 0:
-            raise ValueError(f"Expected noise >= 0, got {self.noise}")
-        if not self.lr > 0:
-            raise ValueError(f"Expected lr > 0, got {self.lr}")
+            if name == "patience" and value is None:
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Expected {name} >= {least}, got {value!r}")
+        if not 0 <= self.noise < inf:
+            raise ValueError(f"Expected finite noise >= 0, got {self.noise}")
+        object.__setattr__(self, "noise", self.noise + 0.0)  # -0.0 becomes 0.0: one key
+        if not 0 < self.lr < inf:
+            raise ValueError(f"Expected a finite lr > 0, got {self.lr}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Expected 0 <= dropout < 1, got {self.dropout}")
 
     @property
     def key(self) -> str:

@@ -34,6 +34,11 @@ def prepare(data: ImageData, run: Run) -> Split:
         if run.task == "sequential"
         else _at_random(len(data.y_train), rng)
     )
+    if not len(val):
+        raise ValueError(
+            f"Expected images left for validation (docs/equations.md, section 8), got none of the "
+            f"{len(train)} that data set {data.name} has"
+        )
     x_train, x_val, x_test = data.x_train[train], data.x_train[val], data.x_test
     if run.noise > 0:
         x_train, x_val, x_test = (_noisy(x, run.noise, rng) for x in (x_train, x_val, x_test))

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from math import isfinite, log10, sqrt
+from math import inf, isfinite, isnan, log10, sqrt
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from scipy import stats
 import dendrite_kernels as dk
 from bench.paper.result import Result
 from bench.paper.run import Run
+from bench.paper.training import lowest
 
 Metric = Literal["accuracy", "loss"]
 FAMILIES: tuple[dk.models.Kind, ...] = get_args(dk.models.Kind)
@@ -39,9 +40,11 @@ class Summary:
 
 
 def value(result: Result, metric: Metric) -> float:
-    """On the test set: accuracy in percent, or mean loss."""
+    """On the test set: accuracy in percent, or mean loss; after a training that diverged, inf."""
     outcome = result.outcome
-    return 100 * outcome.test_accuracy if metric == "accuracy" else outcome.test_loss
+    if metric == "accuracy":
+        return 100 * outcome.test_accuracy
+    return inf if isnan(outcome.test_loss) else outcome.test_loss
 
 
 def better(metric: Metric, a: float, b: float) -> bool:
@@ -50,7 +53,7 @@ def better(metric: Metric, a: float, b: float) -> bool:
 
 def data_name(data: str) -> str:
     """As the article calls it: emnist for emnist-balanced."""
-    return data.partition("-")[0]
+    return "emnist" if data == "emnist-balanced" else data
 
 
 def summary(values: Sequence[float]) -> Summary:
@@ -146,7 +149,7 @@ def efficiency(results: Sequence[Result], metric: Metric) -> list[float]:
 
 def _cost(result: Result) -> int:
     losses = result.outcome.history["val_loss"]
-    return result.outcome.trainable_parameters * (int(np.argmin(losses)) + 1)
+    return result.outcome.trainable_parameters * (lowest(losses) + 1)
 
 
 def parameters_to_match(

@@ -53,7 +53,7 @@ def sweep(
         new = list(groups)
         sizes = _sizes([*table.waiting(), *new], data_root)  # before a name of no data is kept
         table.add(new)
-        checkpoints = table.path.with_name(f"{table.path.name}.checkpoints")
+        checkpoints = table.beside(".checkpoints")
         costs = _costs(table.waiting(), sizes)
         todo = [Group(list(runs), _checkpoint(checkpoints, runs)) for runs in costs]
         task = Task(data_root, measure)

@@ -79,7 +79,8 @@ class Table:
         except sqlite3.OperationalError as error:
             raise ValueError(f"Expected the table of a sweep, got {self.path}: {error}") from error
         try:
-            if not read_only:
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            if not read_only and not tables:
                 self._db.execute(_SCHEMA)
             self._db.execute("SELECT run, part, state, outcome, measures, error FROM runs LIMIT 1")
         except sqlite3.DatabaseError as error:
@@ -104,8 +105,9 @@ class Table:
         Raises:
             RuntimeError: another one has the lock.
         """
-        name = self.path.with_name(f"{self.path.name}.lock")
-        with closing(sqlite3.connect(name, timeout=0, isolation_level=None)) as lock:
+        with closing(
+            sqlite3.connect(self.beside(".lock"), timeout=0, isolation_level=None)
+        ) as lock:
             try:
                 lock.execute("BEGIN EXCLUSIVE")
             except sqlite3.OperationalError as error:
@@ -113,6 +115,11 @@ class Table:
                     f"Expected one sweep at a time on {self.path}, got a second one: {error}"
                 ) from error
             yield
+
+    def beside(self, ending: str) -> Path:
+        """A name beside the table, the same by whichever link the table was opened."""
+        path = self.path.resolve()
+        return path.with_name(path.name + ending)
 
     def add(self, groups: Iterable[Sequence[Run]]) -> None:
         """Add runs, grouped as they are to be trained; those in the table stay as they are."""

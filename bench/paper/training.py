@@ -63,6 +63,11 @@ class Steps:
         return {"p20": float(p20), "p50": float(p50), "p80": float(p80)}
 
 
+def lowest(losses: Sequence[float]) -> int:
+    """Where the lowest loss is; a training that diverges has NaN."""
+    return int(np.argmin(np.nan_to_num(losses, nan=math.inf)))
+
+
 class Trained(NamedTuple):
     """One trial after training."""
 
@@ -96,15 +101,18 @@ def complete(
 
     Args:
         training: what to train.
-        checkpoint: a file written after every epoch and removed at the end. If it is there, the
+        checkpoint: a file written at the start and after every epoch, and removed at the end. If it is there, the
             training goes on from it.
         log: a JSONL file, one line for each epoch and trial.
         steps: is told every step.
         test_every_epoch: `history` has test_loss and test_accuracy, too.
         title: of the progress bar, which appears only on a terminal; None: no bar.
     """
-    if checkpoint is not None and checkpoint.exists():
-        training.load(checkpoint)
+    if checkpoint is not None:
+        if checkpoint.exists():
+            training.load(checkpoint)
+        else:
+            training.save(checkpoint)  # one that cannot be written costs no epoch
     if log is not None:
         _write_log(log, training)
     parts = ("val", "test") if test_every_epoch else ("val",)
@@ -158,7 +166,7 @@ class Training:
 
     def _best_epoch(self) -> int:
         losses = self.outcomes[0].history.get("val_loss", [])
-        return int(np.argmin(losses)) if losses else self.epochs
+        return lowest(losses) if losses else self.epochs
 
     def epoch(self, parts: Sequence[str] = ("val",), steps: Steps | None = None) -> None:
         """Train for one epoch, then evaluate on `parts` of the data, val and maybe test."""
@@ -238,7 +246,10 @@ class Training:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             found = state["runs"]
         except Exception as error:  # torch.load raises nearly anything for another file
-            raise ValueError(f"Expected a checkpoint in {path}, got: {error!r}") from error
+            raise ValueError(
+                f"Expected a checkpoint of a training in {path}, got another or a damaged file "
+                f"({type(error).__name__}): remove it to begin anew"
+            ) from error
         if found != keys:
             raise ValueError(f"Expected a checkpoint of {keys} in {path}, got one of {found}")
         self.epochs, self.best = state["epochs"], state["best"]

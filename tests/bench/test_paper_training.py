@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_another_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     for path in (tmp_path / "notes.txt", tmp_path):
-        with pytest.raises(ValueError, match="Expected a checkpoint in "):
+        with pytest.raises(ValueError, match="Expected a checkpoint of a training in "):
             train([RUN], DATA, checkpoint=path)
 
 
@@ -248,7 +248,8 @@ def test_a_key_that_is_none(key: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"task": "other"}, {"init": "he"}, {"epochs": 0}, {"batch": -1}, {"patience": 0},
-     {"noise": -0.1}, {"lr": 0.0}, {"noise": math.nan}, {"epochs": 2.5}],
+     {"noise": -0.1}, {"lr": 0.0}, {"noise": math.nan}, {"epochs": 2.5}, {"lr": math.inf},
+     {"noise": math.inf}, {"somas": -5}, {"synapses": 0}, {"dropout": 2.0}, {"trial": -1}],
 )  # fmt: skip
 def test_runs_that_make_no_sense(options: Any) -> None:
     with pytest.raises(ValueError, match="Expected"):

@@ -27,9 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     (run,) = run_options.every_run(run_options.given(options))
     data = datasets.load(run.data, options.data_root)
-    ((model, _, outcome),) = train(
-        [run], data, checkpoint=options.checkpoint, log=options.log, title=run.kind
-    )
+    try:
+        ((model, _, outcome),) = train(
+            [run], data, checkpoint=options.checkpoint, log=options.log, title=run.kind
+        )
+    except KeyboardInterrupt:
+        if options.checkpoint:
+            print(f"\nThe same command goes on from {options.checkpoint}.")
+        raise
     history = outcome.history
     print(f"{data.name}: {data.source}")
     print(
