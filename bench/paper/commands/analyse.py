@@ -23,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     results = read(options.tables)
-    paths = analyse(results, options.output)
+    for path in analyse(results, options.output):
+        print(f"Wrote {path}", flush=True)
     if options.embed:
-        paths += embed_best(results, options.output, options.data_root)
-    print("\n".join(f"Wrote {path}" for path in paths))
+        print("Training the best networks again for their embeddings", flush=True)
+        for path in embed_best(results, options.output, options.data_root):
+            print(f"Wrote {path}")
     return 0
