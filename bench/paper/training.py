@@ -101,8 +101,8 @@ def complete(
 
     Args:
         training: what to train.
-        checkpoint: a file written at the start and after every epoch, and removed at the end. If it is there, the
-            training goes on from it.
+        checkpoint: a file written at the start and after every epoch, and removed at the end. If it
+            is there, the training goes on from it.
         log: a JSONL file, one line for each epoch and trial.
         steps: is told every step.
         test_every_epoch: `history` has test_loss and test_accuracy, too.
