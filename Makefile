@@ -159,5 +159,6 @@ clean:
 	@touch $@
 
 $(VENV_PYTHON):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Expected Python 3.10 or newer, got " + sys.version)'
 	@$(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo '"$(PYTHON) -m venv .venv" failed. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }

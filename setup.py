@@ -27,6 +27,7 @@ from typing import Any
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 REQUIRED = set(filter(None, os.environ.get("DENDRITE_KERNELS_REQUIRE", "").split(",")))
 FLAGS = [
@@ -122,6 +123,15 @@ class BuildOptional(build_ext):
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+class BuildPython(build_py):
+    """Without modules that an earlier build left and that are gone since."""
+
+    def run(self) -> None:
+        for path in Path(self.build_lib, "dendrite_kernels").rglob("*.py"):
+            path.unlink()
+        super().run()
 
 
 def remove_stale(extension: Path) -> None:
@@ -257,5 +267,5 @@ if absent:
     raise SystemExit(f"Expected all sources of the kernels, got a copy without {', '.join(absent)}")
 setup(
     ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
-    cmdclass={"build_ext": BuildOptional},
+    cmdclass={"build_ext": BuildOptional, "build_py": BuildPython},
 )

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+import dendrite_kernels as dk
+
 from . import _info
 from ._check import check
 from .benchmark import command
@@ -30,9 +32,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         description="What runs here, whether it computes right, and how fast a layer is.",
         epilog="Without a command: check.",
     )
+    parser.add_argument("--version", action="version", version=dk.__version__)
     commands = parser.add_subparsers(dest="command", metavar="check | info | bench")
     for name, what in (
-        ("check", "the backends, and a self-check of ten to thirty seconds"),
+        ("check", "the backends, and a self-check of up to a minute"),
         ("info", "the backends, versions, threads and devices"),
     ):
         commands.add_parser(name, help=what, description=f"Print {what}.")
@@ -46,7 +49,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 if __name__ == "__main__":
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who called
+            sys.stdout.flush()
+    except ImportError as error:  # an extension that is broken, or told to use what is not here
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except BrokenPipeError:  # the reader, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         status = 0

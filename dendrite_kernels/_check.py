@@ -1,4 +1,4 @@
-"""Whether the backends compute right here, in ten to thirty seconds."""
+"""Whether the backends compute right here, in up to a minute."""
 
 from __future__ import annotations
 

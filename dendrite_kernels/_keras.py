@@ -38,7 +38,7 @@ def read_dense(path: str | os.PathLike[str], negative_slope: float) -> list[Dens
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("Keras files need h5py: pip install dendrite-kernels[keras]") from error
+        raise ImportError("Keras files need h5py: pip install 'dendrite-kernels[keras]'") from error
     try:
         source: Any = os.fspath(path)
         config: Any = None

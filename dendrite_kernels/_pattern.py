@@ -18,7 +18,9 @@ def of_scipy(m: Any, duplicates: Duplicates) -> Pattern:
     """See `Connectivity.from_scipy`."""
     check_duplicates(duplicates)
     if not all(hasattr(m, name) for name in ("tocsr", "nnz", "format")):
-        raise TypeError(f"Expected a scipy.sparse matrix, got {type(m).__name__}")
+        raise TypeError(
+            f"Expected a scipy.sparse matrix, got {type(m).__name__} (from_mask takes arrays)"
+        )
     if len(m.shape) != 2:
         raise ValueError(f"Expected a matrix of shape [R, N], got shape {list(m.shape)}")
     csr = m.tocsr()
@@ -60,7 +62,7 @@ def to_scipy(c: Connectivity, data: Any) -> Any:
     try:
         from scipy.sparse import csr_array
     except ImportError as error:
-        raise ImportError("to_scipy needs scipy: pip install dendrite-kernels[scipy]") from error
+        raise ImportError("to_scipy needs scipy: pip install 'dendrite-kernels[scipy]'") from error
     values = np.ones(c.nnz, np.float32) if data is None else np.array(as_numpy(data))
     if values.shape != (c.nnz,):
         raise ValueError(f"Expected data of shape [{c.nnz}], got {list(values.shape)}")

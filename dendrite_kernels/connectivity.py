@@ -9,7 +9,7 @@ same seed gives the same network in every version, as far as numpy keeps its str
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -251,6 +251,8 @@ def _check_layer(
 
 
 def _check_image(in_shape: Sequence[int], channels: int) -> tuple[int, int, int]:
+    if not isinstance(in_shape, Iterable):
+        raise TypeError(f"Expected in_shape (H, W), got {in_shape!r}")
     sizes = [check_size("every size in in_shape", size) for size in in_shape]
     if len(sizes) != 2:
         raise ValueError(f"Expected in_shape (H, W), got {tuple(sizes)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Network(NamedTuple):
 
 
 def table_of(pre: Any, dendrite: Any, soma: Any, weight: Any) -> Table:
-    """The columns given, or those of a DataFrame or a directed graph in place of `pre`."""
+    """The columns given, or those of a dict, DataFrame or directed graph in place of `pre`."""
     if dendrite is not None:
         return Table(pre, dendrite, soma, weight)
     if soma is not None or weight is not None:
@@ -43,16 +43,15 @@ def table_of(pre: Any, dendrite: Any, soma: Any, weight: Any) -> Table:
         return _table_of_graph(pre)
     if type(pre).__name__ == "LazyFrame":
         raise TypeError("Expected a DataFrame, got a LazyFrame: give pre.collect()")
-    if hasattr(pre, "columns"):
-        return _table_of_frame(pre)
+    if hasattr(pre, "columns") or isinstance(pre, Mapping):
+        return _table_of_columns(pre, list(getattr(pre, "columns", pre)))
     raise TypeError(
-        "Expected pre and dendrite, a DataFrame or a networkx DiGraph, "
+        "Expected pre and dendrite, a dict of columns, a DataFrame or a networkx DiGraph, "
         f"got {type(pre).__name__} alone"
     )
 
 
-def _table_of_frame(frame: Any) -> Table:
-    found = list(frame.columns)
+def _table_of_columns(frame: Any, found: list[Any]) -> Table:
     if "pre" not in found or "dendrite" not in found:
         raise ValueError(f"Expected a table with columns 'pre' and 'dendrite', got {found}")
     return Table(*(frame[name] if name in found else None for name in Table._fields))

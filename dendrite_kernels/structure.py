@@ -209,10 +209,10 @@ class Connectivity:
         and somas are numbered in order of appearance, soma by soma.
 
         Args:
-            pre: [rows] the input of each synapse. Or all columns at once: a pandas or polars
-                DataFrame with columns "pre", "dendrite" and maybe "soma" and "weight" (others are
-                ignored), or a networkx DiGraph, whose edge u -> v is a synapse of dendrite v on
-                input u; edges may have the attribute "weight", their targets "soma".
+            pre: [rows] the input of each synapse. Or all columns at once: a dict, a pandas or
+                polars DataFrame with columns "pre", "dendrite" and maybe "soma" and "weight"
+                (others are ignored), or a networkx DiGraph, whose edge u -> v is a synapse of
+                dendrite v on input u; edges may have the attribute "weight", their targets "soma".
             dendrite: [rows] its dendrite.
             soma: [rows] its soma; default: every dendrite is its own soma.
             weight: [rows] its weight.

@@ -29,7 +29,7 @@ def plot(
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Connectivity.plot needs matplotlib: pip install dendrite-kernels[plot]"
+            "Connectivity.plot needs matplotlib: pip install 'dendrite-kernels[plot]'"
         ) from error
     if figure is not None and ax is not None:
         raise ValueError("Expected figure or ax, got both")

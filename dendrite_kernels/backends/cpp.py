@@ -29,13 +29,7 @@ def _load() -> tuple[Any, str | None]:
     except ImportError:
         if _is_built():
             raise
-        return (
-            None,
-            (
-                "the extension dendrite_kernels._cpu was not built;"
-                " install a C++ compiler and reinstall"
-            ),
-        )
+        return None, f"the extension dendrite_kernels._cpu {_why_absent()}"
     _cpu.configure(
         torch.Tensor.__dlpack_c_exchange_api__,
         _pool.address("torch_parallel_for"),
@@ -47,9 +41,25 @@ def _load() -> tuple[Any, str | None]:
     return _cpu, None
 
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+
+
 def _is_built() -> bool:
-    folder = os.path.dirname(os.path.dirname(__file__))
-    return any(name.startswith("_cpu.") for name in os.listdir(folder))
+    return any(name.startswith("_cpu.") for name in os.listdir(_PACKAGE))
+
+
+def _why_absent() -> str:
+    checkout = os.path.dirname(_PACKAGE)
+    if os.path.exists(os.path.join(checkout, "setup.py")):
+        return (
+            f"is not in {_PACKAGE}, which Python found before any installed package: "
+            f"work in another folder than {checkout}, or pip install -e . there, with a C++ "
+            "compiler"
+        )
+    return (
+        "was not built: reinstall with DENDRITE_KERNELS_REQUIRE=cpu in the environment, which "
+        "builds it or shows why it cannot (a C++ compiler: GCC 12, Clang 15 or newer?)"
+    )
 
 
 def _threads() -> int:

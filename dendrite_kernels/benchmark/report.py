@@ -90,7 +90,7 @@ def _ratio_rows(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]
     return [(title, *ratio(group)) for group, title in titles.items()]
 
 
-def _training(entry: Mapping[str, float | None]) -> str:
+def _training(entry: Mapping[str, Any]) -> str:
     estimated = f"{entry['estimated_mib']:,.4g} MiB estimated"
     if "growth_mib" not in entry:
         return f"{estimated}, more than this machine has to spare"
@@ -99,4 +99,6 @@ def _training(entry: Mapping[str, float | None]) -> str:
         for key, what in (("growth_mib", "more than before"), ("peak_mib", "the whole process"))
         if entry[key] is not None
     ]
-    return ", ".join([*measured, estimated, f"{entry['step_seconds']:.3g} s a step"])
+    return ", ".join(
+        [*measured, estimated, f"{1e3 * entry['step_seconds']:.3g} ms the fastest step"]
+    )

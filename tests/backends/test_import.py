@@ -64,7 +64,7 @@ for needs_it in (c.to_scipy, lambda: dk.interop.to_scipy(layer)):
 
 def test_scipy_is_needed_for_its_matrices_only() -> None:
     printed = output(WITHOUT_SCIPY).splitlines()
-    assert printed == 2 * ["to_scipy needs scipy: pip install dendrite-kernels[scipy]"]
+    assert printed == 2 * ["to_scipy needs scipy: pip install 'dendrite-kernels[scipy]'"]
 
 
 # Missing and broken extensions: fresh interpreters import a copy of the package
@@ -98,6 +98,16 @@ assert torch.allclose(y, expected, atol=1e-5)
         copy_package(tmp_path),
     )
     assert printed.strip() == str(tmp_path / PACKAGE.name)
+
+
+def test_the_source_folder_is_told_from_a_failed_build(tmp_path: Path) -> None:
+    """Python finds it before the package that was installed from it."""
+    package = copy_package(tmp_path)
+    (tmp_path / "setup.py").touch()
+    printed = output(
+        "import dendrite_kernels as dk; print(dk.backend_info()['cpp']['reason'])", package
+    )
+    assert f"work in another folder than {tmp_path}, or pip install -e . there" in printed
 
 
 def test_without_any_backend_the_reasons_are_given(tmp_path: Path) -> None:

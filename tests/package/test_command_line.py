@@ -240,3 +240,27 @@ def test_check_compares_with_float64(
     monkeypatch.setattr("dendrite_kernels._check._worst_error", lambda *_: 1.0)
     assert program.check() > 0
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_output_that_is_closed_changes_no_exit_code(command: str) -> None:
+    line = [sys.executable, "-m", "dendrite_kernels", command]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *line], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@needs_cpp
+def test_info_says_what_is_wrong_with_the_environment() -> None:
+    line = [sys.executable, "-m", "dendrite_kernels", "info"]
+    environment = {**os.environ, "DENDRITE_KERNELS_ISA": "nonsense"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: DENDRITE_KERNELS_ISA: Expected one of base, ")
+    assert error.endswith("got nonsense")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        program.main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"{dk.__version__}\n")

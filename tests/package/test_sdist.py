@@ -85,6 +85,17 @@ def test_a_failed_build_leaves_no_earlier_extension(tmp_path: Path) -> None:
         assert f"removed {place.relative_to(copy)}, which an earlier build made" in done.stdout
 
 
+def test_a_module_that_is_gone_is_not_built_again(tmp_path: Path) -> None:
+    copy = sources.copy(tmp_path)
+    built = copy / "build" / "lib" / "dendrite_kernels"
+    built.mkdir(parents=True)
+    (built / "gone.py").touch()
+    done = sources.setup(copy, "build_py", "--build-lib", str(Path("build", "lib")))
+    assert done.returncode == 0, done.stdout
+    assert not (built / "gone.py").exists()
+    assert (built / "nn.py").exists()
+
+
 def test_msvc_leaves_the_kernels_out_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

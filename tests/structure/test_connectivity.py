@@ -411,6 +411,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: random(10, -1, 2, 1), ValueError, "somas from 1 .* got -1"),
     (lambda: random(0, 2, 2, 1), ValueError, "in_features from 1 .* got 0"),
     (lambda: random(10, 2, as_any(2.0), 1), TypeError, "dendrites to be an integer, got 2.0"),
+    (lambda: local(as_any(784), 2, 2, 1), TypeError, r"in_shape \(H, W\), got 784"),
     (lambda: random(10**6, 10**4, 10**4, 100), ValueError, r"2\*\*31 synapses, got 10000000000"),
     (lambda: all_to_all(10**6, 10**3, 10), ValueError, r"2\*\*31 synapses, got 10000000000"),
     (lambda: all_to_all(0, 1, 1), ValueError, "in_features from 1"),

@@ -176,6 +176,14 @@ def test_frames(package: str) -> None:
         from_edges(frame, weight=[1, 2, 3])
 
 
+def test_a_dict_of_columns() -> None:
+    c, weight = from_edges(COLUMNS)
+    assert c.labels == Labels(("a", "b"), ("d0", "d1"), (4,))
+    assert weight.tolist() == [1.5, 3.0, 2.0]
+    with pytest.raises(ValueError, match=r"columns 'pre' and 'dendrite', got \['pre'\]"):
+        from_edges({"pre": COLUMNS["pre"]})
+
+
 def test_lazy_frames_are_refused_by_name() -> None:
     lazy = pytest.importorskip("polars").DataFrame(COLUMNS).lazy()
     with pytest.raises(TypeError, match=r"Expected a DataFrame, got a LazyFrame: .*collect\(\)"):

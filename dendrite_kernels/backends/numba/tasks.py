@@ -207,7 +207,7 @@ def write_columns(spec, job, begin, end):
 _SIGNATURE = types.void(types.int64, types.int64, JOB)
 _compiled: dict[tuple[str, Spec], Any] = {}
 _lock = threading.Lock()
-_uncached: str | None = None  # why compiled code is not kept on disk, None as long as it is
+_uncached: str | None = None  # why compiled code is not kept on disk; None: it is, or none yet
 
 
 def address(task: str, spec: Spec) -> int:
@@ -225,7 +225,9 @@ def address(task: str, spec: Spec) -> int:
 
 def cache_state() -> str:
     """Whether compiled code is kept for later processes."""
-    return "on" if _uncached is None else f"off: {_uncached}"
+    if _uncached is not None:
+        return f"off: {_uncached}"
+    return "on" if _compiled else "not used yet"
 
 
 def compiled(entry: Callable[..., Any], signature: Any) -> Any:
@@ -237,7 +239,8 @@ def compiled(entry: Callable[..., Any], signature: Any) -> Any:
         try:
             return numba.cfunc(signature, cache=True, **OPTIONS)(entry)
         except Exception as error:
-            _uncached = f"{type(error).__name__}: {error}"
+            remedy = "set NUMBA_CACHE_DIR to a folder that can be written, or empty the one it has"
+            _uncached = f"{type(error).__name__}: {error} ({remedy})"
     return numba.cfunc(signature, **OPTIONS)(entry)
 
 
