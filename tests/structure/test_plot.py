@@ -247,5 +247,5 @@ def test_plot_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"image of 3 x 4 pixels, got \(4, 3\)"):
         receptive_fields().plot(image=np.zeros((4, 3)))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install dendrite-kernels\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install 'dendrite-kernels\[plot\]"):
         receptive_fields().plot()
