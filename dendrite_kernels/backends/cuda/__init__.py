@@ -36,8 +36,9 @@ def _load() -> tuple[Any, str | None]:
             raise
         return None, (
             "the extension dendrite_kernels._cuda was not built, which a plain install does where"
-            " it finds CUDA's compiler nvcc and a GPU; reinstall with DENDRITE_KERNELS_REQUIRE=cuda,"
-            " which builds it or shows why it cannot; or move the layer and its input to the CPU"
+            " it finds CUDA's compiler nvcc and a GPU; reinstall with"
+            " DENDRITE_KERNELS_REQUIRE=cuda, which builds it or shows why it cannot; or move"
+            " the layer and its input to the CPU"
         )
     _cuda.configure(torch.Tensor.__dlpack_c_exchange_api__)
     return _cuda, None
