@@ -15,12 +15,13 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels import backends
 from dendrite_kernels.backends import cuda
-from tests.cuda_emulator import resources
+from tests.cuda_emulator import resources, sass
 
 ROOT = Path(__file__).parents[2]
 NO_NVCC = resources.missing()
-NO_NVDISASM = NO_NVCC or (None if resources.nvdisasm() else "no nvdisasm, as in triton")
+NO_NVDISASM = NO_NVCC or (None if resources.nvdisasm() else "no nvdisasm (nvidia-cuda-nvdisasm)")
 needs_nvcc = pytest.mark.skipif(NO_NVCC is not None, reason=f"{NO_NVCC}")
+needs_nvdisasm = pytest.mark.skipif(NO_NVDISASM is not None, reason=f"{NO_NVDISASM}")
 
 
 def test_a_cuda_tensor_without_the_extension_gets_an_error_that_helps(
@@ -75,8 +76,8 @@ def test_every_kernel_keeps_within_its_budget_on_every_arch() -> None:
     check_use(found)
 
 
+@needs_nvdisasm
 @pytest.mark.slow
-@pytest.mark.skipif(NO_NVDISASM is not None, reason=f"{NO_NVDISASM}")
 @pytest.mark.parametrize(("dtype", "arch"), [("f32", "80"), ("f32", "90"), ("bf16", "90")])
 def test_machine_code_gathers_by_wide_loads(dtype: str, arch: str) -> None:
     counts = resources.census(dtype, arch)
@@ -91,6 +92,23 @@ def test_machine_code_gathers_by_wide_loads(dtype: str, arch: str) -> None:
             assert found["PRMT"] >= 8, (kernel, found)  # one makes an address
         # Eight indices, or four weights, by one load.
         assert any(re.match(r"LDG\.E\.(64|128)", name) for name in found), (kernel, found)
+
+
+@needs_nvdisasm
+@pytest.mark.slow
+def test_no_loop_takes_more_instructions_than_its_budget() -> None:
+    budget = json.loads(resources.BUDGET.read_text())
+    if budget["instructions_nvcc"] != resources.nvcc_version():
+        pytest.skip(f"the budget is for nvcc {budget['instructions_nvcc']}")
+    found = sass.budget()
+    hint = "python -m tests.cuda_emulator.sass --update"
+    assert set(found) == set(budget["instructions"]), hint
+    for kernel, loops in found.items():
+        limits = budget["instructions"][kernel]
+        depths = [depth for depth, _ in limits]
+        assert [depth for depth, _ in loops] == depths, f"{kernel} has other loops: {hint}"
+        for (depth, count), (_, limit) in zip(loops, limits, strict=True):
+            assert count <= limit, f"{kernel}, depth {depth}: {count} instructions, not {limit}"
 
 
 @needs_nvcc

@@ -3,10 +3,12 @@
     python -m tests.cuda_emulator.resources --update   writes budget.json
 
 The budget holds the registers of every kernel for every arch; no kernel may spill or use the stack.
+Its "instructions" are those of sass.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -97,27 +99,60 @@ def _demangle(names: list[str]) -> list[str]:
 
 
 def nvdisasm() -> str | None:
-    """Path of nvdisasm: from PATH, or from the triton package."""
-    found = shutil.which("nvdisasm")
-    places = [Path(folder, "triton/backends/nvidia/bin/nvdisasm") for folder in sys.path]
-    return found or next((str(place) for place in places if place.exists()), None)
+    """Path of nvdisasm: from PATH, or from a package of pip, nvidia-cuda-nvdisasm or triton."""
+    places = ("nvidia/*/bin/nvdisasm", "triton/backends/nvidia/bin/nvdisasm")
+    found = (path for folder in sys.path for place in places for path in Path(folder).glob(place))
+    return shutil.which("nvdisasm") or next((str(path) for path in found), None)
+
+
+def machine_code(dtype: str, arch: str) -> dict[str, str]:
+    """Machine code of each kernel as nvdisasm prints it."""
+    text = _disassemble(dtype, arch).read_text()
+    parts = re.split(r"\n\.text\.(\w+):", text)
+    return dict(zip(_demangle(parts[1::2]), parts[2::2], strict=True))
+
+
+def _disassemble(dtype: str, arch: str) -> Path:
+    """File with the machine code of a unit; kept, and used again for the same sources and tools."""
+    tool = nvdisasm()
+    assert tool is not None
+    source = ROOT / "csrc" / "cuda" / f"kernels_{dtype}.cu"
+    command = ["nvcc", "-cubin", str(source), "-O3", "-std=c++17", f"-arch=sm_{arch}"]
+    digest = hashlib.blake2b(repr([nvcc_version(), tool, command]).encode(), digest_size=8)
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        digest.update(path.read_bytes())
+    made = ROOT / "build" / "cuda_emulator" / f"{dtype}-{arch}-{digest.hexdigest()}.sass"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            cubin, text = Path(folder, "a.cubin"), Path(folder, "a.sass")
+            subprocess.run([*command, "-o", str(cubin)], check=True, capture_output=True)
+            done = subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True)
+            text.write_bytes(done.stdout)
+            text.replace(made)
+    return made
 
 
 def census(dtype: str, arch: str) -> dict[str, Counter[str]]:
     """How often each instruction is in the machine code of each kernel."""
-    tool = nvdisasm()
-    assert tool is not None
-    source = str(ROOT / "csrc" / "cuda" / f"kernels_{dtype}.cu")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/a.cubin"
-        command = ["nvcc", "-cubin", source, "-o", cubin, "-O3", "-std=c++17", f"-arch=sm_{arch}"]
-        subprocess.run(command, check=True, capture_output=True)
-        text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True)
-    counts = {}
-    for part in re.split(r"\n\.text\.", text.stdout)[1:]:
-        instructions = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", part, re.M)
-        counts[_demangle([part.split(":")[0]])[0]] = Counter(instructions)
-    return counts
+    pattern = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", re.M)
+    code = machine_code(dtype, arch)
+    return {name: Counter(pattern.findall(text)) for name, text in code.items()}
+
+
+def write_budget(**sections: object) -> None:
+    """Replaces these sections of budget.json; a kernel is one line."""
+    everything = json.loads(BUDGET.read_text()) | sections
+    texts = []
+    for name, section in everything.items():
+        text = json.dumps(section)
+        if isinstance(section, dict):
+            lines = (
+                f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in section.items()
+            )
+            text = "{\n" + ",\n".join(lines) + "\n  }"
+        texts.append(f"  {json.dumps(name)}: {text}")
+    BUDGET.write_text("{\n" + ",\n".join(texts) + "\n}\n")
 
 
 def main() -> None:
@@ -126,9 +161,7 @@ def main() -> None:
     kernels = {
         name: [uses[arch].registers for arch in ARCHS] for name, uses in sorted(measure().items())
     }
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(r)}" for name, r in kernels.items())
-    head = f'  "nvcc": "{nvcc_version()}",\n  "archs": {json.dumps(ARCHS)},\n'
-    BUDGET.write_text(f'{{\n{head}  "registers": {{\n{lines}\n  }}\n}}\n')
+    write_budget(nvcc=nvcc_version(), archs=ARCHS, registers=kernels)
 
 
 if __name__ == "__main__":
