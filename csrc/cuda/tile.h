@@ -155,7 +155,8 @@ DK_DEVICE void stage(typename K::V* tile, const typename K::T* x, int64_t b0, in
       tile[int64_t(n) * K::kLanes + p] = out;
     }
   }
-  if (tile_rows > inputs && me.warp == 0) tile[int64_t(inputs) * K::kLanes + p] = typename K::V{};
+  if (tile_rows > inputs && me.warp == 0 && me.lane < K::kLanes)
+    tile[int64_t(inputs) * K::kLanes + p] = typename K::V{};
 }
 
 // Sum over the groups of a warp; every lane gets it, bit for bit the same in every group.

@@ -43,14 +43,7 @@ def runtime(name: str) -> str:
 
 def build(replace: tuple[str, str, str] | None = None) -> Path:
     """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant."""
-    sources = SOURCES
-    if replace is not None:
-        sources = OUTPUT / "mutants" / _digest(repr(replace).encode())
-        shutil.copytree(SOURCES, sources, dirs_exist_ok=True)
-        header, old, new = replace
-        text = (SOURCES / "cuda" / header).read_text()
-        assert text.count(old) == 1, f"{header}: expected {old!r} once, got {text.count(old)}"
-        (sources / "cuda" / header).write_text(text.replace(old, new))
+    sources = SOURCES if replace is None else mutated(*replace)
     units = sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bind.cpp"])
     if replace is not None:  # one dtype is enough
         units = [unit for unit in units if unit.name == "kernels_f32.cu"]
@@ -61,40 +54,60 @@ def build(replace: tuple[str, str, str] | None = None) -> Path:
     if replace is not None:
         rest = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
         objects = {path.name: _compile(path) for path in rest} | objects
-    name = _digest(*(str(path).encode() for path in objects.values()))
-    module = OUTPUT / name / f"{MODULE}.so"
-    if not module.exists():
-        module.parent.mkdir(parents=True, exist_ok=True)
-        temporary = module.with_suffix(".tmp")
-        link = ["g++", "-shared", *SANITIZE[:1], "-o", str(temporary)]
-        subprocess.run([*link, *(str(path) for path in objects.values())], check=True)
-        temporary.replace(module)
-    return module
+    return link(list(objects.values()), SANITIZE[:1])
 
 
-def _compile(source: Path) -> Path:
-    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(Path(__file__).parent)]
-    headers = sorted(
-        [
-            *source.parent.glob("*.h"),
-            *source.parent.glob("*.inl"),
-            SOURCES / "cpu" / "tensor.h",
-            Path(__file__).with_name("emulator.h"),
-        ]
-    )
-    command = ["g++", *COMMON, *FLAGS[source.suffix], *(f"-I{path}" for path in includes)]
-    content = [path.read_bytes() for path in [source, *headers]]
-    made = OUTPUT / f"{source.stem}-{_digest(repr(command).encode(), *content)}.o"
+def mutated(header: str, old: str, new: str) -> Path:
+    """Folder with a copy of csrc in which a piece of text is replaced."""
+    sources = OUTPUT / "mutants" / digest(repr((header, old, new)).encode())
+    shutil.copytree(SOURCES, sources, dirs_exist_ok=True)
+    text = (SOURCES / "cuda" / header).read_text()
+    assert text.count(old) == 1, f"{header}: expected {old!r} once, got {text.count(old)}"
+    (sources / "cuda" / header).write_text(text.replace(old, new))
+    return sources
+
+
+def link(objects: list[Path], flags: list[str]) -> Path:
+    """The module that these objects make, the first definition of a name first."""
+    name = digest(*(str(path).encode() for path in objects))
+    command = ["g++", "-shared", *flags, *(str(path) for path in objects)]
+    return _once(OUTPUT / name / f"{MODULE}.so", command)
+
+
+def kept(name: str, command: list[str], inputs: list[Path]) -> Path:
+    """The file that a command with `-o` makes of its inputs: made once for the same contents."""
+    content = [path.read_bytes() for path in inputs]
+    stem, _, suffix = name.partition(".")
+    return _once(OUTPUT / f"{stem}-{digest(repr(command).encode(), *content)}.{suffix}", command)
+
+
+def _once(made: Path, command: list[str]) -> Path:
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         temporary = made.with_suffix(".tmp")
-        subprocess.run([*command, "-c", str(source), "-o", str(temporary)], check=True)
+        subprocess.run([*command, "-o", str(temporary)], check=True)
         temporary.replace(made)
     return made
 
 
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def headers(sources: Path) -> list[Path]:
+    """Everything that the units in a folder include."""
+    own = [*sources.glob("*.h"), *sources.glob("*.inl")]
+    return sorted([*own, SOURCES / "cpu" / "tensor.h", Path(__file__).with_name("emulator.h")])
+
+
+def includes() -> list[str]:
+    paths = [pybind11.get_include(), sysconfig.get_path("include"), str(Path(__file__).parent)]
+    return [f"-I{path}" for path in paths]
+
+
+def _compile(source: Path) -> Path:
+    command = ["g++", *COMMON, *FLAGS[source.suffix], *includes(), "-c", str(source)]
+    return kept(f"{source.stem}.o", command, [source, *headers(source.parent)])
+
+
+def digest(*parts: bytes) -> str:
+    hash_ = hashlib.blake2b(digest_size=8)
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+        hash_.update(part)
+    return hash_.hexdigest()

@@ -12,15 +12,16 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
-from dendrite_kernels.backends.cuda import plan
+from dendrite_kernels.backends.cuda import pack, plan
 from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 
@@ -73,6 +74,7 @@ class Case:
     slope: float = 0.1
     soma_slope: float = 0.3
     zeros: bool = False  # u is exactly 0 for many samples
+    wide: bool = False  # indices of 32 bits, though 16 were enough
 
 
 QUICK = [
@@ -82,6 +84,7 @@ QUICK = [
     Case("constant", 40, 1, torch.bfloat16),
     Case("constant", 70, 2, torch.bfloat16),
     Case("bank", 40, 3),
+    Case("odd", 20, 2),
     Case("no synapse", 12, None),
     Case("odd", 70, L2),
     Case("odd", 9, None, torch.float64),
@@ -95,7 +98,12 @@ ALL = [
         for kind in range(len(KINDS[dtype.itemsize]))
         for name, batch in [("awkward", 63), ("bank", 130), ("odd", 65), ("one input", 64)]
     ),
-    *(Case("odd", 8, None, dtype) for dtype in TOLERANCE),
+    *(Case("odd", batch, None, dtype) for dtype in TOLERANCE for batch in (1, 8)),
+    *(
+        Case("odd", batch, kind, dtype, wide=True)
+        for dtype in TOLERANCE
+        for batch, kind in [(1, L2), (8, L2), (70, L2)]
+    ),
     Case("wide soma", 1, None), Case("wide soma", 64, 2), Case("many rows", 33, None),
     Case("many rows", 70, 3), Case("constant", 128, None, bias=False, slope=1.0),
     Case("32-bit", 3, None),
@@ -128,6 +136,7 @@ def load(path: str) -> Any:
 def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     """All results of the backend; inputs are drawn with a fixed seed."""
     allow_kind(case.kind)
+    widen_indices(case.wide)
     c, x, parameters, grad, grad_u = inputs(case)
     x, grad, grad_u = x.to(device), grad.to(device), grad_u.to(device)
     weight, dendrite_bias, cable, soma_bias = (
@@ -151,6 +160,26 @@ def allow_kind(kind: int | None) -> None:
         plan.KINDS[size] = only
     plan.plan_tiles.cache_clear()
     plan.plan_weight.cache_clear()
+
+
+PACK = {name: getattr(pack, name) for name in ("pack_rows", "pack_columns")}
+
+
+def widen_indices(on: bool) -> None:
+    """Pack all indices in 32 bits, or as the package does."""
+
+    def wide(make: Callable[..., pack.Packing]) -> Callable[..., pack.Packing]:
+        def make_wide(*arguments: Any) -> pack.Packing:
+            packing = make(*arguments)
+            index = packing.index
+            if index.dtype == np.int16:
+                index = index.view(np.uint16).astype(np.int32)
+            return replace(packing, index=index)
+
+        return make_wide
+
+    for name, make in PACK.items():
+        setattr(pack, name, wide(make) if on else make)
 
 
 def inputs(
@@ -274,6 +303,13 @@ def poison(on: bool) -> None:
     deterministic.fill_uninitialized_memory = on
 
 
+def selected(cases: str, orders: list[int]) -> list[tuple[Case, list[int]]]:
+    """The quick cases or all of them, and the orders to run each in."""
+    short, slow = (QUICK, LONG) if cases == "quick" else (ALL, [*LONG, *LONGER, *WIDE])
+    one = orders[:1]  # for those that take seconds
+    return [*((case, orders) for case in short), *((case, one) for case in slow)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module")
@@ -285,10 +321,7 @@ def main() -> int:
     torch.set_num_threads(1)
     module = load(options.module)
     wrong = 0
-    cases = [(case, options.orders) for case in (QUICK if options.cases == "quick" else ALL)]
-    slow = LONG if options.cases == "quick" else [*LONG, *LONGER, *WIDE]
-    cases += [(case, options.orders[:1]) for case in slow]  # seconds each: in one order only
-    for case, orders in cases:
+    for case, orders in selected(options.cases, options.orders):
         for fault in check(case, orders, module):
             wrong += 1
             print(f"{case}: {fault}")

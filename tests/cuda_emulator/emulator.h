@@ -55,13 +55,15 @@ struct Machine {
   Barrier barrier;
   ucontext_t scheduler;
   int current = 0;
-  long progress = 0;
+  long progress = 0, launches = 0;
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   std::function<void()> kernel;
 };
 
 inline Machine machine;
 inline int order = 0;
+inline void (*explain_deadlock)() = [] {};
 inline void set_order(int value) { order = value; }
 
 inline Fiber& self() { return machine.fibers[size_t(machine.current)]; }
@@ -89,7 +91,7 @@ inline void run_thread() {
 }
 
 inline void start_fiber(Fiber& fiber, unsigned index) {
-  constexpr size_t kStack = 1 << 16;
+  constexpr size_t kStack = 1 << 17;
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
   fiber.id = {index, 0, 0};
   fiber.done = false;
@@ -114,6 +116,7 @@ inline void run_block(unsigned threads, std::mt19937& random) {
       left += !machine.fibers[size_t(t)].done;
     }
     if (left && machine.progress == before) {
+      explain_deadlock();
       std::fprintf(stderr, "emulator: threads of block %u wait for ever\n", machine.block.x);
       std::abort();
     }
@@ -126,6 +129,8 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, F&& kernel) 
   machine.blocks = {blocks, 1, 1};
   machine.threads = {threads, 1, 1};
   machine.kernel = kernel;
+  machine.shared_bytes = shared_bytes;
+  ++machine.launches;
   machine.fibers.resize(threads);
   for (unsigned b = 0; b < blocks; ++b) {
     void* shared = nullptr;

@@ -54,7 +54,8 @@ MUTANTS = {
     "no tail": ("tile.h", "out[j] = n + j < inputs ? row[n + j] : T{};",
                 "out[j] = n + 3 < inputs ? row[n + j] : T{};"),
     # Reads one row behind the tile.
-    "overrun": ("tile.h", "if (tile_rows > inputs && me.warp == 0)", "if (me.warp == 0)"),
+    "overrun": ("tile.h", "if (tile_rows > inputs && me.warp == 0 && me.lane < K::kLanes)",
+                "if (me.warp == 0 && me.lane < K::kLanes)"),
 }  # fmt: skip
 
 
