@@ -2,7 +2,7 @@
 // Gathers gv and sign bits along the transposed synapses: no atomics, and q [B, R] is never stored.
 #pragma once
 
-#include "backward_weight.h"
+#include "tile.h"
 
 namespace dk {
 
@@ -14,53 +14,111 @@ DK_DEVICE void copy_tile(typename K::V* tile, const typename K::T* from, int32_t
     tile[i] = load_readonly<typename K::V>(from + int64_t(i) * K::kVec);
 }
 
-// One warp computes one input for one batch tile. K stores the accumulator's type; O is dx's.
-template <class K, class O>
+// The tile's sign bits of all dendrites: [R][kWords] pieces.
+template <class K>
+DK_DEVICE void stage_signs(typename SignBits<K>::Piece* staged, const uint32_t* signs, int32_t rows,
+                           int64_t b0, int64_t batch) {
+  using Bits = SignBits<K>;
+#pragma unroll
+  for (int w = 0; w < Bits::kWords; ++w) {
+    if (b0 + 32 * w >= batch) continue;  // the gradient is zero there
+    const auto* from = Bits::first(signs, rows, b0, w);
+    for (int32_t r = threadIdx.x; r < rows; r += int32_t(blockDim.x))
+      staged[r * Bits::kWords + w] = from[int64_t(r) * (4 / sizeof(*from))];
+  }
+}
+
+// The sign bits of the dendrites of a chunk, from shared memory: one load for each dendrite.
+template <class K, int J = 0>
+DK_DEVICE void staged_signs(const unsigned char* staged, const Indices<K>& dendrite,
+                            SignBits<K> (&bits)[K::kChunk]) {
+  if constexpr (J < K::kChunk) {
+    bits[J] = *reinterpret_cast<const SignBits<K>*>(
+        staged + dendrite.template at<J, SignBits<K>::kBytes>(0));
+    staged_signs<K, J + 1>(staged, dendrite, bits);
+  }
+}
+
+// The same from global memory.
+template <class K, int J = 0>
+DK_DEVICE void distant_signs(const uint32_t* signs, int64_t rows, int64_t b0, int64_t batch,
+                             const Indices<K>& dendrite, SignBits<K> (&bits)[K::kChunk]) {
+  if constexpr (J < K::kChunk) {
+    const int32_t r = int32_t(dendrite.template at<J, 1>(0));
+    bits[J] = load_signs<K>(signs, rows, r, b0, batch);
+    distant_signs<K, J + 1>(signs, rows, b0, batch, dendrite, bits);
+  }
+}
+
+// A warp computes some inputs for one batch tile. K stores the accumulator's type; O is dx's. The
+// sign bits lie behind the tile in shared memory.
+template <class K, class O, bool SIGNED>
 __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputArgs<O> args) {
   using A = typename K::A;
-  DK_SHARED_MEMORY(typename K::V, shared);
-  const Thread me;
+  using Bits = SignBits<K>;
+  using Index = typename K::Index;
+  DK_SHARED_MEMORY(unsigned char, shared);
+  const Thread<K> me;
+  const Synapses& synapses = args.synapses;
   const int32_t tile = blockIdx.x / args.parts, part = blockIdx.x % args.parts;
   const int64_t b0 = int64_t(tile) * K::kSamples;
   const A* const from = args.grad_v + b0 * args.tile_rows;
   const unsigned char* samples = reinterpret_cast<const unsigned char*>(from);
+  const unsigned char* signs = nullptr;
   if constexpr (K::kShared) {
-    copy_tile<K>(shared, from, args.tile_rows);
-    __syncthreads();
-    samples = reinterpret_cast<const unsigned char*>(shared);
-  }
-  const int p = me.lane % K::kLanes;
-  const uint32_t offset = p * uint32_t(sizeof(typename K::V));
-  const SignBits<K> bits(args.signs, args.rows, b0, args.batch, me.lane);
-  for (uint32_t n = part * me.warps + me.warp; n < uint32_t(args.inputs);
-       n += args.parts * me.warps) {
-    A sum[K::kVec] = {};
-    const int32_t stop = begin(args.steps, n + 1);
-    for (int32_t step = begin(args.steps, n); step < stop; ++step) {
-      const int64_t slot = slot_of<K>(step, me.lane);
-      Indices<K> index;
-      index.load(args.index, slot);
-      const auto weight = load_readonly<Vector<A, K::kChunk>>(args.weight + slot);
-      typename K::V grad[K::kChunk];
-      gather_all<K>(samples, index, offset, grad);
-      if (args.signs) {
-        const auto row = load_readonly<Vector<int32_t, K::kChunk>>(args.row + slot);
-        add_products<K>(
-            grad,
-            [&](int j, int i) {
-              const A w = weight.value[j];
-              return bits.positive(i, row.value[j]) ? w : args.slope * w;
-            },
-            sum);
-      } else {
-        add_products<K>(grad, [&](int j, int) { return weight.value[j]; }, sum);
-      }
+    samples = shared;
+    copy_tile<K>(reinterpret_cast<typename K::V*>(shared), from, args.tile_rows);
+    if constexpr (SIGNED) {
+      unsigned char* const behind = shared + uint32_t(args.tile_rows) * K::kRowBytes;
+      stage_signs<K>(reinterpret_cast<typename Bits::Piece*>(behind), args.signs, args.rows, b0,
+                     args.batch);
+      signs = behind;
     }
+    __syncthreads();
+  }
+  for (uint32_t item = part * me.warps + me.warp; item < uint32_t(synapses.items);
+       item += args.parts * me.warps) {  // an item is one bundle
+    A sum[K::kVec] = {};
+    const int32_t step = __ldg(synapses.steps + item);
+    const int64_t slot = first_slot<K>(step, me);
+    const auto* index = static_cast<const Index*>(synapses.index) + slot;
+    const auto* dendrite = static_cast<const Index*>(synapses.dendrite) + slot;
+    const A* weight = args.weight + slot;
+    for_steps<K>(
+        __ldg(synapses.steps + item + 1) - step,
+        [&](int ahead) {
+          Indices<K> outputs;
+          outputs.load(index + ahead);
+          const auto w = load_readonly<Vector<A, K::kChunk>>(weight + ahead);
+          Bits bits[K::kChunk];
+          if constexpr (SIGNED) {
+            Indices<K> dendrites;
+            dendrites.load(dendrite + ahead);
+            if constexpr (K::kShared)
+              staged_signs<K>(signs, dendrites, bits);
+            else
+              distant_signs<K>(args.signs, args.rows, b0, args.batch, dendrites, bits);
+          }
+          typename K::V grad[K::kChunk];
+          gather_all<K>(samples, outputs, me.offset, grad);
+          add_products<K>(
+              grad,
+              [&](int j, int i) {
+                const bool whole = !SIGNED || bits[j].positive(i, me.place);
+                return whole ? w.value[j] : args.slope * w.value[j];
+              },
+              sum);
+        },
+        [&](int slots) {
+          index += slots;
+          dendrite += slots;
+          weight += slots;
+        });
+    const int32_t n = __ldg(synapses.rows + int64_t(item) * K::kGroups + me.group);
 #pragma unroll
     for (int i = 0; i < K::kVec; ++i) {
-      const A total = sum_groups<K>(sum[i]);
-      const int64_t b = b0 + i * K::kLanes + p;
-      if (me.lane < K::kLanes && b < args.batch) narrow(total, args.dx[b * args.inputs + n]);
+      const int64_t b = b0 + i * K::kLanes + me.place;
+      if (n >= 0 && b < args.batch) narrow(sum[i], args.dx[b * args.inputs + n]);
     }
   }
 }

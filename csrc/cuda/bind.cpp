@@ -41,41 +41,52 @@ Plan make_plan(int vec, int groups, bool shared, int64_t blocks, int threads, in
   return {{vec, groups, shared, false, blocks, threads}, parts, tile_groups};
 }
 
+int32_t length(py::handle tensor, const char* name) {
+  const DLTensorAbi t = borrow(tensor, name);
+  return t.ndim == 1 ? int32_t(t.shape[0]) : -1;
+}
+
 // Packed synapses on a device (arguments.h says what is packed); keeps its tensors alive.
 struct Packed {
-  Packed(py::object index_tensor, py::object table, int32_t each, int32_t row_count, int32_t step_,
-         py::object source_tensor, py::object row_tensor)
-      : kept{index_tensor, table, source_tensor, row_tensor}, rows(row_count), step(step_) {
-    const DLTensorAbi t = borrow(index_tensor, "index");
-    slots = t.ndim == 1 ? t.shape[0] : -1;
+  Packed(int32_t team_bits, py::object outputs, py::object bundles, py::object row_table,
+         py::object steps, py::object index, py::object dendrite, py::object source_tensor,
+         int32_t row_groups, int32_t row_count, int32_t output_count)
+      : kept{outputs, bundles, row_table, steps, index, dendrite, source_tensor},
+        groups(row_groups),
+        rows(row_count),
+        output_count(output_count) {
+    synapses.team_bits = team_bits;
+    synapses.items = length(bundles, "bundles") - 1;
+    synapses.bundle_count = length(steps, "steps") - 1;
+    if (groups < 1 || team_bits < 0 || groups >> team_bits < 1)
+      throw py::value_error("Expected teams of no more than all groups, got others");
+    const int64_t teams = groups >> team_bits;
+    synapses.outputs = check.pointer<int32_t>(outputs, "outputs", {synapses.items * teams});
+    synapses.bundles = check.pointer<int32_t>(bundles, "bundles", {int64_t(synapses.items) + 1});
+    synapses.rows =
+        check.pointer<int32_t>(row_table, "rows", {int64_t(synapses.bundle_count) * groups});
+    synapses.steps = check.pointer<int32_t>(steps, "steps", {int64_t(synapses.bundle_count) + 1});
+    const DLTensorAbi t = borrow(index, "index");
+    synapses.slots = t.ndim == 1 ? t.shape[0] : -1;
     narrow = is_type<int16_t>(t);
-    index = narrow ? static_cast<void*>(check.pointer<int16_t>(index_tensor, "index", {slots}, 16))
-                   : check.pointer<int32_t>(index_tensor, "index", {slots}, 16);
-    steps = {check.pointer_or_null<int32_t>(table, "steps", {int64_t(rows) + 1}), each};
-    if (!steps.table && int64_t(each) * rows * step != slots)
-      throw py::value_error("Expected steps of every row to fill the slots, got another number");
-    source = check.pointer_or_null<int32_t>(source_tensor, "source", {slots});
-    row = check.pointer_or_null<int32_t>(row_tensor, "row", {slots}, 16);
+    synapses.index = indices(index, "index");
+    has_dendrite = !dendrite.is_none();
+    if (has_dendrite) synapses.dendrite = indices(dendrite, "dendrite");
+    source = check.pointer_or_null<int32_t>(source_tensor, "source", {synapses.slots});
+  }
+  const void* indices(py::handle tensor, const char* name) {
+    if (narrow) return check.pointer<int16_t>(tensor, name, {synapses.slots}, 16);
+    return check.pointer<int32_t>(tensor, name, {synapses.slots}, 16);
   }
   std::vector<py::object> kept;
   Checker check;
-  void* index;
-  bool narrow;
-  int64_t slots;
-  int32_t rows, step;
-  Ranges steps{};
-  const int32_t *source, *row;
-};
+  Synapses synapses{};
+  bool narrow, has_dendrite;
+  int32_t groups;  // of lanes: rows of a bundle
+  int32_t rows, output_count;
+  const int32_t* source;
 
-// Which dendrites a soma owns, on a device.
-struct Somas {
-  Somas(py::object table, int32_t each, int32_t soma_count) : kept(table), count(soma_count) {
-    dendrites = {check.pointer_or_null<int32_t>(table, "soma_ptr", {int64_t(count) + 1}), each};
-  }
-  py::object kept;
-  Checker check;
-  int32_t count;
-  Ranges dendrites{};
+  int32_t chunk() const { return groups == 1 ? 8 : 4; }  // as Kind::kChunk
 };
 
 // Runs f(T(), x's sizes) for the dtype of x.
@@ -97,6 +108,12 @@ void dispatch(py::handle x, const char* name, const F& f) {
                          ": Expected dtype float32, float64, bfloat16 or float16, got another");
 }
 
+int32_t bits_of(int64_t power) {
+  int32_t bits = 0;
+  while (power >> bits > 1) ++bits;
+  return bits;
+}
+
 int64_t words(int64_t batch) { return (batch + 31) / 32; }
 
 int64_t samples_of(const Plan& plan) { return int64_t(32 / plan.tile.groups) * plan.tile.vec; }
@@ -109,7 +126,7 @@ void check_grid(const Plan& plan, int64_t expected, const Packed& packed) {
   if (plan.tile.blocks != expected)
     throw py::value_error("Expected a plan for " + std::to_string(expected) + " blocks, got " +
                           std::to_string(plan.tile.blocks));
-  if (packed.step != (plan.tile.groups == 1 ? 8 : 4 * plan.tile.groups))
+  if (packed.groups != plan.tile.groups)
     throw py::value_error("Expected synapses packed for the plan, got others");
 }
 
@@ -119,23 +136,23 @@ TilePlan with_width(const Plan& plan, const Packed& packed) {
   return tile;
 }
 
-void forward(const Packed& packed, const Somas* somas, py::handle x, py::handle tiles,
-             int32_t tile_rows, py::handle weight, py::handle dendrite_bias, py::handle cable,
-             py::handle soma_bias, double slope, double soma_slope, py::handle y, py::handle signs,
-             const Plan* plan, int64_t few_blocks, uintptr_t stream) {
+void forward(const Packed& packed, py::handle x, py::handle tiles, int32_t tile_rows,
+             py::handle weight, py::handle dendrite_bias, py::handle cable, py::handle soma_bias,
+             double slope, double soma_slope, py::handle y, py::handle signs, const Plan* plan,
+             int64_t few_blocks, uintptr_t stream) {
   dispatch(x, "x", [&](auto zero, int64_t batch, int64_t inputs) {
     using T = decltype(zero);
     using A = Accumulator<T>;
     Checker check = packed.check;
-    const int64_t rows = packed.rows, outputs = somas ? somas->count : rows;
+    const int64_t rows = packed.rows, outputs = packed.output_count;
     ForwardArgs<T> args{};
     args.x = check.pointer<T>(x, "x", {batch, inputs});
-    args.index = packed.index;
-    args.weight = check.pointer<A>(weight, "packed weight", {packed.slots}, 16);
-    args.steps = packed.steps;
-    args.dendrites = somas ? somas->dendrites : Ranges{nullptr, 1};
+    args.synapses = packed.synapses;
+    args.weight = check.pointer<A>(weight, "packed weight", {packed.synapses.slots}, 16);
     args.dendrite_bias = check.pointer_or_null<A>(dendrite_bias, "dendrite_bias", {rows});
-    if (somas) args.cable = check.pointer<A>(cable, "cable_weight", {rows});
+    args.cable = check.pointer_or_null<A>(cable, "cable_weight", {rows});
+    if (!args.cable && outputs != rows)
+      throw py::value_error("Expected synapses packed without somas, got some with them");
     args.soma_bias = check.pointer_or_null<A>(soma_bias, "soma_bias", {outputs});
     args.y = check.pointer<T>(y, "y", {batch, outputs});
     args.signs = reinterpret_cast<uint32_t*>(
@@ -162,35 +179,30 @@ void forward(const Packed& packed, const Somas* somas, py::handle x, py::handle 
   });
 }
 
-void backward_weight(const Packed& packed, const Somas* somas, py::handle x, py::handle tiles,
-                     int32_t tile_rows, py::handle grad_v, py::handle signs, double slope,
-                     py::handle partial, py::handle partial_row, py::handle partial_soma,
-                     const Plan& plan, uintptr_t stream) {
+void backward_weight(const Packed& packed, py::handle x, py::handle tiles, int32_t tile_rows,
+                     py::handle grad_v, py::handle signs, double slope, py::handle partial,
+                     py::handle partial_row, py::handle partial_soma, const Plan& plan,
+                     uintptr_t stream) {
   dispatch(x, "x", [&](auto zero, int64_t batch, int64_t inputs) {
     using T = decltype(zero);
     using A = Accumulator<T>;
     Checker check = packed.check;
-    const int64_t rows = packed.rows, outputs = somas ? somas->count : rows;
+    const int64_t rows = packed.rows, outputs = packed.output_count;
     const int64_t tile_count = tiles_of(plan, batch), samples = samples_of(plan);
     WeightArgs<T> args{};
     args.x = check.pointer<T>(x, "x", {batch, inputs});
     if (!plan.tile.shared)
       args.tiles = check.pointer<T>(tiles, "tiles", {tile_count, tile_rows, samples}, 16);
     args.grad_v = check.pointer<A>(grad_v, "grad tiles", {tile_count, outputs, samples}, 16);
-    args.index = packed.index;
-    args.steps = packed.steps;
-    args.dendrites = somas ? somas->dendrites : Ranges{nullptr, 1};
-    if (somas) {
-      args.signs =
-          reinterpret_cast<uint32_t*>(check.pointer<int32_t>(signs, "signs", {words(batch), rows}));
-      args.partial_soma =
-          check.pointer<A>(partial_soma, "partial of soma_bias", {plan.tile_groups, outputs});
-    }
-    args.partial = check.pointer<A>(partial, "partial", {plan.tile_groups, packed.slots});
+    args.synapses = packed.synapses;
+    args.signs = reinterpret_cast<uint32_t*>(
+        check.pointer_or_null<int32_t>(signs, "signs", {words(batch), rows}));
+    args.partial_soma =
+        check.pointer_or_null<A>(partial_soma, "partial of soma_bias", {plan.tile_groups, outputs});
+    args.partial = check.pointer<A>(partial, "partial", {plan.tile_groups, packed.synapses.slots});
     args.partial_row =
         check.pointer<A>(partial_row, "partial of dendrite_bias", {plan.tile_groups, rows});
     args.batch = batch;
-    args.slots = packed.slots;
     args.inputs = int32_t(inputs);
     args.tile_rows = tile_rows;
     args.rows = int32_t(rows);
@@ -206,7 +218,7 @@ void backward_weight(const Packed& packed, const Somas* somas, py::handle x, py:
 }
 
 // `like` has the dtype of the activations; everything here is in their accumulator's type.
-void finish_weight(const Packed& packed, const Somas* somas, py::handle like, py::handle partial,
+void finish_weight(const Packed& packed, py::handle like, py::handle partial,
                    py::handle partial_row, py::handle partial_soma, py::handle weight,
                    py::handle dendrite_bias, py::handle cable, int64_t synapses, py::handle dweight,
                    py::handle ddendrite_bias, py::handle dcable, py::handle dsoma_bias,
@@ -217,26 +229,26 @@ void finish_weight(const Packed& packed, const Somas* somas, py::handle like, py
     Checker check = packed.check;
     const int64_t rows = packed.rows;
     FinishArgs<A> args{};
-    args.partial = check.pointer<A>(partial, "partial", {groups, packed.slots});
+    args.synapses = packed.synapses;
+    args.partial = check.pointer<A>(partial, "partial", {groups, packed.synapses.slots});
     args.partial_row = check.pointer<A>(partial_row, "partial of dendrite_bias", {groups, rows});
-    args.weight = check.pointer<A>(weight, "packed weight", {packed.slots});
+    args.weight = check.pointer<A>(weight, "synapse_weight", {synapses});
     args.dendrite_bias = check.pointer_or_null<A>(dendrite_bias, "dendrite_bias", {rows});
     args.source = packed.source;
-    args.steps = packed.steps;
     args.dweight = check.pointer<A>(dweight, "grad of synapse_weight", {synapses});
     args.ddendrite_bias = check.pointer<A>(ddendrite_bias, "grad of dendrite_bias", {rows});
-    if (somas) {
-      args.cable = check.pointer<A>(cable, "cable_weight", {rows});
-      args.partial_soma =
-          check.pointer<A>(partial_soma, "partial of soma_bias", {groups, somas->count});
+    args.cable = check.pointer_or_null<A>(cable, "cable_weight", {rows});
+    if (args.cable) {
+      const int64_t somas = packed.output_count;
+      args.partial_soma = check.pointer<A>(partial_soma, "partial of soma_bias", {groups, somas});
       args.dcable = check.pointer<A>(dcable, "grad of cable_weight", {rows});
-      args.dsoma_bias = check.pointer<A>(dsoma_bias, "grad of soma_bias", {somas->count});
-      args.somas = somas->count;
+      args.dsoma_bias = check.pointer<A>(dsoma_bias, "grad of soma_bias", {somas});
+      args.somas = int32_t(somas);
     }
-    args.slots = packed.slots;
     args.rows = int32_t(rows);
     args.groups = groups;
-    args.step = packed.step;
+    args.row_groups = packed.groups;
+    args.chunk = packed.chunk();
     const DeviceGuard guard(check.device());
     require(Launcher<T>::finish(args, reinterpret_cast<Stream>(stream)));
   });
@@ -253,12 +265,12 @@ void backward_input(const Packed& transposed, int32_t rows, int32_t tile_rows, p
     InputArgs<T> args{};
     args.grad_v =
         check.pointer<A>(grad_v, "grad tiles", {tile_count, tile_rows, samples_of(plan)}, 16);
-    args.index = transposed.index;
-    args.row = transposed.row;
-    args.weight = check.pointer<A>(weight, "packed weight", {transposed.slots}, 16);
-    args.steps = transposed.steps;
+    args.synapses = transposed.synapses;
+    args.weight = check.pointer<A>(weight, "packed weight", {transposed.synapses.slots}, 16);
     args.signs = reinterpret_cast<uint32_t*>(
         check.pointer_or_null<int32_t>(signs, "signs", {words(batch), rows}));
+    if (args.signs && !transposed.has_dendrite)
+      throw py::value_error("Expected synapses packed with somas, got some without");
     args.dx = check.pointer<T>(dx, "grad of x", {batch, transposed.rows});
     args.batch = batch;
     args.inputs = int32_t(inputs);
@@ -291,8 +303,8 @@ void make_tiles(py::handle in, py::handle y, double slope, int32_t tile_rows, py
       args.batch = batch;
       args.columns = int32_t(columns);
       args.tile_rows = tile_rows;
-      args.lanes = 32 / plan.tile.groups;
-      args.vec = plan.tile.vec;
+      args.lane_bits = bits_of(32 / plan.tile.groups);
+      args.sample_bits = bits_of(samples_of(plan));
       args.slope = A(slope);
       const DeviceGuard guard(check.device());
       require(launcher(args, tile_count, reinterpret_cast<Stream>(stream)));
@@ -313,11 +325,13 @@ void pack_weight(const Packed& packed, py::handle weight, py::handle cable, int6
     PackArgs<A> args{};
     args.weight = check.pointer<A>(weight, "synapse_weight", {synapses});
     args.cable = check.pointer_or_null<A>(cable, "cable_weight", {rows});
-    if (args.cable && !packed.row) throw py::value_error("Expected a transposed packing, got none");
+    if (args.cable && !packed.has_dendrite)
+      throw py::value_error("Expected a transposed packing, got none");
     args.source = packed.source;
-    args.row = packed.row;
-    args.packed = check.pointer<A>(out, "packed weight", {packed.slots});
-    args.slots = packed.slots;
+    args.dendrite = packed.synapses.dendrite;
+    args.narrow = packed.narrow;
+    args.slots = packed.synapses.slots;
+    args.packed = check.pointer<A>(out, "packed weight", {args.slots});
     const DeviceGuard guard(check.device());
     require(launcher(args, reinterpret_cast<Stream>(stream)));
   };
@@ -337,15 +351,14 @@ PYBIND11_MODULE(DK_MODULE, m, py::mod_gil_not_used()) {
   m.def("set_order", &emulator::set_order, "0: threads in order, 1: reversed, else shuffled.");
 #else
   m.attr("archs") = DK_CUDA_ARCHS;
-  m.def("limits", &limits, "Multiprocessors, shared memory of a block, of a multiprocessor.");
+  m.def("limits", &limits, "Multiprocessors, shared memory of a block, of a multiprocessor, L2.");
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });
 #endif
   py::class_<Plan>(m, "Plan").def(py::init(&make_plan));
   py::class_<Packed>(m, "Packed")
-      .def(py::init<py::object, py::object, int32_t, int32_t, int32_t, py::object, py::object>())
-      .def_readonly("slots", &Packed::slots);
-  py::class_<Somas>(m, "Somas").def(py::init<py::object, int32_t, int32_t>());
+      .def(py::init<int32_t, py::object, py::object, py::object, py::object, py::object, py::object,
+                    py::object, int32_t, int32_t, int32_t>());
   m.def("forward", &forward);
   m.def("backward_weight", &backward_weight);
   m.def("finish_weight", &finish_weight);

@@ -4,6 +4,8 @@
 
 #include <stddef.h>
 
+#include <type_traits>
+
 #include "types.h"
 
 #ifdef DK_EMULATE

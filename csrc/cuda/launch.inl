@@ -1,5 +1,7 @@
 // Chooses the instance of a kernel that a plan asks for. The one dispatch table: a new kind of tile
 // is one line in `Kinds`.
+#include <atomic>
+
 #include "backward_input.h"
 #include "backward_weight.h"
 #include "forward.h"
@@ -11,24 +13,40 @@ namespace {
 
 constexpr int kFewSamples = 8;  // that forward_rows takes at most
 
-template <class Args>
-const char* start(void (*kernel)(Args), int64_t blocks, int threads, size_t bytes, Stream stream,
-                  const Args& args) {
+#ifndef DK_EMULATE
+// Lets a kernel have all the shared memory of a block, once on each device.
+template <auto KERNEL>
+cudaError_t grant_shared_memory() {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> granted[kDevices];
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < kDevices && granted[device])) return error;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < kDevices) granted[device] = true;
+  return error;
+}
+#endif
+
+template <auto KERNEL, class Args>
+const char* start(int64_t blocks, int threads, size_t bytes, Stream stream, const Args& args) {
   if (blocks <= 0) return nullptr;
   if (blocks > INT32_MAX) return "Expected fewer than 2**31 blocks, got more: use smaller batches";
 #ifdef DK_EMULATE
   (void)stream;
-  emulator::launch(unsigned(blocks), unsigned(threads), bytes, [&] { kernel(args); });
+  emulator::launch(unsigned(blocks), unsigned(threads), bytes, [&] { KERNEL(args); });
   return nullptr;
 #else
-  const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (bytes > 48 << 10)  // more than every device grants unasked
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    error = grant_shared_memory<KERNEL>();
   void* arguments[] = {const_cast<Args*>(&args)};
   if (error == cudaSuccess)
-    error = cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments,
-                             bytes, static_cast<cudaStream_t>(stream));
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(unsigned(blocks)),
+                             dim3(unsigned(threads)), arguments, bytes,
+                             static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
 }
@@ -84,6 +102,12 @@ size_t tile_bytes(int32_t tile_rows) {
   return K::kShared ? size_t(tile_rows) * K::kRowBytes : 0;
 }
 
+// Sign bits of a tile in shared memory, behind the samples.
+template <class K>
+size_t sign_bytes(int32_t rows) {
+  return K::kShared ? size_t(rows) * SignBits<K>::kBytes : 0;
+}
+
 template <class T>
 using KindsOf = typename Kinds<sizeof(T)>::template of<T>;
 
@@ -95,8 +119,8 @@ const char* Launcher<T>::forward(const TilePlan& plan, const ForwardArgs<T>& arg
       plan,
       [&](auto kind) {
         using K = decltype(kind);
-        return start(forward_tile<K>, plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows),
-                     stream, args);
+        return start<forward_tile<K>>(plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows),
+                                      stream, args);
       },
       KindsOf<T>());
 }
@@ -106,8 +130,8 @@ const char* Launcher<T>::forward_few(bool narrow, int64_t blocks, const ForwardA
                                      Stream stream) {
   if (args.batch > kFewSamples) return "Expected at most 8 samples, got more";
   const auto run = [&](auto index, auto samples) {
-    return start(forward_rows<T, decltype(index), decltype(samples)::value>, blocks, kFewThreads, 0,
-                 stream, args);
+    return start<forward_rows<T, decltype(index), decltype(samples)::value>>(blocks, kFewThreads, 0,
+                                                                             stream, args);
   };
   using One = Constant<1>;
   using Few = Constant<kFewSamples>;
@@ -122,17 +146,17 @@ const char* Launcher<T>::weight(const TilePlan& plan, const WeightArgs<T>& args,
       plan,
       [&](auto kind) {
         using K = decltype(kind);
-        return start(backward_weight<K>, plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows),
-                     stream, args);
+        return start<backward_weight<K>>(plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows),
+                                         stream, args);
       },
       KindsOf<T>());
 }
 
 template <class T>
 const char* Launcher<T>::finish(const FinishArgs<A>& args, Stream stream) {
-  const int64_t threads = int64_t(args.rows) * 16;
+  const int64_t threads = int64_t(args.synapses.bundle_count) * 32;
   const int64_t needed = threads > args.somas ? threads : args.somas;
-  return start(finish_weight<A>, (needed + 255) / 256, 256, 0, stream, args);
+  return start<finish_weight<A>>((needed + 255) / 256, 256, 0, stream, args);
 }
 
 template <class T>
@@ -141,8 +165,12 @@ const char* Launcher<T>::input(const TilePlan& plan, const InputArgs<T>& args, S
       plan,
       [&](auto kind) {
         using K = decltype(kind);
-        return start(backward_input<K, T>, plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows),
-                     stream, args);
+        if (!args.signs)
+          return start<backward_input<K, T, false>>(plan.blocks, plan.threads,
+                                                    tile_bytes<K>(args.tile_rows), stream, args);
+        return start<backward_input<K, T, true>>(
+            plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows) + sign_bytes<K>(args.rows),
+            stream, args);
       },
       KindsOf<A>());
 }
@@ -150,8 +178,8 @@ const char* Launcher<T>::input(const TilePlan& plan, const InputArgs<T>& args, S
 template <class T, class O>
 static const char* start_tiles(const TileArgs<T, O>& args, int64_t tile_count, Stream stream) {
   const int64_t chunks = (int64_t(args.tile_rows) + kTileColumns - 1) / kTileColumns;
-  const size_t bytes = size_t(args.lanes) * args.vec * (kTileColumns + 1) * sizeof(O);
-  return start(make_tiles<T, O>, chunks * tile_count, 256, bytes, stream, args);
+  const size_t bytes = (size_t(kTileColumns + 1) << args.sample_bits) * sizeof(O);
+  return start<make_tiles<T, O>>(chunks * tile_count, 256, bytes, stream, args);
 }
 
 template <class T>
@@ -166,7 +194,7 @@ const char* Launcher<T>::grad_tiles(const TileArgs<T, A>& args, int64_t tile_cou
 
 template <class T>
 const char* Launcher<T>::pack(const PackArgs<A>& args, Stream stream) {
-  return start(pack_weight<A>, (args.slots + 255) / 256, 256, 0, stream, args);
+  return start<pack_weight<A>>((args.slots + 255) / 256, 256, 0, stream, args);
 }
 
 }  // namespace dk

@@ -48,7 +48,8 @@ inline int attribute(cudaDeviceAttr which, int device) {
 inline pybind11::tuple limits(int device) {
   return pybind11::make_tuple(attribute(cudaDevAttrMultiProcessorCount, device),
                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                              attribute(cudaDevAttrL2CacheSize, device));
 }
 
 inline int version(cudaError_t (*ask)(int*)) {

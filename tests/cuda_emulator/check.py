@@ -122,7 +122,7 @@ def load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.configure(torch.Tensor.__dlpack_c_exchange_api__)
-    limits = plan.Limits(3, 99 << 10, 100 << 10)
+    limits = plan.Limits(3, 99 << 10, 100 << 10, 4 << 20)
     replaced: dict[str, Any] = {
         "_load": lambda: (module, None),
         "_stream": lambda device: 0,
@@ -171,10 +171,12 @@ def widen_indices(on: bool) -> None:
     def wide(make: Callable[..., pack.Packing]) -> Callable[..., pack.Packing]:
         def make_wide(*arguments: Any) -> pack.Packing:
             packing = make(*arguments)
-            index = packing.index
-            if index.dtype == np.int16:
-                index = index.view(np.uint16).astype(np.int32)
-            return replace(packing, index=index)
+            widened = {
+                name: array.view(np.uint16).astype(np.int32)
+                for name in ("index", "dendrite")
+                if (array := getattr(packing, name)) is not None and array.dtype == np.int16
+            }
+            return replace(packing, **widened)
 
         return make_wide
 

@@ -158,17 +158,27 @@ inline void __syncthreads() {
   emulator::wait(emulator::machine.barrier, int(emulator::machine.threads.x));
 }
 
+// What the lane `from` of the same warp holds.
 template <class T>
-T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+T exchange(unsigned lanes, T value, int from) {
   if (lanes != 0xffffffffu) std::abort();
   emulator::Warp& warp = emulator::warp();
-  const int lane = emulator::lane();
-  std::memcpy(&warp.exchange[lane], &value, sizeof(T));
+  std::memcpy(&warp.exchange[emulator::lane()], &value, sizeof(T));
   emulator::wait(warp.barrier, 32);
   T result;
-  std::memcpy(&result, &warp.exchange[lane ^ mask], sizeof(T));
+  std::memcpy(&result, &warp.exchange[from], sizeof(T));
   emulator::wait(warp.barrier, 32);
   return result;
+}
+
+template <class T>
+T __shfl_sync(unsigned lanes, T value, int from) {
+  return exchange(lanes, value, from);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+  return exchange(lanes, value, emulator::lane() ^ mask);
 }
 
 inline uint32_t __ballot_sync(unsigned lanes, bool vote) {

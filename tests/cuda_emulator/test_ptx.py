@@ -90,8 +90,8 @@ MUTANTS = {
     # Warps gather before the others have filled the tile.
     "no barrier": ("race", "forward.h", "    __syncthreads();\n", ""),
     # Wide loads begin at odd slots.
-    "odd slot": ("misaligned", "tile.h", "return int64_t(step) * K::kStep + lane",
-                 "return int64_t(step) * K::kStep + 1 + lane"),
+    "odd slot": ("misaligned", "tile.h", "return int64_t(step) * K::kStep + me",
+                 "return int64_t(step) * K::kStep + 1 + me"),
     # Writes one row behind the tile.
     "overrun of the tile": ("outside", "tile.h", "if (tile_rows > inputs && me.warp == 0",
                             "if (me.warp == 0"),
@@ -99,7 +99,7 @@ MUTANTS = {
     "overrun of a tensor": ("outside", "tile.h",
                             "out[j] = n + j < inputs ? row[n + j] : T{};", "out[j] = row[n + j];"),
     # Every group of lanes stores the row of pads.
-    "same store twice": ("race", "tile.h", " && me.lane < K::kLanes)", ")"),
+    "same store twice": ("race", "tile.h", " && me.group == 0)", ")"),
 }  # fmt: skip
 
 

@@ -103,36 +103,27 @@ def _to(device: torch.device, array: Any) -> Maybe:
     return None if array is None else torch.from_numpy(array).to(device)
 
 
-def _upload(packing: pack.Packing, rows: int, device: torch.device) -> _Layout:
-    tensors = [_to(device, a) for a in (packing.table, packing.index, packing.source, packing.row)]
-    table, index, source, row = tensors
-    packed = _load()[0].Packed(index, table, packing.each, rows, packing.step, source, row)
+def _upload(packing: pack.Packing, kind: Kind, rows: int, outputs: int, device: Any) -> _Layout:
+    arrays = (packing.outputs, packing.bundles, packing.rows, packing.steps, packing.index)
+    tensors = [_to(device, a) for a in (*arrays, packing.dendrite, packing.source)]
+    packed = _load()[0].Packed(packing.team_bits, *tensors, kind.groups, rows, outputs)
     return _Layout(packed, packing.slots, packing.has_pads, packing.source is None)
 
 
-def _rows(connectivity: Connectivity, device: torch.device, kind: Kind) -> _Layout:
+def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
     def make() -> _Layout:
-        packing = pack.pack_rows(connectivity, kind)
-        return _upload(packing, connectivity.num_dendrites, device)
+        outputs = c.num_somas if somas else c.num_dendrites
+        return _upload(pack.pack_rows(c, kind, somas), kind, c.num_dendrites, outputs, device)
 
-    return connectivity.cached(("cuda rows", device, kind.groups), make)
+    return c.cached(("cuda rows", device, kind.groups, somas), make)
 
 
-def _columns(connectivity: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
+def _columns(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
     def make() -> _Layout:
-        packing = pack.pack_columns(connectivity, kind, somas)
-        return _upload(packing, connectivity.in_features, device)
+        packing = pack.pack_columns(c, kind, somas)
+        return _upload(packing, kind, c.in_features, c.in_features, device)
 
-    return connectivity.cached(("cuda columns", device, kind.groups, somas), make)
-
-
-def _somas(connectivity: Connectivity, device: torch.device) -> Any:
-    def make() -> Any:
-        each = connectivity.dendrites_per_soma
-        table = None if each is not None else connectivity.soma_ptr.to(device)
-        return _load()[0].Somas(table, each or 0, connectivity.num_somas)
-
-    return connectivity.cached(("cuda somas", device), make)
+    return c.cached(("cuda columns", device, kind.groups, somas), make)
 
 
 def _wide(like: torch.Tensor, tensor: Maybe) -> Maybe:
@@ -187,21 +178,21 @@ def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe)
     weight, dendrite_bias, cable, soma_bias = (  # type: ignore[assignment]
         _wide(x, t) for t in (weight, dendrite_bias, cable, soma_bias)
     )
-    somas = None if cable is None else _somas(connectivity, x.device)
+    somas = cable is not None
     plan, tiles, few_blocks = None, None, 0
     if batch <= planner.FEW_SAMPLES:
-        layout = _rows(connectivity, x.device, Kind(1, 1, False))
-        warps = y.shape[1] if cable is not None else -(-y.shape[1] // 32)
+        layout = _rows(connectivity, x.device, Kind(1, 1, False), somas)
+        warps = y.shape[1] if somas else -(-y.shape[1] // 32)
         few_blocks = min(-(-warps // 4), 16 * limits.multiprocessors)
     else:
         rows = connectivity.num_dendrites
         work = Work(batch, inputs, y.shape[1], rows, connectivity.nnz, x.itemsize)
         plan = planner.plan_tiles(work, limits)
-        layout = _rows(connectivity, x.device, plan.kind)
+        layout = _rows(connectivity, x.device, plan.kind, somas)
         if not plan.kind.shared:
             tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
     _load()[0].forward(
-        layout.packed, somas, x, tiles, inputs + layout.has_pads,
+        layout.packed, x, tiles, inputs + layout.has_pads,
         _pack(layout, weight, None, stream), dendrite_bias, cable, soma_bias, slope,
         soma_slope, y, signs,
         None if plan is None else _bound(plan), few_blocks, stream,
@@ -225,12 +216,12 @@ def backward(
     weight, dendrite_bias, cable = (  # type: ignore[assignment]
         _wide(x, t) for t in (weight, dendrite_bias, cable)
     )
-    somas = None if cable is None else _somas(connectivity, device)
+    somas = cable is not None
 
     plan = planner.plan_weight(
         Work(batch, inputs, outputs, rows, connectivity.nnz, x.itemsize), limits
     )
-    layout = _rows(connectivity, device, plan.kind)
+    layout = _rows(connectivity, device, plan.kind, somas)
     grad_v = _tiles(plan, grad, y, soma_slope, False, True, stream)
     tiles = None
     if not plan.kind.shared:
@@ -239,7 +230,7 @@ def backward(
     dw, dbd = weight.new_empty(weight.shape), weight.new_empty(rows)
     dc = dbs = weight.new_empty(0)
     partial_soma: Maybe = None
-    if somas is not None:
+    if somas:
         dc, dbs = weight.new_empty(rows), weight.new_empty(outputs)
         partial_soma = weight.new_empty((groups, outputs))
     # One group in CSR order needs no memory of its own: sums are scaled where they are.
@@ -247,14 +238,14 @@ def backward(
     partial = dw.unsqueeze(0) if in_place else weight.new_empty((groups, layout.slots))
     partial_row = weight.new_empty((groups, rows))
     extension.backward_weight(
-        layout.packed, somas, x, tiles, inputs + layout.has_pads, grad_v, signs, slope,
+        layout.packed, x, tiles, inputs + layout.has_pads, grad_v, signs, slope,
         partial, partial_row, partial_soma, _bound(plan), stream,
     )  # fmt: skip
     del tiles
     extension.finish_weight(
-        layout.packed, somas, x, partial, partial_row, partial_soma,
-        _pack(layout, weight, None, stream), dendrite_bias, cable, weight.shape[0],
-        dw, dbd, None if somas is None else dc, None if somas is None else dbs, groups, stream,
+        layout.packed, x, partial, partial_row, partial_soma,
+        weight, dendrite_bias, cable, weight.shape[0],
+        dw, dbd, dc if somas else None, dbs if somas else None, groups, stream,
     )  # fmt: skip
     del partial, grad_v
     dx = x.new_empty((batch if need_x else 0, inputs))
@@ -276,7 +267,8 @@ def _backward_input(
 ) -> None:
     batch, inputs = dx.shape
     device, stream = dx.device, _stream(dx.device)
-    work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize)
+    sign_rows = 0 if cable is None else connectivity.num_dendrites
+    work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize, sign_rows)
     plan = planner.plan_tiles(work, _limits(device.index))
     layout = _columns(connectivity, device, plan.kind, cable is not None)
     grad_v = _tiles(plan, grad, y, soma_slope, layout.has_pads, True, stream)

@@ -1,8 +1,10 @@
-"""Synapses in the order in which CUDA kernels read them.
+"""Synapses in the order in which CUDA kernels read them; csrc/cuda/arguments.h names the arrays.
 
-A row is padded to whole steps, so that every load is 16 bytes wide and aligned. Pads point at the
-row of zeros behind a tile and have weight 0. Where groups of lanes gather different synapses at the
-same time, these are dealt out so that they seldom meet in one bank of shared memory.
+A warp computes the outputs of one item. Its groups of lanes take the rows of a bundle side by side,
+a chunk of synapses of every row in each step, so that every load is wide and aligned. A bundle is
+as long as its longest row: rows of about the same length go together. Pads point at the row of
+zeros behind a tile and have weight 0. Groups gather at the same time: the synapses of a row are
+ordered so that these seldom meet in one bank of shared memory.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from .plan import Kind
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_CHUNK = 4  # neighbouring slots of one group within a step
+_WINDOW = 64  # neighbouring outputs of which those of the same length share a warp
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
     """Packed synapses of some rows; slots are counted over all rows."""
 
-    step: int
-    each: int  # steps of every row if table is None
-    table: Array | None  # int32 [rows + 1]: first step of each row
+    team_bits: int  # 2**team_bits groups of lanes work for one output
+    outputs: Array  # int32 [items * teams]: -1 for none
+    bundles: Array  # int32 [items + 1]: first bundle of each item
+    rows: Array  # int32 [bundles * groups]: -1 for none
+    steps: Array  # int32 [bundles + 1]: first step of each bundle
     index: Array  # int16 (to be read as uint16) or int32 [slots]: row of the tile to gather
+    dendrite: Array | None  # like index [slots], 0 for a pad, in a transposed packing of somas
     source: Array | None  # int32 [slots]: CSR position, -1 for a pad; None: slots are positions
-    row: Array | None  # int32 [slots]: dendrite (0 for a pad), in a transposed packing
     has_pads: bool
 
     @property
@@ -37,10 +41,11 @@ class Packing:
         return int(self.index.size)
 
 
-def pack_rows(connectivity: Connectivity, kind: Kind) -> Packing:
-    """The synapses of each dendrite, as they gather inputs."""
-    crow, columns = connectivity.crow_indices.numpy(), connectivity.columns
-    return _pack(crow, columns, connectivity.in_features, kind, None, None)
+def pack_rows(connectivity: Connectivity, kind: Kind, somas: bool) -> Packing:
+    """The synapses of each dendrite, as they gather inputs for somas (for u, unless `somas`)."""
+    crow = connectivity.crow_indices.numpy()
+    owners = connectivity.soma_ptr.numpy() if somas else np.arange(crow.size)
+    return _pack(crow, connectivity.columns, connectivity.in_features, owners, kind, None, None)
 
 
 def pack_columns(connectivity: Connectivity, kind: Kind, somas: bool) -> Packing:
@@ -50,72 +55,129 @@ def pack_columns(connectivity: Connectivity, kind: Kind, somas: bool) -> Packing
     crow = np.concatenate([[0], np.cumsum(counts)])
     order = np.argsort(columns, kind="stable").astype(np.int32)
     fan_in = np.diff(connectivity.crow_indices.numpy())
-    row = np.repeat(np.arange(fan_in.size, dtype=np.int32), fan_in)[order]
+    dendrite = np.repeat(np.arange(fan_in.size, dtype=np.int32), fan_in)[order]
+    owners = np.arange(crow.size)
     if not somas:
-        return _pack(crow, row, connectivity.num_dendrites, kind, order, row)
+        return _pack(crow, dendrite, fan_in.size, owners, kind, order, None)
     members = np.diff(connectivity.soma_ptr.numpy())
     soma = np.repeat(np.arange(members.size, dtype=np.int32), members)
-    return _pack(crow, soma[row], connectivity.num_somas, kind, order, row)
+    return _pack(crow, soma[dendrite], members.size, owners, kind, order, dendrite)
 
 
 def _pack(
-    crow: Array, index: Array, gathered: int, kind: Kind, position: Array | None, row: Array | None
-) -> Packing:
-    """Rows crow [rows + 1] of indices [nnz] < gathered; `position` is None for CSR order itself."""
+    crow: Array, index: Array, gathered: int, owners: Array, kind: Kind, position: Array | None,
+    dendrite: Array | None,
+) -> Packing:  # fmt: skip
+    """Rows crow [rows + 1] of indices [nnz] < gathered; output i owns rows owners[i : i + 2].
+
+    `position` is None for CSR order itself.
+    """
     lengths = np.diff(crow).astype(np.int64)
-    steps = -(-lengths // kind.step)
-    table = np.concatenate([[0], np.cumsum(steps)])
-    slots = int(table[-1]) * kind.step
+    chunks = -(-lengths // kind.chunk)
+    members = np.diff(owners).astype(np.int64)
+    team_bits = _team_bits(kind, int(members.max(initial=1)))
+    team, teams = 1 << team_bits, kind.groups >> team_bits
+    outputs = _by_length(np.add.reduceat(np.append(chunks, 0), owners[:-1]) * (members > 0), teams)
+    items = -(-members.size // teams)
+    place = np.empty(members.size, np.int64)  # of an output: item * teams + team
+    place[outputs] = np.arange(members.size)
+
+    # A row's place among those of its output, the longest first; then its bundle and group.
+    owner = np.repeat(np.arange(members.size), members)
+    ordered = np.lexsort((-chunks, owner)) if kind.groups > 1 else np.arange(lengths.size)
+    rank = np.empty(lengths.size, np.int64)
+    rank[ordered] = np.arange(lengths.size) - np.repeat(owners[:-1], members)
+    item = place[owner] // teams
+    bundle_counts = np.zeros(items, np.int64)
+    np.maximum.at(bundle_counts, place // teams, -(-members // team))
+    bundles = _starts(bundle_counts)
+    bundle = bundles[item] + rank // team
+    group = place[owner] % teams * team + rank % team
+
+    rows = np.full(int(bundles[-1]) * kind.groups, -1, np.int32)
+    rows[bundle * kind.groups + group] = np.arange(lengths.size)
+    step_counts = np.zeros(int(bundles[-1]), np.int64)
+    np.maximum.at(step_counts, bundle, chunks)
+    steps = _starts(step_counts)
+
+    slots = int(steps[-1]) * kind.step
     has_pads = slots != index.size
-    limit = gathered + 1 if has_pads else gathered
+    ordered_slots = kind.groups == 1 and not has_pads  # slots are positions
+    limit = max(gathered + has_pads, 0 if dendrite is None else int(dendrite.max(initial=0)) + 1)
     dtype = np.uint16 if limit <= 65536 else np.int32
-    is_constant = bool((steps == steps[0]).all())
-    ordered = kind.groups == 1 and not has_pads  # slots are positions
-    packed_index = np.full(slots, gathered if has_pads else 0, dtype)
-    source = np.full(slots, -1, np.int32)
-    packed_row = None if row is None else np.zeros(slots, np.int32)
-    slot = slice(None) if ordered else _slots(lengths, table, index, kind)
-    packed_index[slot] = index
-    source[slot] = np.arange(index.size, dtype=np.int32) if position is None else position
-    if packed_row is not None and row is not None:
-        packed_row[slot] = row
+    synapse_row = np.repeat(np.arange(lengths.size), lengths)
+    room = step_counts[bundle] * kind.chunk  # of a row
+    at = _places(synapse_row, lengths, room, group, index, kind)
+    slot = (
+        (steps[bundle][synapse_row] + at // kind.chunk) * kind.step
+        + group[synapse_row] * kind.chunk
+        + at % kind.chunk
+    )
+
+    def packed(values: Array, pad: int, dtype: Any) -> Array:
+        out = np.full(slots, pad, dtype)
+        out[slot] = values
+        return out.view(np.int16) if dtype == np.uint16 else out
+
+    source = np.arange(index.size, dtype=np.int32) if position is None else position
     return Packing(
-        step=kind.step,
-        each=int(steps[0]) if is_constant else 0,
-        table=None if is_constant else table.astype(np.int32),
-        index=packed_index.view(np.int16) if dtype == np.uint16 else packed_index,
-        source=None if ordered and position is None else source,
-        row=packed_row,
+        team_bits=team_bits,
+        outputs=np.append(outputs, np.full(items * teams - members.size, -1)).astype(np.int32),
+        bundles=bundles.astype(np.int32),
+        rows=rows,
+        steps=steps.astype(np.int32),
+        index=packed(index, gathered if has_pads else 0, dtype),
+        dendrite=None if dendrite is None else packed(dendrite, 0, dtype),
+        source=None if ordered_slots and position is None else packed(source, -1, np.int32),
         has_pads=has_pads,
     )
 
 
-def _slots(lengths: Array, table: Array, index: Array, kind: Kind) -> Array:
-    """Slot of each synapse: in order, or group by bank."""
-    rows = np.repeat(np.arange(lengths.size), lengths)
-    first = table[:-1] * kind.step  # slot
-    if kind.groups == 1:
-        start = np.cumsum(lengths) - lengths
-        slots: Array = first[rows] + np.arange(index.size) - start[rows]
-        return slots
-    # The tile's row n lies in the banks n % banks: the groups of that remainder gather it, in turn,
-    # while they have room.
-    banks, sharing = kind.banks, kind.groups // kind.banks
+def _team_bits(kind: Kind, members: int) -> int:
+    """No more groups for one output than it has rows."""
+    return min(kind.groups, 1 << (members - 1).bit_length()).bit_length() - 1
+
+
+def _by_length(lengths: Array, teams: int) -> Array:
+    """Outputs in the order in which warps take them, `teams` at a time."""
+    outputs = np.arange(lengths.size)
+    if teams == 1:
+        return outputs
+    return np.lexsort((-lengths, outputs // _WINDOW))
+
+
+def _places(
+    row: Array, lengths: Array, room: Array, group: Array, index: Array, kind: Kind
+) -> Array:
+    """The place of each synapse in its row, below the row's room.
+
+    The tile's row n lies in the banks n % banks. At place k, group g gathers a row with
+    n % banks == (g + k) % banks, if there is one left: half a warp then meets in no bank.
+    """
+    start = np.cumsum(lengths) - lengths
+    places: Array = np.arange(index.size) - start[row]
+    if kind.banks == 1:
+        return places
+    banks = kind.banks
     bank = index.astype(np.int64) % banks
-    key = rows * banks + bank
-    order = np.argsort(key, kind="stable")
+    order = np.argsort(row * banks + bank, kind="stable")
     rank = np.empty(index.size, np.int64)
-    rank[order] = _rank_in_run(key[order])
-    room = np.diff(table)[rows] * _CHUNK * sharing
-    group, place = bank + rank % sharing * banks, rank // sharing
-    slots = first[rows] + place // _CHUNK * kind.step + group * _CHUNK + place % _CHUNK
-    left = np.flatnonzero(rank >= room)  # these fill what stays free in their row
-    is_free = np.ones(int(table[-1]) * kind.step, np.bool_)
-    is_free[slots[rank < room]] = False
+    rank[order] = _rank_in_run((row * banks + bank)[order])
+    places = (bank - group[row]) % banks + rank * banks
+    left = np.flatnonzero(places >= room[row])  # these fill what stays free in their row
+    first = _starts(room)
+    is_free = np.ones(int(first[-1]), np.bool_)
+    taken = np.delete(first[row] + places, left)
+    is_free[taken] = False
     free = np.flatnonzero(is_free)
-    first_free = np.searchsorted(free, first)
-    slots[left] = free[first_free[rows[left]] + _rank_in_run(rows[left])]
-    return slots
+    first_free = np.searchsorted(free, first[:-1])
+    places[left] = free[first_free[row[left]] + _rank_in_run(row[left])] - first[row[left]]
+    return places
+
+
+def _starts(counts: Array) -> Array:
+    """[n] -> [n + 1] positions of the first of each."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _rank_in_run(keys: Array) -> Array:

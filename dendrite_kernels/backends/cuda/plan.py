@@ -2,7 +2,8 @@
 
 A batch is cut into tiles of samples. A tile of every input sits in shared memory (or behind the L2
 cache, where not even a narrow one fits), `parts` blocks share its outputs, and one warp computes
-one output. csrc/cuda/tile.h describes the kinds of tile, and launch.inl lists the same ones.
+one item: one output or a few. csrc/cuda/tile.h describes the kinds of tile, and launch.inl lists
+the same ones.
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ GRID_LIMIT = 2**31 - 1
 _RESERVED = 1024  # bytes of shared memory that the driver keeps for each block
 _WARPS = (32, 16, 8, 4)
 _PARTIAL_BYTES = 64 << 20  # of partial sums are always granted; beyond, twice the gradient's size
-# A rough model in cycles of one multiprocessor; only ratios matter. Half a warp gathers from one
-# row of the tile, or from 2 (4) that may meet in a bank, less often when dealt out by bank.
-_CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.4}
-_ROW_COST = 12.0  # to finish a packed row, for a warp
-_CACHE_COST = 6.0  # of a gather from L2, relative to shared memory
-_CHUNK_COST = 3.0  # to load the indices and weights of eight synapses
-_CHUNK_LATENCY = {True: 250.0, False: 900.0}  # of one chunk in a warp alone, by Kind.shared
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,7 @@ class Limits:
     multiprocessors: int
     block_shared: int  # bytes of shared memory that a block may ask for
     multiprocessor_shared: int
+    l2: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,14 @@ class Kind:
         return max(1, self.groups // 2)
 
     @property
+    def chunk(self) -> int:
+        """Synapses that a lane loads at once: rows are packed to a multiple."""
+        return 8 if self.groups == 1 else 4
+
+    @property
     def step(self) -> int:
-        """Synapses that a warp loads at once: rows are packed to a multiple."""
-        return 8 if self.groups == 1 else 4 * self.groups
+        """Synapses that a warp loads at once."""
+        return self.chunk * self.groups
 
 
 KINDS = {
@@ -70,10 +70,11 @@ class Work:
 
     batch: int
     gathered: int  # rows of the tile, without the row of zeros for pads
-    outputs: int  # one for each warp: somas, or inputs in backward-input
+    outputs: int  # somas, or inputs in backward-input
     rows: int  # of packed synapses: dendrites, or inputs in backward-input
     synapses: int
     itemsize: int  # bytes of a stored sample
+    sign_rows: int = 0  # dendrites whose sign bits are gathered: backward-input with somas
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ class TilePlan:
 
 
 def shared_bytes(kind: Kind, work: Work) -> int:
-    """Dynamic shared memory of a block, with a row for pads."""
-    return (work.gathered + 1) * kind.samples * work.itemsize if kind.shared else 0
+    """Dynamic shared memory of a block: a tile with a row for pads, and sign bits behind it."""
+    if not kind.shared:
+        return 0
+    return (work.gathered + 1) * kind.samples * work.itemsize + work.sign_rows * kind.samples // 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,10 +107,11 @@ def plan_tiles(work: Work, limits: Limits) -> TilePlan:
     Raises:
         ValueError: the batch needs more than 2**31 - 1 blocks.
     """
+    costs = INPUT if work.sign_rows else FORWARD
 
     def cost(plan: TilePlan) -> float:
         rounds = -(-plan.blocks // limits.multiprocessors)
-        return rounds * _block_cost(plan, work, limits)
+        return rounds * block_cycles(plan, work, limits, costs)
 
     plan = min(_candidates(work, limits, splits=False), key=cost)
     return _checked(plan, work)
@@ -121,8 +125,8 @@ def plan_weight(work: Work, limits: Limits) -> TilePlan:
     def cost(plan: TilePlan) -> float:
         rounds = -(-plan.blocks // limits.multiprocessors)
         tiles = -(-plan.tiles // plan.tile_groups)  # one after the other
-        finish = plan.tile_groups * sum_bytes / (32 * limits.multiprocessors)
-        return rounds * tiles * _block_cost(plan, work, limits) + finish
+        finish = plan.tile_groups * sum_bytes / (_L2_BYTES * limits.multiprocessors)
+        return rounds * tiles * block_cycles(plan, work, limits, WEIGHT) + finish
 
     plan = min(_candidates(work, limits, splits=True), key=cost)
     return _checked(plan, work)
@@ -135,14 +139,13 @@ def _checked(plan: TilePlan, work: Work) -> TilePlan:
 
 
 def _candidates(work: Work, limits: Limits, splits: bool) -> Iterator[TilePlan]:
-    kinds = [k for k in KINDS[work.itemsize] if shared_bytes(k, work) <= limits.block_shared]
-    if any(k.shared for k in kinds):
-        kinds = [k for k in kinds if k.shared]
-    for kind in kinds:
+    for kind in _kinds(work, limits):
         tiles = max(1, -(-work.batch // kind.samples))
         bytes_ = shared_bytes(kind, work)
-        for tile_groups in _splits(work, tiles) if splits else [0]:
-            side = tile_groups or tiles
+        tile_bytes = (work.gathered + 1) * kind.samples * work.itemsize
+        live = tiles if kind.shared else max(1, limits.l2 // tile_bytes)  # tiles in use at a time
+        for tile_groups in _splits(work, min(tiles, live)) if splits else [0]:
+            side = min(tile_groups or tiles, live)
             for warps in _WARPS:
                 if warps > _most_warps(kind, work):
                     continue
@@ -150,6 +153,13 @@ def _candidates(work: Work, limits: Limits, splits: bool) -> Iterator[TilePlan]:
                 for rounds in (1, 2, 3, 4, 8, 16, 64):
                     parts = min(max(1, rounds * limits.multiprocessors // side), most)
                     yield TilePlan(kind, tiles, parts, tile_groups, 32 * warps, bytes_)
+
+
+def _kinds(work: Work, limits: Limits) -> list[Kind]:
+    """Those with a tile in shared memory, if one fits there and 16 bits count all rows."""
+    kinds = KINDS[work.itemsize]
+    fit = [k for k in kinds if k.shared and shared_bytes(k, work) <= limits.block_shared]
+    return fit if fit and work.sign_rows <= 65536 else [k for k in kinds if not k.shared]
 
 
 def _most_warps(kind: Kind, work: Work) -> int:
@@ -164,20 +174,60 @@ def _splits(work: Work, tiles: int) -> list[int]:
     return [g for g in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if g <= min(most, tiles)]
 
 
-def _block_cost(plan: TilePlan, work: Work, limits: Limits) -> float:
+# ---- A rough model in cycles of one multiprocessor; only ratios matter ----
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one kernel, for kinds with one group of lanes and with more of them.
+
+    Instructions of a warp are those of the machine code: python -m tests.cuda_emulator.sass f32.
+    """
+
+    step: tuple[int, int]  # instructions
+    bundle: tuple[int, int]
+    item: int
+    wavefronts: tuple[float, float]  # of shared memory in a step, beside the samples: bits, shuffles
+    slot_bytes: int  # index, weight and what else a synapse reads or writes in each tile
+
+
+FORWARD = Costs((44, 27), (76, 70), 100, (0, 0), 6)
+WEIGHT = Costs((77, 41), (88, 75), 88, (9, 4), 10)
+INPUT = Costs((114, 62), (0, 0), 120, (8, 6), 8)
+_CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.4}  # wavefronts of a gather, by groups of lanes
+_ISSUE = 4  # instructions in a cycle
+_L2_BYTES = 24.0  # in a cycle, for each multiprocessor
+_LATENCY = {True: 600.0, False: 900.0}  # of one step in a warp alone, by Kind.shared
+
+
+def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> float:
+    """One block on one tile, if others keep its multiprocessor busy while it waits."""
     kind, warps = plan.kind, plan.threads // 32
-    row = kind.samples * work.itemsize / 128  # wavefronts for the samples of one synapse
-    gather = row * (_CONFLICTS[kind.groups] if kind.shared else _CACHE_COST)
-    rows = max(work.rows, 1)
-    steps = -(-work.synapses // (rows * kind.step)) * rows  # pads and all
-    step_cost = kind.step * gather + _CHUNK_COST
-    throughput = (steps * step_cost + rows * _ROW_COST) / plan.parts
-    chain = -(-work.outputs // (plan.parts * warps)) * steps / max(work.outputs, 1)
-    latency = chain * (_CHUNK_LATENCY[kind.shared] + step_cost)
+    several = kind.groups > 1
+    items, bundles, steps = _counts(work, kind)
+    issue = steps * costs.step[several] + bundles * costs.bundle[several] + items * costs.item
+    gathers = steps * kind.chunk
+    banks = steps * costs.wavefronts[several] + gathers * 2 * _CONFLICTS[kind.groups]
+    bytes_ = steps * kind.step * costs.slot_bytes
     if not kind.shared:
-        return max(throughput, latency / _resident(plan, limits))
-    stage = work.gathered * row * 2 + work.gathered / (4 * warps) * 16
-    return stage + max(throughput, latency / _resident(plan, limits))
+        banks, bytes_ = 0.0, bytes_ + gathers * kind.samples * work.itemsize
+    throughput = max(issue / _ISSUE, banks, bytes_ / _L2_BYTES) / plan.parts
+    turns = -(-items // (plan.parts * warps))  # of a warp, one after the other
+    latency = turns * (steps / items * _LATENCY[kind.shared] / 4 + _LATENCY[kind.shared])
+    busy = max(throughput, latency / _resident(plan, limits))
+    if not kind.shared:
+        return busy
+    return busy + plan.shared_bytes / _L2_BYTES + work.gathered * kind.samples / 16
+
+
+def _counts(work: Work, kind: Kind) -> tuple[float, float, float]:
+    """Items, bundles and steps of all outputs, as pack.py makes them of rows of equal length."""
+    outputs, rows = max(work.outputs, 1), max(work.rows, 1)
+    members = -(-rows // outputs)
+    team = min(kind.groups, 1 << (members - 1).bit_length())
+    items = -(-outputs * team // kind.groups)
+    bundles = items * -(-members // team)
+    return items, bundles, bundles * max(1, -(-work.synapses // (rows * kind.chunk)))
 
 
 def _resident(plan: TilePlan, limits: Limits) -> int:
