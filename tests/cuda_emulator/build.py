@@ -41,8 +41,11 @@ def runtime(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def build(replace: tuple[str, str, str] | None = None) -> Path:
-    """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant."""
+def build(replace: tuple[str, str, str] | None = None, sanitize: bool = True) -> Path:
+    """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant.
+
+    Without the sanitizers it is fast, and any process can load it.
+    """
     sources = SOURCES
     if replace is not None:
         sources = OUTPUT / "mutants" / _digest(repr(replace).encode())
@@ -56,7 +59,10 @@ def build(replace: tuple[str, str, str] | None = None) -> Path:
         units = [unit for unit in units if unit.name == "kernels_f32.cu"]
     with ThreadPoolExecutor(2) as pool:
         objects = {
-            path.name: made for path, made in zip(units, pool.map(_compile, units), strict=True)
+            path.name: made
+            for path, made in zip(
+                units, pool.map(lambda unit: _compile(unit, sanitize), units), strict=True
+            )
         }
     if replace is not None:
         rest = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
@@ -66,13 +72,13 @@ def build(replace: tuple[str, str, str] | None = None) -> Path:
     if not module.exists():
         module.parent.mkdir(parents=True, exist_ok=True)
         temporary = module.with_suffix(".tmp")
-        link = ["g++", "-shared", *SANITIZE[:1], "-o", str(temporary)]
+        link = ["g++", "-shared", *(SANITIZE[:1] if sanitize else []), "-o", str(temporary)]
         subprocess.run([*link, *(str(path) for path in objects.values())], check=True)
         temporary.replace(module)
     return module
 
 
-def _compile(source: Path) -> Path:
+def _compile(source: Path, sanitize: bool = True) -> Path:
     includes = [pybind11.get_include(), sysconfig.get_path("include"), str(Path(__file__).parent)]
     headers = sorted(
         [
@@ -82,7 +88,10 @@ def _compile(source: Path) -> Path:
             Path(__file__).with_name("emulator.h"),
         ]
     )
-    command = ["g++", *COMMON, *FLAGS[source.suffix], *(f"-I{path}" for path in includes)]
+    flags = FLAGS[source.suffix]
+    if not sanitize:
+        flags = ["-O1", *(flag for flag in flags if flag not in ("-O0", *SANITIZE))]
+    command = ["g++", *COMMON, *flags, *(f"-I{path}" for path in includes)]
     content = [path.read_bytes() for path in [source, *headers]]
     made = OUTPUT / f"{source.stem}-{_digest(repr(command).encode(), *content)}.o"
     if not made.exists():
