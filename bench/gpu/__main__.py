@@ -25,9 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.processes import LIVE, ROOT, Stage, kill, run
-
-NO_DEVICE = "dry run: no device"
+from bench.gpu.processes import LIVE, NO_DEVICE, ROOT, Stage, kill, run
 
 
 def stages(python: list[str]) -> list[Stage]:

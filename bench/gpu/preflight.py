@@ -83,11 +83,12 @@ def tests_folder() -> str:
 
 
 def headers(nvcc: str | None) -> dict[str, bool]:
-    home = Path(nvcc).resolve().parents[1] if nvcc else Path()
-    runtime = [home / "include", *home.glob("targets/*/include")]
+    """nvcc includes its own header in an empty source, and needs a C++ compiler to do so."""
+    empty = [nvcc or "nvcc", "-x", "cu", "-E", os.devnull]
     return {
         "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
-        "cuda_runtime.h": any((folder / "cuda_runtime.h").exists() for folder in runtime),
+        "cuda_runtime.h": nvcc is not None
+        and subprocess.run(empty, capture_output=True, timeout=15).returncode == 0,
     }
 
 

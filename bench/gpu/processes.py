@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+NO_DEVICE = "dry run: no device"
 LOG_BYTES = 400_000  # kept of a stage: half from its begin, half from its end
 LIVE: set[int] = set()  # process groups that run
 UNAVAILABLE = 77  # exit code of a stage whose tool is missing or not allowed here

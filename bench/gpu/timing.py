@@ -138,7 +138,7 @@ def cell(entry: Mapping[str, Any], what: str) -> str:
     value = entry[what].get("p50")
     times = entry.get("times ours", {}).get(what)
     shown = "no graph" if value is None else f"{value:.4f} ms"
-    return shown + ("" if times is None else f" {times:6.1f}x")
+    return shown + ("" if times is None else f" {times:6.2f}x")
 
 
 def report(title: str, case: Case, found: Mapping[str, Any], gather: float) -> None:

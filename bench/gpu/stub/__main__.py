@@ -1,22 +1,23 @@
-"""Runs a module on the stub: python -m bench.gpu.stub MODULE ARGUMENTS."""
+"""Runs the `main` of a module on the stub: python -m bench.gpu.stub MODULE ARGUMENTS."""
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
 
 from bench.gpu.stub import device, sizes
 
 
-def main() -> None:
+def main() -> int:
     module = sys.argv[1]
     device.install()
     sizes.shrink()
     sys.argv = sys.argv[1:]
     if module == "pytest":
         sys.argv += ["-p", "bench.gpu.stub.sizes"]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    code: int = importlib.import_module(module).main()
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

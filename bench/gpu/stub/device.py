@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench.gpu.__main__ import NO_DEVICE
+from bench.gpu.processes import NO_DEVICE
 from dendrite_kernels import backends
 from tests.cuda_emulator import build, check
 
@@ -128,12 +128,15 @@ def install() -> None:
         setattr(torch.cuda, name, fake)
     set_default = torch.set_default_device
     replaced: dict[str, Any] = {
+        "compile": lambda model, **_: model,  # its compiler would look for the device
         "autocast": Autocast,
         "set_default_device": lambda device: set_default(_on_cpu(device)),
     }
     for name, fake in replaced.items():
         setattr(torch, name, fake)
-    check.load(str(build.build(sanitize=False)))
+    extension = check.load(str(build.build(sanitize=False)))
+    extension.archs = NO_DEVICE
+    extension.runtime_version = extension.driver_version = lambda: 0
     backends._BY_DEVICE["cpu"] = ("cuda",)
     backends._SERVES["cuda"] = "cpu"
     OnCpu().__enter__()

@@ -22,7 +22,8 @@ def shrink() -> None:
     problem.ORACLE_BYTES = 1 << 16
     clock.SAMPLES = 3
     timing.COPIED = 1 << 20
-    memory.FIRST, memory.LIMIT, memory.BUDGET_GB, memory.BATCH = 36, 200, 2e-3, 33
+    memory.FIRST, memory.LIMIT, memory.BUDGET_GB = 40, 200, 5e-4
+    memory.BATCH, memory.DENDRITES = 9, 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
