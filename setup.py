@@ -7,8 +7,7 @@ A copy of the repository that lacks a source is an error in any case.
 The CUDA extension takes nvcc minutes for all kinds of GPU, so by default (auto) it is built where
 nvcc and a GPU are found, for that GPU. DENDRITE_KERNELS_CUDA=1 builds it wherever there is nvcc,
 for all of ARCHS where there is no GPU; 0 never builds it. DENDRITE_KERNELS_CUDA_ARCHS="90;120"
-names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH. DENDRITE_KERNELS_CPU=0
-leaves the extension for CPUs as it is.
+names others. nvcc is that of CUDA_HOME or CUDA_PATH, or the one on PATH.
 
 As many compilers run at a time as there are cores; MAX_JOBS says otherwise.
 """
@@ -263,13 +262,13 @@ def wants_cuda() -> bool:
     return wish == "auto" and find_nvcc() is not None and bool(archs_of_this_machine())
 
 
-absent = absent_sources()
-if absent:
-    raise SystemExit(f"Expected all sources of the kernels, got a copy without {', '.join(absent)}")
-setup(
-    ext_modules=[
-        *([cpu_extension()] if os.environ.get("DENDRITE_KERNELS_CPU") != "0" else []),
-        *([cuda_extension()] if wants_cuda() else []),
-    ],
-    cmdclass={"build_ext": BuildOptional, "build_py": BuildPython},
-)
+if __name__ == "__main__":  # bench.gpu.build takes functions of this file
+    absent = absent_sources()
+    if absent:
+        raise SystemExit(
+            f"Expected all sources of the kernels, got a copy without {', '.join(absent)}"
+        )
+    setup(
+        ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
+        cmdclass={"build_ext": BuildOptional, "build_py": BuildPython},
+    )

@@ -14,6 +14,7 @@ from bench.speed import cases
 from dendrite_kernels.benchmark.case import Case
 from dendrite_kernels.benchmark.masked_dense import MaskedDendriticLayer
 from dendrite_kernels.benchmark.oracle import PARAMETERS
+from dendrite_kernels.benchmark.peer import gradient_of
 from tests import oracle
 
 CASES = {
@@ -45,7 +46,8 @@ class DenseBlockSum(nn.Module):
         self.register_buffer("mask", mask.to(self.dendrite.weight.dtype))
         self.slope, self.blocks = layer.negative_slope, (layer.connectivity.num_somas, -1)
         self.cable = nn.Parameter(layer.cable_weight.detach().clone().view(self.blocks))
-        self.soma_bias = copy.deepcopy(layer.soma_bias)
+        assert layer.soma_bias is not None
+        self.soma_bias = nn.Parameter(layer.soma_bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         a = F.leaky_relu(self.dendrite(x), self.slope).unflatten(1, self.blocks)  # [B, S, D]
@@ -53,8 +55,7 @@ class DenseBlockSum(nn.Module):
         return F.leaky_relu(v + self.soma_bias, self.slope)
 
     def mask_gradients(self) -> None:
-        assert self.dendrite.weight.grad is not None
-        self.dendrite.weight.grad.mul_(self.mask)
+        gradient_of(self.dendrite.weight).mul_(self.mask)
 
 
 class BlockSum(nn.Module):
@@ -113,13 +114,12 @@ def _compiled_gather(layer: dk.DendriticLayer) -> nn.Module:
 # code has, take longer. In "bf16" products run under autocast; in "bf16 weights" all is bf16.
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16 weights")
 OURS: dict[str, Maker] = {f"ours, {precision}": copy.deepcopy for precision in ("fp32", "bf16")}
+_MATRICES: dict[str, Maker] = {
+    "masked dense": MaskedDendriticLayer.from_layer,
+    "dense, block-sum cable": DenseBlockSum,
+}
 DENSE: dict[str, Maker] = {
-    f"{name}, {precision}": make
-    for precision in PRECISIONS
-    for name, make in [
-        ("masked dense", MaskedDendriticLayer.from_layer),
-        ("dense, block-sum cable", DenseBlockSum),
-    ]
+    f"{name}, {precision}": make for precision in PRECISIONS for name, make in _MATRICES.items()
 }
 OTHERS: dict[str, Maker] = {
     "torch csr, fp32": Csr,
@@ -148,15 +148,18 @@ def training_step(
 
 
 def wanted(layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """y and the gradients of x and the parameters, in float64 on the device, some samples at a time."""
+    """float64 y and gradients of x and the parameters, on the device, by parts of the batch."""
     c = layer.connectivity
     parameters = [getattr(layer, name).detach().double().requires_grad_() for name in PARAMETERS]
+    weight, dendrite_bias, cable, soma_bias = parameters
     chunk = max(1, ORACLE_BYTES // (8 * c.nnz))
     ys, dxs = [], []
     sums = [torch.zeros_like(p) for p in parameters]
     for some, grad_y in zip(x.split(chunk), grad.split(chunk), strict=True):
         leaf = some.double().requires_grad_()
-        y = oracle.dendritic_layer(leaf, *parameters, c, layer.negative_slope)
+        y = oracle.dendritic_layer(
+            leaf, weight, dendrite_bias, cable, soma_bias, c, layer.negative_slope
+        )
         dx, *found = torch.autograd.grad(y, [leaf, *parameters], grad_y.double())
         ys.append(y.detach())
         dxs.append(dx)
@@ -168,22 +171,22 @@ def wanted(layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str, Tenso
 def gradients(model: nn.Module, c: dk.Connectivity) -> dict[str, Tensor]:
     """Those of the parameters of our layer, from the module of any peer."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(model, BlockSum):
-        model = model.source
-    if isinstance(model, dk.DendriticLayer):
-        found = [getattr(model, name).grad for name in PARAMETERS]
-        return dict(zip(PARAMETERS, found, strict=True))
-    assert isinstance(model, MaskedDendriticLayer | DenseBlockSum)
-    weight = model.dendrite.weight.grad
-    assert weight is not None
-    rows = torch.arange(c.num_dendrites, device=weight.device)
-    owner = rows // (c.num_dendrites // c.num_somas)
-    row = rows.repeat_interleave(c.crow_indices.to(rows.device).long().diff())
-    by_block = isinstance(model, DenseBlockSum)
-    cable = model.cable.grad if by_block else model.soma.weight.grad[owner, rows]
-    soma_bias = model.soma_bias if by_block else model.soma.bias
-    found = [
-        weight[row, c.col_indices.long().to(rows.device)], model.dendrite.bias.grad,
-        cable.flatten(), soma_bias.grad,
-    ]  # fmt: skip
+    layer = model.source if isinstance(model, BlockSum) else model
+    if isinstance(layer, dk.DendriticLayer):
+        return {name: getattr(layer, name).grad for name in PARAMETERS}
+    assert isinstance(layer, MaskedDendriticLayer | DenseBlockSum)
+    rows = torch.arange(c.num_dendrites, device="cuda")
+    row = rows.repeat_interleave(c.crow_indices.to("cuda").long().diff())
+    cable, soma_bias = (
+        (layer.cable, layer.soma_bias)
+        if isinstance(layer, DenseBlockSum)
+        else (layer.soma.weight, layer.soma.bias)
+    )
+    weight, dendrite_bias, cables, of_somas = (
+        gradient_of(p) for p in (layer.dendrite.weight, layer.dendrite.bias, cable, soma_bias)
+    )
+    if isinstance(layer, MaskedDendriticLayer):
+        cables = cables[rows // (c.num_dendrites // c.num_somas), rows]
+    synapses = weight[row, c.col_indices.long().to("cuda")]
+    found = synapses, dendrite_bias, cables.flatten(), of_somas
     return dict(zip(PARAMETERS, found, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 NO_DEVICE = "dry run: no device"
 LOG_BYTES = 400_000  # kept of a stage: half from its begin, half from its end
+SHOWN = 16  # last lines of a stage that passed
 LIVE: set[int] = set()  # process groups that run
 UNAVAILABLE = 77  # exit code of a stage whose tool is missing or not allowed here
 
@@ -50,7 +51,7 @@ def run(stage: Stage, seconds: float, limit: float, folder: Path, log: Path) -> 
     title = f"== {stage.name}: {ending}, {entry['seconds']} s"
     with log.open("a") as file:
         file.write(f"{title}\n$ {' '.join(command)}\n{text}\n")
-    print(title, *text.splitlines()[-12 if ending == "passed" else -40 :], sep="\n", flush=True)
+    print(title, *text.splitlines()[-SHOWN if ending == "passed" else -40 :], sep="\n", flush=True)
     return entry
 
 
@@ -91,7 +92,6 @@ def environment(outer: Mapping[str, str], folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "DENDRITE_KERNELS_REQUIRE": "cuda",
-        "DENDRITE_KERNELS_CPU": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 

@@ -161,7 +161,7 @@ def main() -> int:
     ]
     sweep(subjects, deadline)
     clock = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) or 1.98e6  # kHz
-    results = {
+    results: dict[str, Any] = {
         "environment": describe(),
         "clock_khz": clock,
         "summary": {subject.title: subject.summary() for subject in subjects},

@@ -1,4 +1,4 @@
-"""Times the layer on one GPU beside hardware limits and peers, all of them eager and in CUDA graphs.
+"""Times the layer on one GPU beside hardware limits and peers, eager and in CUDA graphs.
 
     python -m bench.gpu.timing --output timing.json [--cases A B C D G] [--seconds 120]
 
@@ -24,7 +24,17 @@ from bench.environment import describe
 from bench.gpu.clock import milliseconds, one_line, peak_bytes, precision, replayed, save
 from bench.gpu.plans import kernel_times
 from bench.gpu.problem import (
-    CASES, DENSE, OTHERS, OURS, Maker, Step, adam, gradients, prepare, training_step, wanted,
+    CASES,
+    DENSE,
+    OTHERS,
+    OURS,
+    Maker,
+    Step,
+    adam,
+    gradients,
+    prepare,
+    training_step,
+    wanted,
 )  # fmt: skip
 from dendrite_kernels.benchmark.case import Case
 from tests.oracle import relative_error
@@ -154,6 +164,18 @@ def report(title: str, case: Case, found: Mapping[str, Any], gather: float) -> N
             print(f"   {name:32s}" + "".join(f"{cell(entry, what):>24s}" for what in TIMES))
 
 
+def report_ratios(cases: Mapping[str, Mapping[str, Any]]) -> None:
+    """Where dense or another way wins: ratios below 1."""
+    print("\ntimes our time in graphs, forward / step" + "".join(f"{name:>16s}" for name in cases))
+    for peer in (*DENSE, *OTHERS):
+        cells = []
+        for found in cases.values():
+            times = found.get(peer, {}).get("times ours", {})
+            pair = [times.get(what) for what in ("forward, graph", "step, graph")]
+            cells.append(" / ".join("-" if value is None else f"{value:.2f}" for value in pair))
+        print(f"{peer:40s}" + "".join(f"{cell:>16s}" for cell in cells))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -184,6 +206,7 @@ def main() -> int:
             torch.cuda.empty_cache()
     for name in options.cases:
         report(name, CASES[name], results["cases"][name], results["roofs"]["gather_tmac_s"])
+    report_ratios(results["cases"])
     return int(failed)
 
 

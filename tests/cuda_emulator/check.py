@@ -203,16 +203,18 @@ def results_of(
     c, x, parameters, grad, grad_u = inputs(case)
     grad, grad_u = (t.to(device, dtype) for t in (grad, grad_u))
     leaves = [None if t is None else t.to(device, dtype).requires_grad_() for t in (x, *parameters)]
-    x, weight, dendrite_bias, cable, soma_bias = leaves
+    leaf, weight, dendrite_bias, cable, soma_bias = leaves
+    assert leaf is not None
+    assert weight is not None
     slopes = case.slope, case.soma_slope
-    y = dendritic_layer(x, weight, dendrite_bias, cable, soma_bias, c, *slopes)
-    u = sparse_linear(x, weight, dendrite_bias, c)
+    y = dendritic_layer(leaf, weight, dendrite_bias, cable, soma_bias, c, *slopes)
+    u = sparse_linear(leaf, weight, dendrite_bias, c)
     gradients = torch.autograd.grad(
         y, [t for t in leaves if t is not None], grad, allow_unused=True
     )
     found = iter(gradients)
     full = [torch.zeros(0) if t is None else next(found) for t in leaves]
-    sparse = torch.autograd.grad(u, (x, weight), grad_u)
+    sparse = torch.autograd.grad(u, (leaf, weight), grad_u)
     bits = (u > 0).int()
     results = [y.detach(), *full, u.detach(), *sparse, grad_u.sum(0), bits]
     return [t.cpu() for t in results]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,10 @@ WAITS = (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.
 
 
 class OnCpu(TorchFunctionMode):
-    """Every device "cuda" means the CPU; bytes of results are counted and never freed."""
+    """Every device "cuda" means the CPU; bytes of results are counted."""
 
     capturing = False
-    allocated = start = 0
+    allocated = peak = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in WAITS:
@@ -31,14 +32,26 @@ class OnCpu(TorchFunctionMode):
             return args[0]
         named = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         result = func(*(_on_cpu(value) for value in args), **named)
-        if isinstance(result, torch.Tensor):
-            OnCpu.allocated += result.nbytes
+        if type(result) is torch.Tensor and all(result is not value for value in args):
+            count(result)
         return result
 
 
 def _on_cpu(value: Any) -> Any:
     is_device = isinstance(value, str | torch.device) and str(value).startswith("cuda")
     return torch.device("cpu") if is_device else value
+
+
+def count(result: torch.Tensor) -> None:
+    """Counts a tensor that is no view, as long as it is there."""
+    if result.layout == torch.strided and result._base is None:
+        OnCpu.allocated += result.nbytes
+        OnCpu.peak = max(OnCpu.peak, OnCpu.allocated)
+        weakref.finalize(result, forget, result.nbytes)
+
+
+def forget(size: int) -> None:
+    OnCpu.allocated -= size
 
 
 def wait(*_: object) -> None:
@@ -91,7 +104,7 @@ class Autocast(torch.autocast):
 
 
 def forget_peak() -> None:
-    OnCpu.start = OnCpu.allocated
+    OnCpu.peak = OnCpu.allocated
 
 
 PROPERTIES = SimpleNamespace(
@@ -110,8 +123,8 @@ FAKES: dict[str, Any] = {
     "empty_cache": lambda: None,
     "set_sync_debug_mode": lambda *_: None,
     "_sleep": lambda *_: None,
-    "memory_allocated": lambda *_: 0,
-    "max_memory_allocated": lambda *_: OnCpu.allocated - OnCpu.start,
+    "memory_allocated": lambda *_: OnCpu.allocated,
+    "max_memory_allocated": lambda *_: OnCpu.peak,
     "reset_peak_memory_stats": lambda *_: forget_peak(),
     "Event": Event,
     "Stream": Stream,

@@ -1,0 +1,191 @@
+"""`python -m bench.gpu`: stages that hang, fail or find nothing, and what is made of numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import preflight, processes, profile, sanitize, sweep, timing
+from bench.gpu.__main__ import Call, stages
+from bench.gpu.plans import terms
+from bench.gpu.processes import ROOT, UNAVAILABLE, Stage
+
+
+def python(name: str, code: str, share: float = 20, **options: bool) -> Stage:
+    return Stage(name, [sys.executable, "-c", code], share, **options)
+
+
+def call(chosen: list[Stage], folder: Path, seconds: float = 60) -> dict[str, str]:
+    """How the stages ended."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    made = Call(chosen, seconds, folder, dry=False)
+    made.run(scratch)
+    saved = json.loads((folder / "gpu.json").read_text())
+    assert saved == made.results
+    return {name: entry["ending"] for name, entry in saved["stages"].items()}
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path: Path, alone: bool) -> None:
+    code = (
+        "import subprocess, sys, time; print('begun', flush=True);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    chosen = [python("hangs", code, 2, alone=alone), python("later", "print('ran')", 2)]
+    started = time.monotonic()
+    endings = call(chosen, tmp_path, 4)
+    assert time.monotonic() - started < 10
+    assert endings == {"hangs": endings["hangs"], "later": "passed"}
+    assert endings["hangs"].startswith("out of time")
+    assert not is_alive(int((tmp_path / "child").read_text()))
+    assert "begun" in (tmp_path / "gpu.log").read_text()
+
+
+def test_later_stages_run_after_a_failure_but_not_without_the_build(tmp_path: Path) -> None:
+    chosen = [
+        python("preflight", "raise SystemExit(3)", needs_build=False),
+        python("build", "raise SystemExit(1)", needs_build=False),
+        python("smoke", ""),
+        Stage("lost", ["no-such-program"], 1, needs_build=False),
+        python("tool", f"raise SystemExit({UNAVAILABLE})", needs_build=False),
+    ]
+    endings = call(chosen, tmp_path)
+    assert endings["preflight"] == "failed (3)"
+    assert endings["smoke"] == "skipped: build failed (1)"
+    assert endings["lost"].startswith("failed (")
+    assert endings["tool"] == "not available"
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.log", "scratch"}
+
+
+def test_results_of_a_killed_stage_and_earlier_ones_are_kept(tmp_path: Path) -> None:
+    write = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('[1]'); time.sleep(60)"
+    slow = Stage("slow", [sys.executable, "-c", write, "{results}"], 2)
+    look = f"import json; assert json.load(open({str(tmp_path / 'gpu.json')!r}))['stages']['slow']"
+    endings = call([slow, python("look", look, 3)], tmp_path, 5)
+    assert endings["look"] == "passed"
+    assert json.loads((tmp_path / "gpu.json").read_text())["stages"]["slow"]["results"] == [1]
+
+
+def test_shares_fill_the_time_of_a_borrowed_machine() -> None:
+    chosen = stages([sys.executable, "-m"])
+    together = max(stage.share for stage in chosen if not stage.alone)
+    assert sum(stage.share for stage in chosen if stage.alone) + together == 580
+    names = [stage.name for stage in chosen]
+    assert names[:4] == ["preflight", "build", "smoke", "timing"]
+
+
+def test_a_long_log_keeps_its_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"begin" + b"x" * processes.LOG_BYTES + b"end")
+    text = processes._ends(log)
+    assert text.startswith("begin")
+    assert text.endswith("end")
+    assert "8 bytes left out" in text
+    log.write_bytes(b"short")
+    assert processes._ends(log) == "short"
+
+
+def test_our_tests_go_before_a_foreign_package(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    (foreign / "tests").mkdir(parents=True)
+    (foreign / "tests" / "__init__.py").touch()
+    environment = processes.environment({"PYTHONPATH": str(foreign)}, tmp_path)
+    assert environment["PYTHONPATH"] == f"{ROOT}{os.pathsep}{foreign}"
+    assert preflight.tests_folder() == str(ROOT / "tests")
+
+
+def test_programs_are_found_beside_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bin/nvcc", "compute-sanitizer/compute-sanitizer", "nsight-compute-2025/ncu"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\necho release 13.0\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
+    assert preflight.find("compute-sanitizer") == f"{tmp_path}/compute-sanitizer/compute-sanitizer"
+    assert preflight.find("ncu") == f"{tmp_path}/nsight-compute-2025/ncu"
+    assert preflight.version(f"{tmp_path}/bin/nvcc") == "release 13.0"
+    assert preflight.find("no-such-program") is None
+
+
+def test_a_missing_tool_is_not_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sanitize", "memcheck"])
+    monkeypatch.setattr(sanitize, "find", lambda name: None)
+    assert sanitize.main() == UNAVAILABLE
+    monkeypatch.setattr(sys, "argv", ["profile"])
+    monkeypatch.setattr(profile, "find", lambda name: None)
+    assert profile.main() == UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("printed", "code"),
+    [("==ERROR== ERR_NVGPUCTRPERM - no permission", UNAVAILABLE), ("some other fault", 1)],
+)
+def test_counters_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int
+) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"#!/bin/sh\necho '{printed}'\nexit 1\n")
+    ncu.chmod(0o755)
+    monkeypatch.setattr(profile, "find", lambda name: str(ncu))
+    monkeypatch.setattr(sys, "argv", ["profile", "--output", str(tmp_path / "profile.json")])
+    assert profile.main() == code
+
+
+def test_counters_are_read_launch_by_launch() -> None:
+    text = (
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Value"\n'
+        '"0","forward_tile","dram__bytes.sum","1,024"\n"0","forward_tile","other","5"\n'
+        '"1","finish_weight","gpu__time_duration.sum","7.5"\n'
+    )
+    assert profile.parse(text) == [
+        {"kernel": "forward_tile", "bytes of memory": 1024.0},
+        {"kernel": "finish_weight", "time, ns": 7.5},
+    ]
+
+
+def test_the_fit_finds_the_costs_that_made_the_times() -> None:
+    names = [term.name for term in terms()]
+    costs = [2000.0, 25.0, 9.0, 1.1, 0.0, 6.0]
+    amounts = [[1.0, i, i * i % 13, 3 * i % 7, 0.0, i % 5] for i in range(1, 30)]
+    rows = [(a, sum(c * n for c, n in zip(costs, a, strict=True))) for a in amounts]
+    found = sweep.fit(rows)
+    wanted = {n: c for n, c in zip(names, costs, strict=True) if c}
+    assert found == pytest.approx(wanted)
+    fewer = [(a, 100 + 5 * a[1] - 0.1 * a[2]) for a in amounts]  # no cost becomes negative
+    assert min(sweep.fit(fewer).values()) >= 0
+
+
+def test_like_is_compared_with_like() -> None:
+    ours = {"forward, eager": {"p50": 2.0}, "step, eager": {"p50": 4.0}}
+    half = {"forward, eager": {"p50": 1.0}, "step, eager": {"p50": 1.0}}
+    graph = {"forward, graph": {"p50": 1.0}, "step, graph": {"error": "no capture"}}
+    peer = {"errors": {}, "forward, eager": {"p50": 6.0}, "step, eager": {"p50": 8.0}, **graph}
+    found = {
+        "ours, fp32": {**ours, **graph, "step, graph": {"p50": 1.0}}, "ours, bf16": half,
+        "masked dense, tf32": dict(peer), "masked dense, bf16": dict(peer),
+    }  # fmt: skip
+    timing.compare(found)
+    assert list(found["masked dense, tf32"]["times ours"].values()) == [3.0, 1.0, 2.0, None]
+    assert list(found["masked dense, bf16"]["times ours"].values()) == [6.0, None, 8.0, None]
+
+
+def test_a_real_run_knows_nothing_of_the_stub() -> None:
+    mentions = [p.name for p in (ROOT / "bench" / "gpu").glob("*.py") if ".stub" in p.read_text()]
+    assert mentions == ["__main__.py"]
+    text = (ROOT / "bench" / "gpu" / "__main__.py").read_text()
+    assert text.index("if options.dry_run:") < text.index("bench.gpu.stub")
+    assert not any("stub" in word for stage in stages(["python"]) for word in stage.command)
