@@ -23,7 +23,7 @@ from bench.gpu.processes import ROOT
 
 PROGRAMS = ("nvcc", "g++", "compute-sanitizer", "ncu", "nvidia-smi", "git")
 NEEDED = ("nvcc", "g++")
-MODULES = ("setuptools", "pybind11", "numpy", "numba", "pytest", "torch", "triton")
+MODULES = ("setuptools", "pybind11", "numpy", "numba", "pytest", "torch", "safetensors", "triton")
 
 
 def find(program: str) -> str | None:

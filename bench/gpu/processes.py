@@ -88,11 +88,10 @@ def environment(outer: Mapping[str, str], folder: Path) -> dict[str, str]:
     return {
         **outer,
         **{name: str(folder / name.lower()) for name in caches},
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *outer.get("PYTHONPATH", "").split(os.pathsep)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), outer.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "DENDRITE_KERNELS_REQUIRE": "cuda",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 
 

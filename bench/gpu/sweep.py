@@ -34,11 +34,9 @@ RULES = ("constant", "local")
 class Subject:
     """One kernel on one case: its plans, in the order in which they are timed."""
 
-    def __init__(self, name: str, rule: str, dtype: torch.dtype, kernel: str) -> None:
-        layer, x, grad = prepare(CASES[name], rule)
-        self.problem, self.kernel = Problem(layer, x.to(dtype), grad), kernel
-        self.title = f"{name} {rule} {str(dtype).removeprefix('torch.')} {kernel}"
-        self.allowed = ALIKE[dtype]
+    def __init__(self, title: str, problem: Problem, kernel: str) -> None:
+        self.title, self.problem, self.kernel = f"{title} {kernel}", problem, kernel
+        self.allowed = ALIKE[problem.x.dtype]
         self.work, self.limits, self.choice = self.problem.work(kernel)
         others = candidates(kernel, self.work, self.limits)
         random.Random(0).shuffle(others)
@@ -97,6 +95,18 @@ class Subject:
             yield amounts(self.work, self.limits, plan), point["kernel_ms"] * clock
 
 
+def prepared(dtype: torch.dtype) -> Iterator[Subject]:
+    for name in "ABCD":
+        for rule in RULES:
+            layer, x, grad = prepare(CASES[name], rule)
+            problem = Problem(layer, x.to(dtype), grad)
+            for kernel in KERNELS:
+                # The tiles of backward-input are always float32.
+                if dtype == torch.float32 or kernel != "backward_input":
+                    title = f"{name} {rule} {str(dtype).removeprefix('torch.')}"
+                    yield Subject(title, problem, kernel)
+
+
 def fit(rows: Sequence[tuple[list[float], float]]) -> dict[str, float]:
     """Costs in cycles that make the relative errors least; none is negative."""
     names = [term.name for term in terms()]
@@ -151,14 +161,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    subjects = [
-        Subject(name, rule, dtype, kernel)
-        for dtype in (torch.float32, torch.bfloat16)
-        for name in "ABCD"
-        for rule in RULES
-        for kernel in KERNELS
-        if dtype == torch.float32 or kernel != "backward_input"  # whose tiles are always float32
-    ]
+    subjects = [subject for dtype in ALIKE for subject in prepared(dtype)]
     sweep(subjects, deadline)
     clock = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0) or 1.98e6  # kHz
     results: dict[str, Any] = {

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.gpu import preflight, processes, profile, sanitize, sweep, timing
-from bench.gpu.__main__ import Call, stages
+from bench.gpu import memory, preflight, processes, profile, sanitize, sweep, timing
+from bench.gpu.__main__ import Call, stages, substitute
 from bench.gpu.plans import terms
+from bench.gpu.problem import CASES
 from bench.gpu.processes import ROOT, UNAVAILABLE, Stage
+from dendrite_kernels.benchmark.case import Case
 
 
 def python(name: str, code: str, share: float = 20, **options: bool) -> Stage:
@@ -99,6 +102,16 @@ def test_a_long_log_keeps_its_ends(tmp_path: Path) -> None:
     assert processes._ends(log) == "short"
 
 
+def test_a_substitute_for_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "before")
+    substitute(tmp_path)
+    assert os.environ["PYTHONPATH"] == "before"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    substitute(tmp_path)
+    assert os.environ["PYTHONPATH"] == f"before{os.pathsep}{tmp_path / 'substitutes'}"
+    assert (tmp_path / "substitutes" / "safetensors" / "torch.py").exists()
+
+
 def test_our_tests_go_before_a_foreign_package(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     (foreign / "tests").mkdir(parents=True)
@@ -167,6 +180,30 @@ def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     assert found == pytest.approx(wanted)
     fewer = [(a, 100 + 5 * a[1] - 0.1 * a[2]) for a in amounts]  # no cost becomes negative
     assert min(sweep.fit(fewer).values()) >= 0
+
+
+def test_what_no_graph_captures_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: object) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(timing, "replayed", refuse)
+    error = {"error": "RuntimeError: operation not permitted"}
+    assert timing.in_a_graph(lambda: None) == error
+    found = {"error": "not timed", "errors": {"y": 1.0}}
+    assert timing.ratio({"step, graph": error}, {}, "step, graph") is None
+    timing.report("A", CASES["A"], {"peer": found, "all": error}, 1.0)
+
+
+def test_the_widest_layer_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needed(make: object, case: Case) -> int:
+        if case.in_features > 3000:
+            raise torch.OutOfMemoryError
+        return case.in_features**2
+
+    monkeypatch.setattr(memory, "bytes_of_training", needed)
+    found = memory.largest(memory.ours, 2000**2)
+    assert 2000 - 2000 // 16 <= found["width"] <= 2000
+    assert memory.largest(memory.ours, 10**9)["width"] <= 3000
 
 
 def test_like_is_compared_with_like() -> None:

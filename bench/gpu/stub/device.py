@@ -107,6 +107,21 @@ def forget_peak() -> None:
     OnCpu.peak = OnCpu.allocated
 
 
+def no_compiler(*_: object, **__: object) -> None:
+    raise RuntimeError("dry run: no device to compile for")
+
+
+def limited(make_plan: Any) -> Any:
+    """Kernels that gather from L2 need too many registers for blocks of 1024 threads."""
+
+    def make(vec: int, groups: int, shared: bool, blocks: int, threads: int, *rest: int) -> Any:
+        if threads > 512 and not shared:
+            raise RuntimeError("too many resources requested for launch")
+        return make_plan(vec, groups, shared, blocks, threads, *rest)
+
+    return make
+
+
 PROPERTIES = SimpleNamespace(
     name=NO_DEVICE, total_memory=1 << 30, multi_processor_count=3, clock_rate=1_000_000
 )
@@ -141,7 +156,7 @@ def install() -> None:
         setattr(torch.cuda, name, fake)
     set_default = torch.set_default_device
     replaced: dict[str, Any] = {
-        "compile": lambda model, **_: model,  # its compiler would look for the device
+        "compile": no_compiler,
         "autocast": Autocast,
         "set_default_device": lambda device: set_default(_on_cpu(device)),
     }
@@ -149,6 +164,7 @@ def install() -> None:
         setattr(torch, name, fake)
     extension = check.load(str(build.build(sanitize=False)))
     extension.archs = NO_DEVICE
+    extension.Plan = limited(extension.Plan)
     extension.runtime_version = extension.driver_version = lambda: 0
     backends._BY_DEVICE["cpu"] = ("cuda",)
     backends._SERVES["cuda"] = "cpu"
