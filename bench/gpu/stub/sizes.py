@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         sizes.update(dict.fromkeys(sizes, (33, 40, 6, 4, 5)))
         if "network='32-bit'" in item.name:
             item.add_marker(pytest.mark.skip(reason="dry run: takes the emulator minutes"))
-        function = getattr(item, "function", None)
-        if item.name in NEEDS_A_DEVICE or getattr(function, "__module__", "") in COMPILED:
+        module = getattr(getattr(item, "function", None), "__module__", "")
+        is_compiled = module in COMPILED or item.name.startswith("test_compiled")
+        if item.name in NEEDS_A_DEVICE or is_compiled:
             item.add_marker(pytest.mark.skip(reason="dry run: no device"))
