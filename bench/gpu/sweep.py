@@ -77,7 +77,9 @@ class Subject:
         """The planner's choice and the best plan, by all launches that depend on the plan."""
         timed = self.timed()
         if not timed or "ms" not in self.points[0]:
-            return {"error": next((p["error"] for p in self.points if "error" in p), "no time")}
+            return {
+                "error": next((p["error"] for p in self.points if "error" in p), "no time left")
+            }
         best = min(timed, key=lambda point: float(point["ms"]))
         chosen = self.points[0]
         return {

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from bench.gpu import memory, preflight, processes, profile, sanitize, sweep, timing
 from bench.gpu.__main__ import Call, stages, substitute
-from bench.gpu.plans import terms
+from bench.gpu.plans import KERNELS, candidates, terms
 from bench.gpu.problem import CASES
 from bench.gpu.processes import ROOT, UNAVAILABLE, Stage
+from dendrite_kernels.backends.cuda.plan import Limits, TilePlan, Work
 from dendrite_kernels.benchmark.case import Case
 
 
@@ -56,6 +61,26 @@ def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path: Path, alone: b
     assert endings["hangs"].startswith("out of time")
     assert not is_alive(int((tmp_path / "child").read_text()))
     assert "begun" in (tmp_path / "gpu.log").read_text()
+
+
+def test_a_call_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    wait = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    code = f"""
+import signal, sys
+from pathlib import Path
+from bench.gpu.__main__ import Call, stop
+from bench.gpu.processes import Stage
+signal.signal(signal.SIGTERM, stop)
+stage = Stage("hangs", [sys.executable, "-c", {wait + "; time.sleep(60)"!r}], 60)
+Call([stage], 60, Path({str(tmp_path)!r}), dry=False).run(Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 1
+    assert not is_alive(int(pid.read_text()))
 
 
 def test_later_stages_run_after_a_failure_but_not_without_the_build(tmp_path: Path) -> None:
@@ -192,6 +217,67 @@ def test_what_no_graph_captures_is_an_error_of_its_own(monkeypatch: pytest.Monke
     found = {"error": "not timed", "errors": {"y": 1.0}}
     assert timing.ratio({"step, graph": error}, {}, "step, graph") is None
     timing.report("A", CASES["A"], {"peer": found, "all": error}, 1.0)
+
+
+def test_a_peer_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(layer: object) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(timing, "prepare", lambda case: (None, None, None))
+    monkeypatch.setattr(timing, "wanted", lambda *_: {})
+    found = timing.measure_case(CASES["A"], {"peer, fp32": fail}, True, float("inf"))
+    assert found == {"peer, fp32": {"error": "OutOfMemoryError: out of memory"}}
+    late = timing.measure_case(CASES["A"], {"peer, fp32": fail}, False, 0.0)
+    assert late == {"peer, fp32": {"error": "TimeoutError: no time left"}}
+
+
+LIMITS = Limits(132, 227 << 10, 228 << 10)
+WORK = Work(128, 784, 256, 4096, 65536, 4)
+
+
+def test_every_kind_that_fits_is_swept() -> None:
+    for kernel in KERNELS:
+        plans = candidates(kernel, WORK, LIMITS)
+        assert len(plans) == len(set(plans)) > 20
+        assert all(plan.shared_bytes <= LIMITS.block_shared for plan in plans)
+        assert all((plan.tile_groups > 0) == (kernel == "backward_weight") for plan in plans)
+        wide = candidates(kernel, dataclasses.replace(WORK, gathered=65536), LIMITS)
+        assert {plan.kind.shared for plan in wide} == {False}
+
+
+class FakeProblem:
+    """Kernels that take as many milliseconds as a block has warps, refuse 32 and fail with 4."""
+
+    x = torch.zeros(1)
+
+    def work(self, kernel: str) -> tuple[Work, Limits, TilePlan]:
+        return WORK, LIMITS, next(p for p in candidates(kernel, WORK, LIMITS) if p.threads == 512)
+
+    def launches(self, kernel: str, plan: TilePlan | None = None) -> tuple[list[Any], Any]:
+        warps = 8 if plan is None else plan.threads // 32
+        if warps == 32:
+            raise RuntimeError("too many resources requested for launch")
+        return [(kernel, lambda: float(warps))], torch.tensor([2.0 if warps == 4 else 1.0])
+
+
+def test_the_sweep_takes_wrong_plans_for_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "replayed", lambda run, calls: run)
+    monkeypatch.setattr(sweep, "milliseconds", lambda run, *_, **__: {"p50": run() or 8.0})
+    subject = sweep.Subject("A", cast(Any, FakeProblem()), "forward")
+    assert subject.summary() == {"error": "no time left"}
+    sweep.sweep([subject], float("inf"))
+    faults = {point["error"] for point in subject.points if "error" in point}
+    assert faults == {
+        "RuntimeError: too many resources requested for launch",
+        "ArithmeticError: relative error 1.0e+00",
+    }
+    summary = subject.summary()
+    assert summary["choice"]["kernel_ms"] == 16
+    assert len(subject.points) == summary["plans"] > summary["timed"] > 0
+    found = sweep.constants([subject], 1e6)
+    assert found["backward_input"] == {}
+    assert found["forward"] == found["all kernels"]
+    sweep.report({"summary": {"A": summary, "B": {"error": "?"}}, "today": {}, "fit": found})
 
 
 def test_the_widest_layer_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
