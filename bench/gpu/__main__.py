@@ -37,8 +37,8 @@ def stages(python: list[str]) -> list[Stage]:
     citizens = [f"tests/gpu/test_gpu_{name}.py" for name in ("citizen", "distributed")]
     sanitize = [*python, "bench.gpu.sanitize"]
     return [
-        Stage("preflight", [*python, "bench.gpu.preflight", *writes], 20, needs_build=False),
-        Stage("build", [*python, "bench.gpu.build"], 80, needs_build=False),
+        Stage("preflight", [*python, "bench.gpu.preflight", *writes], 40, needs_build=False),
+        Stage("build", [*python, "bench.gpu.build"], 60, needs_build=False),
         Stage("smoke", [*python, "tests.gpu.sanitized"], 30),
         Stage("timing", [*python, "bench.gpu.timing", *timed], 120),
         Stage("sweep", [*python, "bench.gpu.sweep", *timed], 100),

@@ -48,7 +48,10 @@ def find(program: str) -> str | None:
 
 def version(program: str) -> str:
     """The line of `program --version` that has a number in it."""
-    run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
+    try:
+        run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        return str(fault)
     lines = [line for line in run.stdout.splitlines() if any(c.isdigit() for c in line)]
     wanted = [line for line in lines if "release" in line.lower() or "ersion" in line]
     return (wanted or lines or ["no version"])[0].strip()

@@ -25,6 +25,7 @@ from bench.gpu.clock import milliseconds, one_line, peak_bytes, precision, repla
 from bench.gpu.plans import kernel_times
 from bench.gpu.problem import (
     CASES,
+    CSR,
     DENSE,
     OTHERS,
     OURS,
@@ -169,7 +170,7 @@ def report(title: str, case: Case, found: Mapping[str, Any], gather: float) -> N
 def report_ratios(cases: Mapping[str, Mapping[str, Any]]) -> None:
     """Where dense or another way wins: ratios below 1."""
     print("\ntimes our time in graphs, forward / step" + "".join(f"{name:>16s}" for name in cases))
-    for peer in (*DENSE, *OTHERS):
+    for peer in (*DENSE, *OTHERS, *CSR):
         cells = []
         for found in cases.values():
             times = found.get(peer, {}).get("times ours", {})
@@ -193,7 +194,12 @@ def main() -> int:
         "cases": {name: {} for name in options.cases},
     }
     failed = False
-    for makers in (OURS, DENSE, OTHERS):  # the most important ones first, since time may run out
+    for makers in (
+        OURS,
+        DENSE,
+        OTHERS,
+        CSR,
+    ):  # the most important ones first, since time may run out
         for name in options.cases:
             if makers is not OURS and name == "G":
                 continue  # nothing else holds it
