@@ -38,7 +38,8 @@ help:
 	@echo 'make benchmark    time our kernels and steps by pytest-benchmark, write reports/benchmark.json'
 	@echo 'make benchmark-compare BASE=REF'
 	@echo '                  build the commit REF beside the working tree, time both in turns, fail if we became slower'
-	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend'
+	@echo 'make gpu          on a machine with an NVIDIA GPU: build, test, sanitize and time the CUDA backend, write'
+	@echo '                  reports/gpu; ARGS=--dry-run: the same without one, with a stub in its place'
 	@echo 'make clean        remove .venv*, built files and caches'
 	@echo 'PYTHON=python3.x chooses the interpreter, ARGS=... is passed on to the command'
 
@@ -138,7 +139,7 @@ benchmark-compare: .venv/.installed-test
 
 # Uses the Python that has a CUDA build of torch, not .venv, whose torch is pinned for CPUs.
 gpu:
-	$(PYTHON) -m bench.speed.gpu $(ARGS)
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf .venv .venv-numba .venv-numba-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

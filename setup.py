@@ -262,10 +262,13 @@ def wants_cuda() -> bool:
     return wish == "auto" and find_nvcc() is not None and bool(archs_of_this_machine())
 
 
-absent = absent_sources()
-if absent:
-    raise SystemExit(f"Expected all sources of the kernels, got a copy without {', '.join(absent)}")
-setup(
-    ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
-    cmdclass={"build_ext": BuildOptional, "build_py": BuildPython},
-)
+if __name__ == "__main__":  # bench.gpu.build takes functions of this file
+    absent = absent_sources()
+    if absent:
+        raise SystemExit(
+            f"Expected all sources of the kernels, got a copy without {', '.join(absent)}"
+        )
+    setup(
+        ext_modules=[cpu_extension(), *([cuda_extension()] if wants_cuda() else [])],
+        cmdclass={"build_ext": BuildOptional, "build_py": BuildPython},
+    )

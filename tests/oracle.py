@@ -58,8 +58,8 @@ def dendritic_layer(
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference over that of `expected` (float64); 0 for two zeros."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    difference = (actual.double() - expected.double()).norm().item()
-    scale = expected.double().norm().item()
+    difference: float = (actual.double() - expected.double()).norm().item()
+    scale: float = expected.double().norm().item()
     return difference / scale if scale else difference
 
 

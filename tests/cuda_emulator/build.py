@@ -21,8 +21,10 @@ OUTPUT = ROOT / "build" / "cuda_emulator"
 MODULE = "_cuda_emulated"
 COMMON = ["-std=c++17", "-fPIC", "-DDK_EMULATE", f"-DDK_MODULE={MODULE}", "-fno-strict-aliasing"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+CUDA = ["-Wno-unknown-pragmas", "-x", "c++"]
 # Without sanitizers the binding compiles in a third of the time; other tests check it.
-FLAGS = {".cu": ["-O0", "-g1", *SANITIZE, "-Wno-unknown-pragmas", "-x", "c++"], ".cpp": ["-O0"]}
+SANITIZED = {".cu": ["-O0", "-g1", *SANITIZE, *CUDA], ".cpp": ["-O0"]}
+FAST = {".cu": ["-O1", "-g1", *CUDA], ".cpp": ["-O1"]}
 
 
 def missing() -> str | None:
@@ -41,20 +43,23 @@ def runtime(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def build(replace: tuple[str, str, str] | None = None) -> Path:
-    """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant."""
+def build(replace: tuple[str, str, str] | None = None, sanitize: bool = True) -> Path:
+    """Path of the emulator module; `replace` = (header in csrc/cuda, text, new text): a mutant.
+
+    Without the sanitizers it is fast, and any process can load it.
+    """
+    flags = SANITIZED if sanitize else FAST
     sources = SOURCES if replace is None else mutated(*replace)
     units = sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bind.cpp"])
     if replace is not None:  # one dtype is enough
         units = [unit for unit in units if unit.name == "kernels_f32.cu"]
     with ThreadPoolExecutor(2) as pool:
-        objects = {
-            path.name: made for path, made in zip(units, pool.map(_compile, units), strict=True)
-        }
+        made = pool.map(lambda unit: _compile(unit, flags), units)
+        objects = {unit.name: path for unit, path in zip(units, made, strict=True)}
     if replace is not None:
         rest = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
-        objects = {path.name: _compile(path) for path in rest} | objects
-    return link(list(objects.values()), SANITIZE[:1])
+        objects = {path.name: _compile(path, flags) for path in rest} | objects
+    return link(list(objects.values()), SANITIZE[:1] if sanitize else [])
 
 
 def mutated(header: str, old: str, new: str) -> Path:
@@ -101,8 +106,8 @@ def includes() -> list[str]:
     return [f"-I{path}" for path in paths]
 
 
-def _compile(source: Path) -> Path:
-    command = ["g++", *COMMON, *FLAGS[source.suffix], *includes(), "-c", str(source)]
+def _compile(source: Path, flags: dict[str, list[str]]) -> Path:
+    command = ["g++", *COMMON, *flags[source.suffix], *includes(), "-c", str(source)]
     return kept(f"{source.stem}.o", command, [source, *headers(source.parent)])
 
 

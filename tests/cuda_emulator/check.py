@@ -208,8 +208,8 @@ def _bits(signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (signs[:, None, :] >> place & 1).reshape(-1, signs.shape[1])[: x.shape[0]]
 
 
-def expected(case: Case) -> list[torch.Tensor]:
-    return results_of(case, oracle.dendritic_layer, oracle.sparse_linear, torch.float64)
+def expected(case: Case, device: str = "cpu") -> list[torch.Tensor]:
+    return results_of(case, oracle.dendritic_layer, oracle.sparse_linear, torch.float64, device)
 
 
 def plain_torch(case: Case) -> list[torch.Tensor]:
@@ -228,22 +228,27 @@ def results_of(
     dendritic_layer: Callable[..., torch.Tensor],
     sparse_linear: Callable[..., torch.Tensor],
     dtype: torch.dtype,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
-    """The same results as `run` returns, computed by differentiable functions."""
+    """The same results as `run` returns, computed by differentiable functions on a device."""
     c, x, parameters, grad, grad_u = inputs(case)
-    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, *parameters)]
-    x, weight, dendrite_bias, cable, soma_bias = leaves
+    grad, grad_u = (t.to(device, dtype) for t in (grad, grad_u))
+    leaves = [None if t is None else t.to(device, dtype).requires_grad_() for t in (x, *parameters)]
+    leaf, weight, dendrite_bias, cable, soma_bias = leaves
+    assert leaf is not None
+    assert weight is not None
     slopes = case.slope, case.soma_slope
-    y = dendritic_layer(x, weight, dendrite_bias, cable, soma_bias, c, *slopes)
-    u = sparse_linear(x, weight, dendrite_bias, c)
+    y = dendritic_layer(leaf, weight, dendrite_bias, cable, soma_bias, c, *slopes)
+    u = sparse_linear(leaf, weight, dendrite_bias, c)
     gradients = torch.autograd.grad(
-        y, [t for t in leaves if t is not None], grad.to(dtype), allow_unused=True
+        y, [t for t in leaves if t is not None], grad, allow_unused=True
     )
     found = iter(gradients)
     full = [torch.zeros(0) if t is None else next(found) for t in leaves]
-    sparse = torch.autograd.grad(u, (x, weight), grad_u.to(dtype))
+    sparse = torch.autograd.grad(u, (leaf, weight), grad_u)
     bits = (u > 0).int()
-    return [y.detach(), *full, u.detach(), *sparse, grad_u.to(dtype).sum(0), bits]
+    results = [y.detach(), *full, u.detach(), *sparse, grad_u.sum(0), bits]
+    return [t.cpu() for t in results]
 
 
 NAMES = [

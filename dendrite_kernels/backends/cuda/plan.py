@@ -107,7 +107,7 @@ def plan_tiles(work: Work, limits: Limits) -> TilePlan:
     Raises:
         ValueError: the batch needs more than 2**31 - 1 blocks.
     """
-    costs = INPUT if work.sign_rows else FORWARD
+    costs = COSTS["backward_input" if work.sign_rows else "forward"]
 
     def cost(plan: TilePlan) -> float:
         rounds = -(-plan.blocks // limits.multiprocessors)
@@ -125,8 +125,8 @@ def plan_weight(work: Work, limits: Limits) -> TilePlan:
     def cost(plan: TilePlan) -> float:
         rounds = -(-plan.blocks // limits.multiprocessors)
         tiles = -(-plan.tiles // plan.tile_groups)  # one after the other
-        finish = plan.tile_groups * sum_bytes / (_L2_BYTES * limits.multiprocessors)
-        return rounds * tiles * block_cycles(plan, work, limits, WEIGHT) + finish
+        finish = plan.tile_groups * sum_bytes / (L2_BYTES * limits.multiprocessors)
+        return rounds * tiles * block_cycles(plan, work, limits, COSTS["backward_weight"]) + finish
 
     plan = min(_candidates(work, limits, splits=True), key=cost)
     return _checked(plan, work)
@@ -191,19 +191,19 @@ class Costs:
     slot_bytes: int  # index, weight and what else a synapse reads or writes in each tile
 
 
-FORWARD = Costs((44, 27), (76, 70), 100, (0, 0), 6)
-WEIGHT = Costs((77, 41), (88, 75), 88, (9, 4), 10)
-INPUT = Costs((114, 62), (0, 0), 120, (8, 6), 8)
-_CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.4}  # wavefronts of a gather, by groups of lanes
-_ISSUE = 4  # instructions in a cycle
-_L2_BYTES = 24.0  # in a cycle, for each multiprocessor
+COSTS = {
+    "forward": Costs((44, 27), (76, 70), 100, (0, 0), 6),
+    "backward_weight": Costs((77, 41), (88, 75), 88, (9, 4), 10),
+    "backward_input": Costs((114, 62), (0, 0), 120, (8, 6), 8),
+}
+_CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.35}  # wavefronts of a gather, by groups of lanes
+ISSUE, L2_BYTES = 4.0, 24.0  # instructions and bytes from L2 in a cycle
 _LATENCY = {True: 600.0, False: 900.0}  # of one step in a warp alone, by Kind.shared
 
 
-def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> float:
-    """One block on one tile, if others keep its multiprocessor busy while it waits."""
-    kind, warps = plan.kind, plan.threads // 32
-    several = kind.groups > 1
+def demands(plan: TilePlan, work: Work, costs: Costs) -> tuple[float, float, float]:
+    """What a block asks for on one tile: instructions, wavefronts, bytes from L2."""
+    kind, several = plan.kind, plan.kind.groups > 1
     items, bundles, steps = _counts(work, kind)
     issue = steps * costs.step[several] + bundles * costs.bundle[several] + items * costs.item
     gathers = steps * kind.chunk
@@ -211,13 +211,19 @@ def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> fl
     bytes_ = steps * kind.step * costs.slot_bytes
     if not kind.shared:
         banks, bytes_ = 0.0, bytes_ + gathers * kind.samples * work.itemsize
-    throughput = max(issue / _ISSUE, banks, bytes_ / _L2_BYTES) / plan.parts
+    return issue / plan.parts, banks / plan.parts, bytes_ / plan.parts
+
+
+def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> float:
+    """One block on one tile, if others keep its multiprocessor busy while it waits."""
+    kind, warps = plan.kind, plan.threads // 32
+    issue, banks, bytes_ = demands(plan, work, costs)
+    items, _, steps = _counts(work, kind)
     turns = -(-items // (plan.parts * warps))  # of a warp, one after the other
-    latency = turns * (steps / items * _LATENCY[kind.shared] / 4 + _LATENCY[kind.shared])
-    busy = max(throughput, latency / _resident(plan, limits))
-    if not kind.shared:
-        return busy
-    return busy + plan.shared_bytes / _L2_BYTES + work.gathered * kind.samples / 16
+    latency = turns * (steps / items / 4 + 1) * _LATENCY[kind.shared]  # four steps are in flight
+    busy = max(issue / ISSUE, banks, bytes_ / L2_BYTES, latency / _resident(plan, limits))
+    stage = plan.shared_bytes / L2_BYTES + work.gathered * kind.samples / 16
+    return busy + stage if kind.shared else busy
 
 
 def _counts(work: Work, kind: Kind) -> tuple[float, float, float]:

@@ -29,7 +29,6 @@ class Watched:
         self.set_order = module.set_order
         self.Plan = module.Plan
         self.Packed = _remembering(module.Packed)
-        self.Somas = _remembering(module.Somas)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         function = getattr(self._module, name)

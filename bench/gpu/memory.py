@@ -1,6 +1,6 @@
 """Training with little GPU memory: the largest layer in a budget, and a layer of 33.5 M synapses.
 
-    python -m bench.speed.gpu_memory --output memory.json [--budget-gb 1]
+    python -m bench.gpu.memory --output memory.json [--budget-gb 1]
 
 The budget is for everything that a training step allocates besides its input: parameters, optimizer
 state, gradients, activations, workspaces. Our layer runs the optimizer during backward
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,30 +21,32 @@ from torch import nn
 
 import dendrite_kernels as dk
 from bench.environment import describe
-from bench.speed.gpu_problem import CASES, Case, adam, training_step
-from bench.speed.gpu_timing import milliseconds
+from bench.gpu.clock import milliseconds, peak_bytes, save
+from bench.gpu.problem import CASES, adam, training_step
+from dendrite_kernels.benchmark.case import Case
 from dendrite_kernels.benchmark.masked_dense import MaskedDendriticLayer
 from dendrite_kernels.optim import StepInBackward
 
 DENDRITES, SYNAPSES, BATCH = 16, 32, 128
-LIMIT = 1 << 17  # inputs: wider is not tried
+FIRST, LIMIT = 256, 1 << 17  # inputs: narrower and wider is not tried
+BUDGET_GB = 1.0
 
 
 def ours(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
-    layer = case.layer()
+    layer = dk.DendriticLayer(case.connectivity("constant"), device="cuda")
     StepInBackward(layer.parameters(), lambda p: torch.optim.Adam(p, lr=1e-4, fused=True))
     return lambda: layer(x).backward(grad)
 
 
 def masked_dense(case: Case, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
     """Two matrices and their masks, made directly, so that no sparse layer takes memory, too."""
-    rows = case.somas * case.dendrites
-    mask = torch.zeros(rows, case.inputs, device="cuda")
+    rows = case.rows
+    mask = torch.zeros(rows, case.in_features, device="cuda")
     mask[:, : case.synapses] = 1  # time and memory do not depend on which entries
     soma_mask = torch.zeros(case.somas, rows, device="cuda")
     soma_mask.view(case.somas, case.somas, case.dendrites).diagonal().fill_(1)
     with torch.device("cuda"):
-        linears = nn.Linear(case.inputs, rows), nn.Linear(rows, case.somas)
+        linears = nn.Linear(case.in_features, rows), nn.Linear(rows, case.somas)
     module = MaskedDendriticLayer(linears[0], mask, linears[1], soma_mask)
     return training_step(module, adam(module), x, grad)
 
@@ -57,16 +58,15 @@ def bytes_of_training(make: Make, case: Case) -> int:
     """Peak allocation of three steps beyond x and grad."""
     gc.collect()
     torch.cuda.empty_cache()
-    x = torch.randn(case.batch, case.inputs, device="cuda")
+    x = torch.randn(case.batch, case.in_features, device="cuda")
     grad = torch.randn(case.batch, case.somas, device="cuda")
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step = make(case, x, grad)
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+
+    def train() -> None:
+        step = make(case, x, grad)
+        for _ in range(3):
+            step()
+
+    return peak_bytes(train)
 
 
 def largest(make: Make, budget: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ def largest(make: Make, budget: int) -> dict[str, int]:
     found: dict[int, int] = {0: 0}
 
     def fits(width: int) -> bool:
-        case = Case(BATCH, width, width, DENDRITES, SYNAPSES)
+        case = Case(f"{width}", BATCH, 1, width, 1, width, DENDRITES, SYNAPSES)
         try:
             needed = bytes_of_training(make, case)
         except torch.cuda.OutOfMemoryError:
@@ -83,11 +83,11 @@ def largest(make: Make, budget: int) -> dict[str, int]:
             found[width] = needed
         return needed <= budget
 
-    high = 256
+    high = FIRST
     while high < LIMIT and fits(high):
         high *= 2
     low = max(found)
-    while high - low > max(64, low // 16):
+    while high - low > max(FIRST // 4, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return {"width": low, "synapses": low * DENDRITES * SYNAPSES, "bytes": found[low]}
@@ -97,7 +97,7 @@ def wide_layer() -> dict[str, Any]:
     """Case G with B = 512: its weights as a dense matrix would take 275 GB."""
     case = CASES["G"]
     used = bytes_of_training(ours, case)
-    x = torch.randn(case.batch, case.inputs, device="cuda")
+    x = torch.randn(case.batch, case.in_features, device="cuda")
     grad = torch.randn(case.batch, case.somas, device="cuda")
     step = ours(case, x, grad)
     return {"sizes": vars(case), "bytes": used, "step_ms": milliseconds(step)}
@@ -105,7 +105,7 @@ def wide_layer() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budget-gb", type=float, default=1.0)
+    parser.add_argument("--budget-gb", type=float, default=BUDGET_GB)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     wide = wide_layer()
@@ -125,7 +125,7 @@ def main() -> int:
         "largest": found,
         "wide layer": wide,
     }
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    save(options.output, results)
     return int(wide["bytes"] > 2e9)
 
 
