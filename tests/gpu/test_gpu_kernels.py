@@ -148,6 +148,31 @@ def test_a_training_step_replays_as_a_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
 
 
+def test_a_capture_without_a_warm_up_is_an_error() -> None:
+    layer, x = layer_of("A")
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="Expected a call with a batch of this size before"),
+        torch.cuda.graph(graph),
+    ):
+        layer(x)
+
+
+def test_synapses_outlive_the_kernels_of_another_stream() -> None:
+    layer, x = layer_of("B")
+    expected = layer(x).detach()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        y = layer(x).detach()
+    del layer  # its synapses are freed while the other stream has yet to read them
+    for _ in range(8):
+        torch.full((1 << 22,), -1, dtype=torch.int32, device="cuda")
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
 def test_training_equals_the_masked_dense_twin() -> None:
     layer, x = layer_of("A")
     x = x.detach()

@@ -1,8 +1,9 @@
 """The CUDA backend: extension module _cuda on the current stream; every buffer is a torch tensor.
 
 Activations are float32, bfloat16, float16 (or float64, for tests); parameters of half precision are
-widened first, since sums run in float32. The first call on a device copies the synapses there;
-later ones neither synchronise nor copy, so that CUDA graphs can capture them.
+widened first, since sums run in float32. The first call with a batch of some size may copy packed
+synapses to the device; later ones neither synchronise nor copy, so that CUDA graphs can capture
+them.
 """
 
 from __future__ import annotations
@@ -94,20 +95,44 @@ class _Layout:
     """Packed synapses on a device."""
 
     packed: Any
+    tensors: list[torch.Tensor]  # that `packed` is made of
     slots: int
     has_pads: bool
     is_csr: bool  # slots are positions in CSR order: weights need no packing
+    streams: set[int]  # that have used them
+
+    def on(self, stream: int) -> _Layout:
+        """This layout, for kernels on the current stream of its device.
+
+        The allocator hands memory that is freed to the stream where it was allocated. It must know
+        of the other streams whose kernels may still read it then.
+        """
+        if stream not in self.streams:
+            for tensor in self.tensors:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            self.streams.add(stream)
+        return self
 
 
 def _to(device: torch.device, array: Any) -> Maybe:
     return None if array is None else torch.from_numpy(array).to(device)
 
 
-def _upload(packing: pack.Packing, kind: Kind, rows: int, outputs: int, device: Any) -> _Layout:
+def _upload(
+    packing: pack.Packing, kind: Kind, rows: int, outputs: int, device: torch.device
+) -> _Layout:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Expected a call with a batch of this size before its capture in a CUDA graph, got"
+            " none: the first one copies synapses to the device"
+        )
     arrays = (packing.outputs, packing.bundles, packing.rows, packing.steps, packing.index)
     tensors = [_to(device, a) for a in (*arrays, packing.dendrite, packing.source)]
     packed = _load()[0].Packed(packing.team_bits, *tensors, kind.groups, rows, outputs)
-    return _Layout(packed, packing.slots, packing.has_pads, packing.source is None)
+    return _Layout(
+        packed, [t for t in tensors if t is not None], packing.slots, packing.has_pads,
+        is_csr=packing.source is None, streams={_stream(device)},
+    )  # fmt: skip
 
 
 def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
@@ -115,7 +140,8 @@ def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _La
         outputs = c.num_somas if somas else c.num_dendrites
         return _upload(pack.pack_rows(c, kind, somas), kind, c.num_dendrites, outputs, device)
 
-    return c.cached(("cuda rows", device, kind.groups, somas), make)
+    layout: _Layout = c.cached(("cuda rows", device, kind.groups, somas), make)
+    return layout.on(_stream(device))
 
 
 def _columns(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
@@ -123,7 +149,8 @@ def _columns(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> 
         packing = pack.pack_columns(c, kind, somas)
         return _upload(packing, kind, c.in_features, c.in_features, device)
 
-    return c.cached(("cuda columns", device, kind.groups, somas), make)
+    layout: _Layout = c.cached(("cuda columns", device, kind.groups, somas), make)
+    return layout.on(_stream(device))
 
 
 def _wide(like: torch.Tensor, tensor: Maybe) -> Maybe:

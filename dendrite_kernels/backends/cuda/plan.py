@@ -187,7 +187,7 @@ class Costs:
     step: tuple[int, int]  # instructions
     bundle: tuple[int, int]
     item: int
-    wavefronts: tuple[float, float]  # of shared memory in a step, beside the samples: bits, shuffles
+    wavefronts: tuple[float, float]  # in a step, beside those of samples: sign bits, shuffles
     slot_bytes: int  # index, weight and what else a synapse reads or writes in each tile
 
 
