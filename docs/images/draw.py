@@ -198,7 +198,7 @@ def cuda() -> Drawing:
         d.box(x, 135, 106, 50, BLUE, f"warp {i}", f"soma {i}, {i + 4}, ...")
         d.line(x + 53, 185, x + 53, 208, arrow=True)
         d.box(x, 211, 106, 36, GREEN, "y, sign bits")
-    d.text(270, 284, "lanes of a warp: samples, or samples and groups of synapses", size=13)
+    d.text(270, 284, "lanes of a warp: samples, or samples of several dendrites", size=13)
     d.text(270, 308, "other tiles and other somas: other blocks", size=13)
     return d
 

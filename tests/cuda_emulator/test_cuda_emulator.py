@@ -46,16 +46,16 @@ def test_every_kind_of_tile_dtype_and_shape() -> None:
 
 MUTANTS = {
     # Zero counts as active: PyTorch's convention is the slope at u <= 0.
-    "sign of zero": ("forward.h", "__ballot_sync(kAllLanes, u[v] > 0)",
-                     "__ballot_sync(kAllLanes, u[v] >= 0)"),
+    "sign of zero": ("forward.h", "__ballot_sync(kAllLanes, u[i] > 0)",
+                     "__ballot_sync(kAllLanes, u[i] >= 0)"),
     # Warps gather before the others have filled the tile.
     "no barrier": ("forward.h", "    __syncthreads();\n", ""),
     # The last columns of x are left out of the tile.
     "no tail": ("tile.h", "out[j] = n + j < inputs ? row[n + j] : T{};",
                 "out[j] = n + 3 < inputs ? row[n + j] : T{};"),
     # Reads one row behind the tile.
-    "overrun": ("tile.h", "if (tile_rows > inputs && me.warp == 0 && me.lane < K::kLanes)",
-                "if (me.warp == 0 && me.lane < K::kLanes)"),
+    "overrun": ("tile.h", "if (tile_rows > inputs && me.warp == 0 && me.group == 0)",
+                "if (me.warp == 0 && me.group == 0)"),
 }  # fmt: skip
 
 

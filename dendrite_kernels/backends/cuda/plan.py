@@ -222,8 +222,14 @@ def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> fl
     turns = -(-items // (plan.parts * warps))  # of a warp, one after the other
     latency = turns * (steps / items / 4 + 1) * _LATENCY[kind.shared]  # four steps are in flight
     busy = max(issue / ISSUE, banks, bytes_ / L2_BYTES, latency / _resident(plan, limits))
-    stage = plan.shared_bytes / L2_BYTES + work.gathered * kind.samples / 16
-    return busy + stage if kind.shared else busy
+    return busy + stage_cycles(plan, work)
+
+
+def stage_cycles(plan: TilePlan, work: Work) -> float:
+    """To copy a tile to shared memory, before anything else."""
+    if not plan.kind.shared:
+        return 0.0
+    return plan.shared_bytes / L2_BYTES + work.gathered * plan.kind.samples / 16
 
 
 def _counts(work: Work, kind: Kind) -> tuple[float, float, float]:
