@@ -21,10 +21,10 @@ DK_DEVICE void stage_signs(typename SignBits<K>::Piece* staged, const uint32_t* 
   using Bits = SignBits<K>;
 #pragma unroll
   for (int w = 0; w < Bits::kWords; ++w) {
-    if (b0 + 32 * w >= batch) continue;  // the gradient is zero there
+    const bool exists = b0 + 32 * w < batch;
     const auto* from = Bits::first(signs, rows, b0, w);
     for (int32_t r = threadIdx.x; r < rows; r += int32_t(blockDim.x))
-      staged[r * Bits::kWords + w] = from[int64_t(r) * (4 / sizeof(*from))];
+      staged[r * Bits::kWords + w] = exists ? from[int64_t(r) * (4 / sizeof(*from))] : 0;
   }
 }
 
