@@ -75,7 +75,7 @@ def _pack(
     lengths = np.diff(crow).astype(np.int64)
     chunks = -(-lengths // kind.chunk)
     members = np.diff(owners).astype(np.int64)
-    team_bits = _team_bits(kind, int(members.max(initial=1)))
+    team_bits = _team_bits(kind, members)
     team, teams = 1 << team_bits, kind.groups >> team_bits
     outputs = _by_length(np.add.reduceat(np.append(chunks, 0), owners[:-1]) * (members > 0), teams)
     items = -(-members.size // teams)
@@ -133,9 +133,18 @@ def _pack(
     )
 
 
-def _team_bits(kind: Kind, members: int) -> int:
-    """No more groups for one output than it has rows."""
-    return min(kind.groups, 1 << (members - 1).bit_length()).bit_length() - 1
+def _team_bits(kind: Kind, members: Array) -> int:
+    """The team with which the rows of all outputs, `members` each, make the fewest bundles.
+
+    Of those the largest: more warps share the work.
+    """
+
+    def bundles(bits: int) -> int:
+        teams = kind.groups >> bits
+        counts = -(-np.sort(members) // (1 << bits))
+        return int(counts[::-1][::teams].sum())  # the longest of each item
+
+    return min(reversed(range(kind.groups.bit_length())), key=bundles)
 
 
 def _by_length(lengths: Array, teams: int) -> Array:

@@ -236,7 +236,9 @@ def _counts(work: Work, kind: Kind) -> tuple[float, float, float]:
     """Items, bundles and steps of all outputs, as pack.py makes them of rows of equal length."""
     outputs, rows = max(work.outputs, 1), max(work.rows, 1)
     members = -(-rows // outputs)
-    team = min(kind.groups, 1 << (members - 1).bit_length())
+    team = 1 << min(
+        reversed(range(kind.groups.bit_length())), key=lambda bits: -(-members >> bits) << bits
+    )
     items = -(-outputs * team // kind.groups)
     bundles = items * -(-members // team)
     return items, bundles, bundles * max(1, -(-work.synapses // (rows * kind.chunk)))
