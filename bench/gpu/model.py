@@ -62,7 +62,7 @@ def before(work: Work, kernel: str) -> float:
     """By instructions alone, with the tiles of several groups that took the fewest."""
     found = []
     for kind in planner.KINDS[4]:
-        if kind.groups > 1 and planner.shared_bytes(kind, work) <= H100.block_shared:
+        if kind.groups > 1 and planner.tile_bytes(kind, work) <= H100.block_shared:
             step, row = BEFORE[kernel][kind.groups]
             steps = -(-work.synapses // (work.rows * kind.step))
             tiles = -(-work.batch // kind.samples)
@@ -98,7 +98,7 @@ def split_somas(case: Case) -> float:
     work = work_of(case, "forward")
     tiles = -(-case.batch // kind.samples)
     parts = H100.multiprocessors // tiles
-    plan = TilePlan(kind, tiles, parts, 0, 1024, planner.shared_bytes(kind, work))
+    plan = TilePlan(kind, tiles, parts, 0, 1024, planner.tile_bytes(kind, work))
     issue, banks, bytes_ = planner.demands(plan, work, planner.COSTS["forward"])
     busy = max(issue / planner.ISSUE, banks, bytes_ / planner.L2_BYTES)
     return (busy + planner.stage_cycles(plan, work)) / CLOCK

@@ -134,10 +134,7 @@ def kernel_times(layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str,
 def candidates(kernel: str, work: Work, limits: Limits) -> list[TilePlan]:
     """Every legal kind of tile, with all parts, threads and partial sums worth a try."""
     found = []
-    for kind in planner.KINDS[work.itemsize]:
-        shared = planner.shared_bytes(kind, work)
-        if shared > limits.block_shared or (kind.shared and work.sign_rows > 65536):
-            continue
+    for kind, shared, staged in planner.tiles_that_fit(work, limits):
         tiles = -(-work.batch // kind.samples)
         splits = [n for n in SPLITS if n <= tiles] if kernel == "backward_weight" else [0]
         for groups in splits:
@@ -146,7 +143,7 @@ def candidates(kernel: str, work: Work, limits: Limits) -> list[TilePlan]:
                 for rounds in ROUNDS:
                     parts = rounds * limits.multiprocessors // (groups or tiles)
                     parts = min(max(1, parts), most)
-                    found.append(TilePlan(kind, tiles, parts, groups, 32 * warps, shared))
+                    found.append(TilePlan(kind, tiles, parts, groups, 32 * warps, shared, staged))
     return list(dict.fromkeys(found))
 
 

@@ -15,7 +15,8 @@ namespace dk {
 // `chunk` synapses of every row. Pads gather the row of zeros behind the tile, with weight 0.
 struct Synapses {
   const void* index;       // [slots] uint16 or int32: row of the tile to gather
-  const void* dendrite;    // [slots] like index, for its sign bits; only in the transposed packing
+  const void* dendrite;    // [slots] for its sign bits, in the transposed packing: uint16 if these
+                           // are staged in shared memory, else int32
   const int32_t* outputs;  // [items * teams] output of each team, -1: none
   const int32_t* bundles;  // [items + 1] first bundle of each item
   const int32_t* rows;     // [bundles * groups] row of each group, -1: none
@@ -96,10 +97,10 @@ template <class A>
 struct PackArgs {
   const A *weight, *cable;
   const int32_t* source;
-  const void* dendrite;  // as in Synapses; `narrow`: uint16
+  const void* dendrite;  // as in Synapses; `staged`: uint16
   A* packed;
   int64_t slots;
-  bool narrow;
+  bool staged;
 };
 
 }  // namespace dk

@@ -30,7 +30,7 @@ DK_DEVICE void stage_signs(typename SignBits<K>::Piece* staged, const uint32_t* 
 
 // The sign bits of the dendrites of a chunk, from shared memory: one load for each dendrite.
 template <class K, int J = 0>
-DK_DEVICE void staged_signs(const unsigned char* staged, const Indices<K>& dendrite,
+DK_DEVICE void staged_signs(const unsigned char* staged, const Indices<K, true>& dendrite,
                             SignBits<K> (&bits)[K::kChunk]) {
   if constexpr (J < K::kChunk) {
     bits[J] = *reinterpret_cast<const SignBits<K>*>(
@@ -42,7 +42,7 @@ DK_DEVICE void staged_signs(const unsigned char* staged, const Indices<K>& dendr
 // The same from global memory.
 template <class K, int J = 0>
 DK_DEVICE void distant_signs(const uint32_t* signs, int64_t rows, int64_t b0, int64_t batch,
-                             const Indices<K>& dendrite, SignBits<K> (&bits)[K::kChunk]) {
+                             const Indices<K, false>& dendrite, SignBits<K> (&bits)[K::kChunk]) {
   if constexpr (J < K::kChunk) {
     const int32_t r = int32_t(dendrite.template at<J, 1>(0));
     bits[J] = load_signs<K>(signs, rows, r, b0, batch);
@@ -50,13 +50,17 @@ DK_DEVICE void distant_signs(const uint32_t* signs, int64_t rows, int64_t b0, in
   }
 }
 
-// A warp computes some inputs for one batch tile. K stores the accumulator's type; O is dx's. The
-// sign bits lie behind the tile in shared memory.
-template <class K, class O, bool SIGNED>
+// Where sign bits are: not needed, behind the tile in shared memory, or in global memory.
+enum class Signs { none, staged, distant };
+
+// A warp computes some inputs for one batch tile. K stores the accumulator's type; O is dx's.
+template <class K, class O, Signs SIGNS>
 __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputArgs<O> args) {
   using A = typename K::A;
   using Bits = SignBits<K>;
   using Index = typename K::Index;
+  constexpr bool kStaged = SIGNS == Signs::staged;
+  using Dendrite = std::conditional_t<kStaged, uint16_t, int32_t>;
   DK_SHARED_MEMORY(unsigned char, shared);
   const Thread<K> me;
   const Synapses& synapses = args.synapses;
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
   if constexpr (K::kShared) {
     samples = shared;
     copy_tile<K>(reinterpret_cast<typename K::V*>(shared), from, args.tile_rows);
-    if constexpr (SIGNED) {
+    if constexpr (kStaged) {
       unsigned char* const behind = shared + uint32_t(args.tile_rows) * K::kRowBytes;
       stage_signs<K>(reinterpret_cast<typename Bits::Piece*>(behind), args.signs, args.rows, b0,
                      args.batch);
@@ -76,13 +80,13 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
     }
     __syncthreads();
   }
-  for (uint32_t item = part * me.warps + me.warp; item < uint32_t(synapses.items);
+  for (uint32_t item = me.warp * args.parts + part; item < uint32_t(synapses.items);
        item += args.parts * me.warps) {  // an item is one bundle
     A sum[K::kVec] = {};
     const int32_t step = __ldg(synapses.steps + item);
     const int64_t slot = first_slot<K>(step, me);
     const auto* index = static_cast<const Index*>(synapses.index) + slot;
-    const auto* dendrite = static_cast<const Index*>(synapses.dendrite) + slot;
+    const auto* dendrite = static_cast<const Dendrite*>(synapses.dendrite) + slot;
     const A* weight = args.weight + slot;
     for_steps<K>(
         __ldg(synapses.steps + item + 1) - step,
@@ -91,10 +95,10 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
           outputs.load(index + ahead);
           const auto w = load_readonly<Vector<A, K::kChunk>>(weight + ahead);
           Bits bits[K::kChunk];
-          if constexpr (SIGNED) {
-            Indices<K> dendrites;
+          if constexpr (SIGNS != Signs::none) {
+            Indices<K, kStaged> dendrites;
             dendrites.load(dendrite + ahead);
-            if constexpr (K::kShared)
+            if constexpr (kStaged)
               staged_signs<K>(signs, dendrites, bits);
             else
               distant_signs<K>(args.signs, args.rows, b0, args.batch, dendrites, bits);
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
           add_products<K>(
               grad,
               [&](int j, int i) {
-                const bool whole = !SIGNED || bits[j].positive(i, me.place);
+                const bool whole = SIGNS == Signs::none || bits[j].positive(i, me.place);
                 return whole ? w.value[j] : args.slope * w.value[j];
               },
               sum);

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
       samples = reinterpret_cast<const unsigned char*>(args.tiles + b0 * args.tile_rows);
     }
     const int32_t* const rows = synapses.rows + me.group;
-    for (uint32_t item = part * me.warps + me.warp; item < uint32_t(synapses.items);
+    for (uint32_t item = me.warp * args.parts + part; item < uint32_t(synapses.items);
          item += args.parts * me.warps) {
       const int32_t s = output_of<K>(synapses, item, me);
       Vector<A, K::kVec> grad{};

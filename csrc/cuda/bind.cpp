@@ -1,5 +1,5 @@
 // Python module _cuda: checks every tensor and starts kernels on the stream that it is given. The
-// caller (backends/cuda.py) allocates everything, workspaces too, as torch tensors.
+// caller (backends/cuda) allocates everything, workspaces too, as torch tensors.
 #include <pybind11/pybind11.h>
 
 #include <vector>
@@ -35,10 +35,10 @@ struct Plan {
 };
 
 Plan make_plan(int vec, int groups, bool shared, int64_t blocks, int threads, int32_t parts,
-               int32_t tile_groups) {
+               int32_t tile_groups, bool staged) {
   if (parts < 1 || tile_groups < 1 || threads < 32 || threads > 1024 || threads % 32)
     throw py::value_error("Expected a plan with whole warps, parts and groups, got another");
-  return {{vec, groups, shared, false, blocks, threads}, parts, tile_groups};
+  return {{vec, groups, shared, false, staged, blocks, threads}, parts, tile_groups};
 }
 
 int32_t length(py::handle tensor, const char* name) {
@@ -69,19 +69,22 @@ struct Packed {
     const DLTensorAbi t = borrow(index, "index");
     synapses.slots = t.ndim == 1 ? t.shape[0] : -1;
     narrow = is_type<int16_t>(t);
-    synapses.index = indices(index, "index");
+    synapses.index = indices(index, "index", narrow);
     has_dendrite = !dendrite.is_none();
-    if (has_dendrite) synapses.dendrite = indices(dendrite, "dendrite");
+    if (has_dendrite) {
+      staged = is_type<int16_t>(borrow(dendrite, "dendrite"));
+      synapses.dendrite = indices(dendrite, "dendrite", staged);
+    }
     source = check.pointer_or_null<int32_t>(source_tensor, "source", {synapses.slots});
   }
-  const void* indices(py::handle tensor, const char* name) {
-    if (narrow) return check.pointer<int16_t>(tensor, name, {synapses.slots}, 16);
+  const void* indices(py::handle tensor, const char* name, bool in_16_bits) {
+    if (in_16_bits) return check.pointer<int16_t>(tensor, name, {synapses.slots}, 16);
     return check.pointer<int32_t>(tensor, name, {synapses.slots}, 16);
   }
   std::vector<py::object> kept;
   Checker check;
   Synapses synapses{};
-  bool narrow, has_dendrite;
+  bool narrow, has_dendrite, staged = false;
   int32_t groups;  // of lanes: rows of a bundle
   int32_t rows, output_count;
   const int32_t* source;
@@ -271,6 +274,8 @@ void backward_input(const Packed& transposed, int32_t rows, int32_t tile_rows, p
         check.pointer_or_null<int32_t>(signs, "signs", {words(batch), rows}));
     if (args.signs && !transposed.has_dendrite)
       throw py::value_error("Expected synapses packed with somas, got some without");
+    if (args.signs && transposed.staged != plan.tile.staged)
+      throw py::value_error("Expected sign bits staged as the synapses are packed, got others");
     args.dx = check.pointer<T>(dx, "grad of x", {batch, transposed.rows});
     args.batch = batch;
     args.inputs = int32_t(inputs);
@@ -329,7 +334,7 @@ void pack_weight(const Packed& packed, py::handle weight, py::handle cable, int6
       throw py::value_error("Expected a transposed packing, got none");
     args.source = packed.source;
     args.dendrite = packed.synapses.dendrite;
-    args.narrow = packed.narrow;
+    args.staged = packed.staged;
     args.slots = packed.synapses.slots;
     args.packed = check.pointer<A>(out, "packed weight", {args.slots});
     const DeviceGuard guard(check.device());

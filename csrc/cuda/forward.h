@@ -25,7 +25,7 @@ DK_DEVICE void store_signs(uint32_t* signs, int64_t rows, int32_t row, int64_t b
           typename Bits::Piece(word[w]);
 }
 
-// A warp computes the somas of one item for one batch tile; blocks of `parts` share the tile's
+// A warp computes the somas of one item for one batch tile; `parts` blocks are dealt out the tile's
 // items. Without somas (cable null) its outputs are the rows.
 template <class K>
 __global__ void __launch_bounds__(K::kMaxThreads, 1)
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
   }
   const Synapses& synapses = args.synapses;
   const int32_t* const rows = synapses.rows + me.group;
-  for (uint32_t item = part * me.warps + me.warp; item < uint32_t(synapses.items);
+  for (uint32_t item = me.warp * args.parts + part; item < uint32_t(synapses.items);
        item += args.parts * me.warps) {
     A v[K::kVec] = {};
     int32_t bundle = __ldg(synapses.bundles + item);

@@ -6,10 +6,10 @@
 
 namespace dk {
 
-// Which kernel and how many blocks: decided by the planner (backends/_cuda_plan.py).
+// Which kernel and how many blocks: decided by the planner (backends/cuda/plan.py).
 struct TilePlan {
   int vec, groups;  // see Kind in tile.h
-  bool shared, narrow;
+  bool shared, narrow, staged;
   int64_t blocks;
   int threads;
 };

@@ -51,9 +51,9 @@ const char* start(int64_t blocks, int threads, size_t bytes, Stream stream, cons
 #endif
 }
 
-template <int N>
+template <auto N>
 struct Constant {
-  static constexpr int value = N;
+  static constexpr auto value = N;
 };
 
 template <class... K>
@@ -100,12 +100,6 @@ const char* choose(const TilePlan& plan, const F& run, List<K, Rest...>) {
 template <class K>
 size_t tile_bytes(int32_t tile_rows) {
   return K::kShared ? size_t(tile_rows) * K::kRowBytes : 0;
-}
-
-// Sign bits of a tile in shared memory, behind the samples.
-template <class K>
-size_t sign_bytes(int32_t rows) {
-  return K::kShared ? size_t(rows) * SignBits<K>::kBytes : 0;
 }
 
 template <class T>
@@ -165,12 +159,15 @@ const char* Launcher<T>::input(const TilePlan& plan, const InputArgs<T>& args, S
       plan,
       [&](auto kind) {
         using K = decltype(kind);
-        if (!args.signs)
-          return start<backward_input<K, T, false>>(plan.blocks, plan.threads,
-                                                    tile_bytes<K>(args.tile_rows), stream, args);
-        return start<backward_input<K, T, true>>(
-            plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows) + sign_bytes<K>(args.rows),
-            stream, args);
+        const auto run = [&](auto signs, size_t sign_bytes) {
+          return start<backward_input<K, T, decltype(signs)::value>>(
+              plan.blocks, plan.threads, tile_bytes<K>(args.tile_rows) + sign_bytes, stream, args);
+        };
+        if (!args.signs) return run(Constant<Signs::none>(), 0);
+        if constexpr (K::kShared)
+          if (plan.staged)
+            return run(Constant<Signs::staged>(), size_t(args.rows) * SignBits<K>::kBytes);
+        return run(Constant<Signs::distant>(), 0);
       },
       KindsOf<A>());
 }

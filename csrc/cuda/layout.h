@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(256) pack_weight(const PackArgs<A> args) {
   const int32_t from = args.source[i];
   A weight = from < 0 ? A(0) : args.weight[from];
   if (args.cable && from >= 0) {
-    const int32_t r = args.narrow ? static_cast<const uint16_t*>(args.dendrite)[i]
+    const int32_t r = args.staged ? static_cast<const uint16_t*>(args.dendrite)[i]
                                   : static_cast<const int32_t*>(args.dendrite)[i];
     weight *= args.cable[r];
   }

@@ -43,16 +43,16 @@ struct Thread {
 };
 
 // Indices of kChunk synapses as loaded: two of 16 bits in a word, or one of 32.
-template <class K>
+template <class K, bool NARROW = K::kNarrow>
 struct Indices {
-  static constexpr int kWords = K::kNarrow ? K::kChunk / 2 : K::kChunk;
+  static constexpr int kWords = NARROW ? K::kChunk / 2 : K::kChunk;
   Vector<uint32_t, kWords> words;
   DK_DEVICE void load(const void* from) { words = load_readonly<Vector<uint32_t, kWords>>(from); }
   // Index J, as bytes in an array of STRIDE-byte rows, plus an offset below STRIDE.
   template <int J, uint32_t STRIDE>
   DK_DEVICE uint32_t at(uint32_t offset) const {
-    const uint32_t word = words.value[K::kNarrow ? J / 2 : J];
-    if constexpr (!K::kNarrow)
+    const uint32_t word = words.value[NARROW ? J / 2 : J];
+    if constexpr (!NARROW)
       return word * STRIDE + offset;
     else if constexpr (STRIDE == 256)  // one byte permutation builds the address
       return __byte_perm(word, offset, J % 2 ? 0x7324 : 0x7104);

@@ -57,7 +57,9 @@ def test_a_plan_fits_the_device(limits: Limits) -> None:
         for plan in plans(work, limits):
             assert plan.kind in KINDS[work.itemsize]
             assert plan.shared_bytes <= limits.block_shared
-            assert plan.shared_bytes == planner.shared_bytes(plan.kind, work)
+            tile, signs = planner.tile_bytes(plan.kind, work), planner.sign_bytes(plan.kind, work)
+            assert plan.shared_bytes == plan.kind.shared * (tile + plan.staged * signs)
+            assert not plan.staged or 0 < work.sign_rows <= 65536  # 16 bits name every dendrite
             assert plan.tiles * plan.kind.samples >= work.batch
             assert (plan.tiles - 1) * plan.kind.samples < work.batch
             assert plan.parts >= 1
@@ -69,10 +71,13 @@ def test_a_plan_fits_the_device(limits: Limits) -> None:
 @pytest.mark.parametrize("limits", DEVICES, ids=str)
 def test_shared_memory_is_used_where_a_tile_fits(limits: Limits) -> None:
     for work in works(100):
-        narrowest = min(planner.shared_bytes(k, work) for k in KINDS[work.itemsize] if k.shared)
-        fits = narrowest <= limits.block_shared and work.sign_rows <= 65536
+        shared = [k for k in KINDS[work.itemsize] if k.shared]
+        fits = min(planner.tile_bytes(k, work) for k in shared) <= limits.block_shared
         for plan in plans(work, limits):
             assert plan.kind.shared == fits
+            room = limits.block_shared - planner.tile_bytes(plan.kind, work)
+            if plan.kind.shared and 0 < work.sign_rows <= 65536:
+                assert plan.staged == (planner.sign_bytes(plan.kind, work) <= room)
             if plan.kind.shared:
                 assert work.gathered + 1 <= 65536  # 16-bit indices reach every row
 
@@ -97,8 +102,15 @@ def test_every_output_is_computed_once() -> None:
         for block in range(plan.blocks):  # as forward_tile does
             tile, part = divmod(block, plan.parts)
             for warp in range(warps):
-                computed[tile, part * warps + warp :: plan.parts * warps] += 1
+                computed[tile, warp * plan.parts + part :: plan.parts * warps] += 1
         assert (computed == 1).all()
+
+
+@pytest.mark.parametrize("limits", DEVICES, ids=str)
+def test_no_block_is_without_work(limits: Limits) -> None:
+    for work in works(100):
+        for plan in plans(work, limits):
+            assert plan.parts <= max(1, planner.count_items(work, plan.kind))
 
 
 def test_a_wide_layer_gathers_from_l2_without_partial_sums() -> None:
@@ -211,7 +223,7 @@ def test_packed_rows_hold_every_synapse_once(c: dk.Connectivity, somas: bool, ki
 @pytest.mark.parametrize("somas", [True, False])
 @pytest.mark.parametrize("c", NETWORKS, ids=lambda c: f"{c.num_dendrites}x{c.in_features}")
 def test_packed_columns_are_the_transpose(c: dk.Connectivity, somas: bool, kind: Kind) -> None:
-    packing = pack.pack_columns(c, kind, somas)
+    packing = pack.pack_columns(c, kind, somas, True)
     column, output, source = unpack(packing, kind)
     check_structure(packing, kind, np.arange(c.in_features + 1))
     assert (np.diff(packing.bundles) <= 1).all()  # backward_input takes an item for a bundle
@@ -260,7 +272,7 @@ def test_rows_of_varying_length_take_few_pads(groups: int) -> None:
     assert pack.pack_rows(c, kind, True).slots <= (1.2 if groups == 8 else 1.1) * least
     counts = np.bincount(c.columns, minlength=784)
     least = int((-(-counts // kind.chunk) * kind.chunk).sum())
-    assert pack.pack_columns(c, kind, True).slots <= 1.1 * least
+    assert pack.pack_columns(c, kind, True, True).slots <= 1.1 * least
 
 
 # Wavefronts of shared memory for one gather of a warp: 2 are the least for 32 lanes of 8 bytes, and
@@ -301,9 +313,10 @@ def test_indices_have_16_bits_while_the_zero_row_fits() -> None:
     assert width(65537, 8) == 4
 
 
-def test_dendrites_beyond_16_bits_widen_the_transposed_indices() -> None:
-    c = dk.connectivity.random(30, 2, 32769, 2, constant_fan_in=True, seed=1)  # 65,538 dendrites
-    packing = pack.pack_columns(c, Kind(2, 1, False), True)
-    assert packing.dendrite is not None
-    assert packing.index.itemsize == packing.dendrite.itemsize == 4
-    assert pack.pack_rows(c, Kind(2, 1, False), True).index.itemsize == 2
+def test_dendrites_have_16_bits_where_their_signs_are_staged() -> None:
+    c = dk.connectivity.random(30, 2, 3, 2, constant_fan_in=True, seed=1)
+    for staged, size in ((True, 2), (False, 4)):
+        packing = pack.pack_columns(c, Kind(2, 4, True), True, staged)
+        assert packing.dendrite is not None
+        assert packing.dendrite.itemsize == size
+        assert packing.index.itemsize == 2

@@ -53,7 +53,7 @@ def test_the_packing_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_load", lambda: (extension, None))
     monkeypatch.setattr(cuda, "_stream", lambda device: 7)
     c = dk.connectivity.random(20, 2, 3, 4, seed=0)
-    packing, kind = pack.pack_columns(c, Kind(2, 4, True), True), Kind(2, 4, True)
+    packing, kind = pack.pack_columns(c, Kind(2, 4, True), True, True), Kind(2, 4, True)
     layout = cuda._upload(packing, kind, 20, 20, torch.device("cpu"))
     tensors = [a for a in given if isinstance(a, torch.Tensor)]
     assert len(tensors) == 7

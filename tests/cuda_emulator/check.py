@@ -75,6 +75,7 @@ class Case:
     soma_slope: float = 0.3
     zeros: bool = False  # u is exactly 0 for many samples
     wide: bool = False  # indices of 32 bits, though 16 were enough
+    distant: bool = False  # sign bits are not staged in shared memory
 
 
 QUICK = [
@@ -103,6 +104,11 @@ ALL = [
         Case("odd", batch, kind, dtype, wide=True)
         for dtype in TOLERANCE
         for batch, kind in [(1, L2), (8, L2), (70, L2)]
+    ),
+    *(
+        Case("odd", 65, kind, dtype, distant=True)
+        for dtype in TOLERANCE
+        for kind in range(len(KINDS[max(4, dtype.itemsize)]) - 1)
     ),
     Case("wide soma", 1, None), Case("wide soma", 64, 2), Case("many rows", 33, None),
     Case("many rows", 70, 3), Case("constant", 128, None, bias=False, slope=1.0),
@@ -137,6 +143,7 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     """All results of the backend; inputs are drawn with a fixed seed."""
     allow_kind(case.kind)
     widen_indices(case.wide)
+    keep_signs_distant(case.distant)
     c, x, parameters, grad, grad_u = inputs(case)
     x, grad, grad_u = x.to(device), grad.to(device), grad_u.to(device)
     weight, dendrite_bias, cable, soma_bias = (
@@ -162,6 +169,21 @@ def allow_kind(kind: int | None) -> None:
     plan.plan_weight.cache_clear()
 
 
+THAT_FIT = plan.tiles_that_fit
+
+
+def keep_signs_distant(on: bool) -> None:
+    """Leave sign bits in global memory, or as the planner does."""
+
+    def distant(work: plan.Work, limits: plan.Limits) -> list[tuple[plan.Kind, int, bool]]:
+        found = THAT_FIT(work, limits)
+        tile = plan.tile_bytes
+        return [(kind, tile(kind, work) if kind.shared else 0, False) for kind, _, _ in found]
+
+    plan.tiles_that_fit = distant if on else THAT_FIT
+    plan.plan_tiles.cache_clear()
+
+
 PACK = {name: getattr(pack, name) for name in ("pack_rows", "pack_columns")}
 
 
@@ -171,12 +193,10 @@ def widen_indices(on: bool) -> None:
     def wide(make: Callable[..., pack.Packing]) -> Callable[..., pack.Packing]:
         def make_wide(*arguments: Any) -> pack.Packing:
             packing = make(*arguments)
-            widened = {
-                name: array.view(np.uint16).astype(np.int32)
-                for name in ("index", "dendrite")
-                if (array := getattr(packing, name)) is not None and array.dtype == np.int16
-            }
-            return replace(packing, **widened)
+            index = packing.index
+            if index.dtype == np.int16:
+                index = index.view(np.uint16).astype(np.int32)
+            return replace(packing, index=index)
 
         return make_wide
 

@@ -35,6 +35,9 @@ class Use:
     spills: int
 
 
+SIGNS = ("no signs", "staged signs", "distant signs")
+
+
 def missing() -> str | None:
     return None if shutil.which("nvcc") else "no nvcc on PATH"
 
@@ -94,6 +97,7 @@ def _demangle(names: list[str]) -> list[str]:
         line = re.sub(r"true, unsigned short", "shared", line)
         line = re.sub(r"false, unsigned short", "l2", line)
         line = re.sub(r"false, int", "l2 32-bit", line)
+        line = re.sub(r"\(Signs\)(\d)", lambda found: SIGNS[int(found[1])], line)
         short.append(line.replace("unsigned short", "16-bit").replace(" >", ">"))
     return short
 

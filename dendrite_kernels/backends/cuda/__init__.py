@@ -86,7 +86,7 @@ def _bound(plan: TilePlan) -> Any:
     kind = plan.kind
     return _load()[0].Plan(
         kind.vec, kind.groups, kind.shared, plan.blocks, plan.threads, plan.parts,
-        max(plan.tile_groups, 1),
+        max(plan.tile_groups, 1), plan.staged,
     )  # fmt: skip
 
 
@@ -144,12 +144,14 @@ def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _La
     return layout.on(_stream(device))
 
 
-def _columns(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
+def _columns(c: Connectivity, device: torch.device, plan: TilePlan, somas: bool) -> _Layout:
+    kind, staged = plan.kind, plan.staged
+
     def make() -> _Layout:
-        packing = pack.pack_columns(c, kind, somas)
+        packing = pack.pack_columns(c, kind, somas, staged)
         return _upload(packing, kind, c.in_features, c.in_features, device)
 
-    layout: _Layout = c.cached(("cuda columns", device, kind.groups, somas), make)
+    layout: _Layout = c.cached(("cuda columns", device, kind.groups, somas, staged), make)
     return layout.on(_stream(device))
 
 
@@ -297,7 +299,7 @@ def _backward_input(
     sign_rows = 0 if cable is None else connectivity.num_dendrites
     work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize, sign_rows)
     plan = planner.plan_tiles(work, _limits(device.index))
-    layout = _columns(connectivity, device, plan.kind, cable is not None)
+    layout = _columns(connectivity, device, plan, cable is not None)
     grad_v = _tiles(plan, grad, y, soma_slope, layout.has_pads, True, stream)
     _load()[0].backward_input(
         layout.packed, connectivity.num_dendrites, grad_v.shape[1], grad_v, signs,

@@ -32,7 +32,7 @@ class Packing:
     rows: Array  # int32 [bundles * groups]: -1 for none
     steps: Array  # int32 [bundles + 1]: first step of each bundle
     index: Array  # int16 (to be read as uint16) or int32 [slots]: row of the tile to gather
-    dendrite: Array | None  # like index [slots], 0 for a pad, in a transposed packing of somas
+    dendrite: Array | None  # int16 or int32 [slots], 0 for a pad, in a transposed packing of somas
     source: Array | None  # int32 [slots]: CSR position, -1 for a pad; None: slots are positions
     has_pads: bool
 
@@ -48,20 +48,24 @@ def pack_rows(connectivity: Connectivity, kind: Kind, somas: bool) -> Packing:
     return _pack(crow, connectivity.columns, connectivity.in_features, owners, kind, None, None)
 
 
-def pack_columns(connectivity: Connectivity, kind: Kind, somas: bool) -> Packing:
-    """The synapses of each input, as they gather somas (dendrites, unless `somas`)."""
+def pack_columns(connectivity: Connectivity, kind: Kind, somas: bool, staged: bool) -> Packing:
+    """The synapses of each input, as they gather somas (dendrites, unless `somas`).
+
+    `staged`: the dendrites' sign bits are in shared memory, and 16 bits name a dendrite.
+    """
     columns = connectivity.columns
     counts = np.bincount(columns, minlength=connectivity.in_features)
     crow = np.concatenate([[0], np.cumsum(counts)])
     order = np.argsort(columns, kind="stable").astype(np.int32)
     fan_in = np.diff(connectivity.crow_indices.numpy())
-    dendrite = np.repeat(np.arange(fan_in.size, dtype=np.int32), fan_in)[order]
+    row = np.repeat(np.arange(fan_in.size, dtype=np.int32), fan_in)[order]
     owners = np.arange(crow.size)
     if not somas:
-        return _pack(crow, dendrite, fan_in.size, owners, kind, order, None)
+        return _pack(crow, row, fan_in.size, owners, kind, order, None)
     members = np.diff(connectivity.soma_ptr.numpy())
     soma = np.repeat(np.arange(members.size, dtype=np.int32), members)
-    return _pack(crow, soma[dendrite], members.size, owners, kind, order, dendrite)
+    dendrite = row.astype(np.uint16) if staged else row
+    return _pack(crow, soma[row], members.size, owners, kind, order, dendrite)
 
 
 def _pack(
@@ -103,8 +107,7 @@ def _pack(
     slots = int(steps[-1]) * kind.step
     has_pads = slots != index.size
     ordered_slots = kind.groups == 1 and not has_pads  # slots are positions
-    limit = max(gathered + has_pads, 0 if dendrite is None else int(dendrite.max(initial=0)) + 1)
-    dtype = np.uint16 if limit <= 65536 else np.int32
+    dtype = np.uint16 if gathered + has_pads <= 65536 else np.int32
     synapse_row = np.repeat(np.arange(lengths.size), lengths)
     room = step_counts[bundle] * kind.chunk  # of a row
     at = _places(synapse_row, lengths, room, group, index, kind)
@@ -127,7 +130,7 @@ def _pack(
         rows=rows,
         steps=steps.astype(np.int32),
         index=packed(index, gathered if has_pads else 0, dtype),
-        dendrite=None if dendrite is None else packed(dendrite, 0, dtype),
+        dendrite=None if dendrite is None else packed(dendrite, 0, dendrite.dtype),
         source=None if ordered_slots and position is None else packed(source, -1, np.int32),
         has_pads=has_pads,
     )

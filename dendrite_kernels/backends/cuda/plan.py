@@ -87,17 +87,21 @@ class TilePlan:
     tile_groups: int
     threads: int
     shared_bytes: int
+    staged: bool = False  # sign bits are in shared memory, behind the tile
 
     @property
     def blocks(self) -> int:
         return self.parts * (self.tile_groups or self.tiles)
 
 
-def shared_bytes(kind: Kind, work: Work) -> int:
-    """Dynamic shared memory of a block: a tile with a row for pads, and sign bits behind it."""
-    if not kind.shared:
-        return 0
-    return (work.gathered + 1) * kind.samples * work.itemsize + work.sign_rows * kind.samples // 8
+def tile_bytes(kind: Kind, work: Work) -> int:
+    """A tile with a row for pads."""
+    return (work.gathered + 1) * kind.samples * work.itemsize
+
+
+def sign_bytes(kind: Kind, work: Work) -> int:
+    """The sign bits of a tile."""
+    return work.sign_rows * kind.samples // 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,27 +143,46 @@ def _checked(plan: TilePlan, work: Work) -> TilePlan:
 
 
 def _candidates(work: Work, limits: Limits, splits: bool) -> Iterator[TilePlan]:
-    for kind in _kinds(work, limits):
+    for kind, shared, staged in tiles_that_fit(work, limits):
         tiles = max(1, -(-work.batch // kind.samples))
-        bytes_ = shared_bytes(kind, work)
-        tile_bytes = (work.gathered + 1) * kind.samples * work.itemsize
-        live = tiles if kind.shared else max(1, limits.l2 // tile_bytes)  # tiles in use at a time
+        items = count_items(work, kind)
+        # Tiles in use at a time: where L2 holds them, no more than it has room for.
+        live = tiles if kind.shared else max(1, limits.l2 // tile_bytes(kind, work))
         for tile_groups in _splits(work, min(tiles, live)) if splits else [0]:
             side = min(tile_groups or tiles, live)
             for warps in _WARPS:
                 if warps > _most_warps(kind, work):
                     continue
-                most = max(1, -(-work.outputs // warps))
                 for rounds in (1, 2, 3, 4, 8, 16, 64):
-                    parts = min(max(1, rounds * limits.multiprocessors // side), most)
-                    yield TilePlan(kind, tiles, parts, tile_groups, 32 * warps, bytes_)
+                    parts = min(max(1, rounds * limits.multiprocessors // side), items)
+                    yield TilePlan(kind, tiles, parts, tile_groups, 32 * warps, shared, staged)
 
 
-def _kinds(work: Work, limits: Limits) -> list[Kind]:
-    """Those with a tile in shared memory, if one fits there and 16 bits count all rows."""
-    kinds = KINDS[work.itemsize]
-    fit = [k for k in kinds if k.shared and shared_bytes(k, work) <= limits.block_shared]
-    return fit if fit and work.sign_rows <= 65536 else [k for k in kinds if not k.shared]
+def tiles_that_fit(work: Work, limits: Limits) -> list[tuple[Kind, int, bool]]:
+    """Kinds of tile, the shared memory of a block, and whether it holds sign bits, too.
+
+    A tile is in shared memory if a narrow one fits there. Sign bits are if they fit behind it, and
+    16 bits name every dendrite.
+    """
+    found = []
+    for kind in KINDS[work.itemsize]:
+        tile, signs = tile_bytes(kind, work), sign_bytes(kind, work)
+        if kind.shared and tile <= limits.block_shared:
+            staged = 0 < work.sign_rows <= 65536 and tile + signs <= limits.block_shared
+            found.append((kind, tile + signs if staged else tile, staged))
+    return found or [(k, 0, False) for k in KINDS[work.itemsize] if not k.shared]
+
+
+def count_items(work: Work, kind: Kind) -> int:
+    """What warps compute, one item each: one output, or as many as there are teams."""
+    outputs = max(work.outputs, 1)
+    return -(-outputs * _team(-(-max(work.rows, 1) // outputs), kind) // kind.groups)
+
+
+def _team(members: int, kind: Kind) -> int:
+    """Groups that work for one output with this many rows: those that leave the fewest idle."""
+    bits = reversed(range(kind.groups.bit_length()))
+    return 1 << min(bits, key=lambda n: -(-members >> n) << n)
 
 
 def _most_warps(kind: Kind, work: Work) -> int:
@@ -198,6 +221,7 @@ COSTS = {
 }
 _CONFLICTS = {1: 1.0, 2: 1.0, 4: 1.12, 8: 1.35}  # wavefronts of a gather, by groups of lanes
 ISSUE, L2_BYTES = 4.0, 24.0  # instructions and bytes from L2 in a cycle
+_SECTOR = 32  # bytes that L2 sends at least
 _LATENCY = {True: 600.0, False: 900.0}  # of one step in a warp alone, by Kind.shared
 
 
@@ -211,7 +235,10 @@ def demands(plan: TilePlan, work: Work, costs: Costs) -> tuple[float, float, flo
     bytes_ = steps * kind.step * costs.slot_bytes
     if not kind.shared:
         banks, bytes_ = 0.0, bytes_ + gathers * kind.samples * work.itemsize
-    return issue / plan.parts, banks / plan.parts, bytes_ / plan.parts
+    if work.sign_rows and not plan.staged:
+        bytes_ += steps * kind.step * _SECTOR
+    share = -(-items // plan.parts) / items  # of the block with the most
+    return issue * share, banks * share, bytes_ * share
 
 
 def block_cycles(plan: TilePlan, work: Work, limits: Limits, costs: Costs) -> float:
@@ -232,15 +259,12 @@ def stage_cycles(plan: TilePlan, work: Work) -> float:
     return plan.shared_bytes / L2_BYTES + work.gathered * plan.kind.samples / 16
 
 
-def _counts(work: Work, kind: Kind) -> tuple[float, float, float]:
+def _counts(work: Work, kind: Kind) -> tuple[int, int, int]:
     """Items, bundles and steps of all outputs, as pack.py makes them of rows of equal length."""
     outputs, rows = max(work.outputs, 1), max(work.rows, 1)
     members = -(-rows // outputs)
-    team = 1 << min(
-        reversed(range(kind.groups.bit_length())), key=lambda bits: -(-members >> bits) << bits
-    )
-    items = -(-outputs * team // kind.groups)
-    bundles = items * -(-members // team)
+    items = count_items(work, kind)
+    bundles = items * -(-members // _team(members, kind))
     return items, bundles, bundles * max(1, -(-work.synapses // (rows * kind.chunk)))
 
 
