@@ -60,6 +60,8 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
   using Bits = SignBits<K>;
   using Index = typename K::Index;
   constexpr bool kStaged = SIGNS == Signs::staged;
+  // Sign bits that are far away take more registers.
+  constexpr int kUnroll = SIGNS == Signs::distant && K::kGroups > 1 ? 2 : K::kUnroll;
   using Dendrite = std::conditional_t<kStaged, uint16_t, int32_t>;
   DK_SHARED_MEMORY(unsigned char, shared);
   const Thread<K> me;
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1) backward_input(const InputA
     const auto* index = static_cast<const Index*>(synapses.index) + slot;
     const auto* dendrite = static_cast<const Dendrite*>(synapses.dendrite) + slot;
     const A* weight = args.weight + slot;
-    for_steps<K>(
+    for_steps<K, kUnroll>(
         __ldg(synapses.steps + item + 1) - step,
         [&](int ahead) {
           Indices<K> outputs;

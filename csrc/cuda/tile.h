@@ -103,13 +103,13 @@ DK_DEVICE int64_t first_slot(int32_t step, const Thread<K>& me) {
 
 // Calls body(ahead) for `count` steps, some of them in a row, and then advance(slots): pointers
 // that move on by a constant cost one addition for several steps.
-template <class K, class Body, class Advance>
+template <class K, int UNROLL = K::kUnroll, class Body, class Advance>
 DK_DEVICE void for_steps(int32_t count, const Body& body, const Advance& advance) {
 #pragma unroll 1
-  for (; count >= K::kUnroll; count -= K::kUnroll) {
+  for (; count >= UNROLL; count -= UNROLL) {
 #pragma unroll
-    for (int j = 0; j < K::kUnroll; ++j) body(j * K::kStep);
-    advance(K::kUnroll * K::kStep);
+    for (int j = 0; j < UNROLL; ++j) body(j * K::kStep);
+    advance(UNROLL * K::kStep);
   }
 #pragma unroll 1
   for (; count > 0; --count) {
