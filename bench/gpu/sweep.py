@@ -2,7 +2,9 @@
 
     python -m bench.gpu.sweep --output sweep.json [--seconds 90]
 
-Takes turns among cases and kernels, beginning with the planner's own choice, until time is up.
+Takes turns among cases and kernels, beginning with the planner's own choice, until time is up. G is
+left out, since its packing for every kind takes longer than all the rest. The samples of A to D fit
+in shared memory, so most plans here are of such kinds: of L2 there is one kind for each dtype.
 """
 
 from __future__ import annotations
