@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -165,7 +166,7 @@ def test_synapses_outlive_the_kernels_of_another_stream() -> None:
     expected = layer(x).detach()
     packed = [value for value in layer.connectivity.derived.values() if isinstance(value, Layout)]
     sizes = [tensor.nbytes for layout in packed for tensor in layout.tensors]
-    assert sizes
+    first = weakref.ref(packed[0].tensors[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -174,7 +175,8 @@ def test_synapses_outlive_the_kernels_of_another_stream() -> None:
     # The synapses are freed while the other stream has yet to read them. Blocks of their sizes
     # would take their memory.
     del layer, packed
-    blocks = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in 2 * sizes]
+    assert first() is None
+    blocks = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in 8 * sizes]
     side.synchronize()
     del blocks, parameters
     assert torch.equal(y, expected)
