@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 SAMPLES = 50
+LONG = 0.2  # ms of a sample of graphs, beside which the launch of a graph is short
+MOST_CALLS = 50  # in a graph
 
 
 def milliseconds(
@@ -48,6 +51,23 @@ def replayed(run: Callable[[], object], calls: int = 1) -> Callable[[], object]:
         for _ in range(calls):
             run()
     return graph.replay
+
+
+def graph_milliseconds(
+    run: Callable[[], object], samples: int = 0, limit: float = 1.0
+) -> dict[str, float]:
+    """Percentiles of the time of a call in a graph of as many as make a sample LONG.
+
+    The launch of a graph on an idle GPU takes several microseconds, which a sample includes.
+    """
+    calls, graph = 1, replayed(run)
+    while calls < MOST_CALLS:
+        sample = calls * milliseconds(graph, calls, samples=3)["p50"]
+        if sample >= LONG:
+            break
+        calls = min(MOST_CALLS, calls * math.ceil(LONG / sample))
+        graph = replayed(run, calls)
+    return milliseconds(graph, calls, samples, limit)
 
 
 @contextlib.contextmanager

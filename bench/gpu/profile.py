@@ -48,6 +48,14 @@ def profiled() -> None:
     torch.cuda.profiler.stop()
 
 
+def number(text: str) -> float | None:
+    """None for what ncu could not count, such as "n/a"."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
 def parse(text: str) -> list[dict[str, Any]]:
     """The counters of each launch, in order, from the CSV that ncu prints among other lines."""
     rows = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
@@ -56,7 +64,7 @@ def parse(text: str) -> list[dict[str, Any]]:
         entry = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"][:200]})
         name = METRICS.get(row["Metric Name"])
         if name is not None:
-            entry[name] = float(row["Metric Value"].replace(",", ""))
+            entry[name] = number(row["Metric Value"])
     return list(launches.values())
 
 

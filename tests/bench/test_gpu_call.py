@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench.gpu import memory, preflight, processes, profile, sanitize, sweep, timing
+from bench.gpu import clock, memory, preflight, processes, profile, sanitize, sweep, timing
 from bench.gpu.__main__ import Call, stages, substitute
 from bench.gpu.plans import KERNELS, TODAY, candidates
 from bench.gpu.problem import CASES
@@ -194,10 +194,11 @@ def test_counters_are_read_launch_by_launch() -> None:
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Value"\n'
         '"0","forward_tile","dram__bytes.sum","1,024"\n"0","forward_tile","other","5"\n'
         '"1","finish_weight","gpu__time_duration.sum","7.5"\n'
+        '"1","finish_weight","lts__t_bytes.sum","n/a"\n'
     )
     assert profile.parse(text) == [
         {"kernel": "forward_tile", "bytes of memory": 1024.0},
-        {"kernel": "finish_weight", "time, ns": 7.5},
+        {"kernel": "finish_weight", "time, ns": 7.5, "bytes of L2": None},
     ]
 
 
@@ -212,11 +213,32 @@ def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     assert min(sweep.fit(fewer).values()) >= 0
 
 
+@pytest.mark.parametrize(("milliseconds", "calls"), [(0.003, 50), (0.018, 18), (0.15, 2), (30, 1)])
+def test_a_sample_of_graphs_is_long_beside_a_launch(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: float, calls: int
+) -> None:
+    def timed(captured: int, calls: int, *_: float, **__: float) -> dict[str, float]:
+        assert captured == calls
+        return {"p50": milliseconds + 0.006 / calls}
+
+    monkeypatch.setattr(clock, "replayed", lambda run, calls=1: calls)
+    monkeypatch.setattr(clock, "milliseconds", timed)
+    found = clock.graph_milliseconds(lambda: None)
+    assert found["p50"] == pytest.approx(milliseconds + 0.006 / calls)
+
+
+def test_only_gathers_are_compared_with_their_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {name: {"p50": 1.0} for name in ("forward", "backward_weight: finish_weight")}
+    timing.report("A", CASES["A"], {"our kernels, graph": times}, 1.0)
+    limits = [line for line in capsys.readouterr().out.splitlines() if "limit" in line]
+    assert [line.split()[0] for line in limits] == ["forward"]
+
+
 def test_what_no_graph_captures_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run: object) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(timing, "replayed", refuse)
+    monkeypatch.setattr(timing, "graph_milliseconds", refuse)
     error = {"error": "RuntimeError: operation not permitted"}
     assert timing.in_a_graph(lambda: None) == error
     found = {"error": "not timed", "errors": {"y": 1.0}}
@@ -266,8 +288,7 @@ class FakeProblem:
 
 
 def test_the_sweep_takes_wrong_plans_for_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "replayed", lambda run, calls: run)
-    monkeypatch.setattr(sweep, "milliseconds", lambda run, *_, **__: {"p50": run() or 8.0})
+    monkeypatch.setattr(sweep, "graph_milliseconds", lambda run, **_: {"p50": run() or 8.0})
     subject = sweep.Subject("A", cast(Any, FakeProblem()), "forward")
     assert subject.summary() == {"error": "no time left"}
     sweep.sweep([subject], float("inf"))

@@ -224,7 +224,7 @@ def inputs(
 
 def _bits(signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Sign words -> [B, R] of 0 and 1."""
-    place = torch.arange(32, dtype=torch.int32).reshape(1, 32, 1)
+    place = torch.arange(32, dtype=torch.int32, device=signs.device).reshape(1, 32, 1)
     return (signs[:, None, :] >> place & 1).reshape(-1, signs.shape[1])[: x.shape[0]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
+from dendrite_kernels.backends.cuda import _Layout as Layout
 from dendrite_kernels.backends.protocol import Operands
 from tests import oracle
 from tests.cuda_emulator import check
@@ -160,16 +162,23 @@ def test_a_capture_without_a_warm_up_is_an_error() -> None:
 
 def test_synapses_outlive_the_kernels_of_another_stream() -> None:
     layer, x = layer_of("B")
+    parameters = list(layer.parameters())  # these are the caller's to keep
     expected = layer(x).detach()
+    packed = [value for value in layer.connectivity.derived.values() if isinstance(value, Layout)]
+    sizes = [tensor.nbytes for layout in packed for tensor in layout.tensors]
+    first = weakref.ref(packed[0].tensors[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         y = layer(x).detach()
-    del layer  # its synapses are freed while the other stream has yet to read them
-    for _ in range(8):
-        torch.full((1 << 22,), -1, dtype=torch.int32, device="cuda")
+    # The synapses are freed while the other stream has yet to read them. Blocks of their sizes
+    # would take their memory.
+    del layer, packed
+    assert first() is None
+    blocks = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in 8 * sizes]
     side.synchronize()
+    del blocks, parameters
     assert torch.equal(y, expected)
 
 
@@ -196,6 +205,7 @@ def test_all_to_all_is_a_matrix_product_with_a_block_sum_cable() -> None:
     c = dk.connectivity.all_to_all(784, 128, 16)
     layer = dk.DendriticLayer(c, device="cuda")
     x = torch.randn(64, 784, device="cuda")
+    layer(x)  # the first matrix product allocates cuBLAS's workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -14,8 +14,10 @@ CASES = {
     "D": Case("D", 70, 8, 8, 1, 16, 4, 8),
     "G": Case("G", 33, 9, 9, 1, 16, 4, 8),
 }
-# Of tests/gpu: a replay that computes, two devices, and a compiler for the device.
+# Of tests/gpu: a replay that computes, a capture that the backend knows of, two devices, and a
+# compiler for the device.
 NEEDS_A_DEVICE = (
+    "test_a_capture_without_a_warm_up_is_an_error",
     "test_a_training_step_replays_as_a_graph",
     "test_operands_on_two_devices_are_an_error",
     "test_autocast_of_another_device_changes_nothing",
@@ -26,7 +28,7 @@ COMPILED = ("tests.operators.test_torch_compile", "tests.operators.test_torch_ex
 def shrink() -> None:
     problem.CASES.update(CASES)
     problem.ORACLE_BYTES = 1 << 16
-    clock.SAMPLES = 3
+    clock.SAMPLES, clock.MOST_CALLS = 3, 2
     timing.COPIED = 1 << 20
     memory.FIRST, memory.LIMIT, memory.BUDGET_GB = 40, 200, 5e-4
     memory.BATCH, memory.DENDRITES = 9, 2
