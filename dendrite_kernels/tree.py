@@ -120,6 +120,12 @@ class DendriticTree(_Sparse):
         for part in (self.twigs, *self._parts()):
             operators.index_tensors(part)  # compiled code cannot mark them
 
+    def activation_of(self, level: int) -> ActivationName:
+        """The name of the activation that the nodes of a level have."""
+        if level == len(self.chains):
+            return self.soma_activation or self.activation
+        return self.activation
+
     def reset_parameters(self) -> None:
         """Draw all parameters anew from torch's generator."""
         slope = activations.slope_of(self.activation, self.negative_slope) or 0.0
@@ -148,16 +154,14 @@ class DendriticTree(_Sparse):
         """[..., N] -> [..., S]."""
         if self.level_weight:
             x = functional._rows_of(x, self.connectivity)  # the other levels know no image
-        depth = len(self.chains)
-        biases = [None] * (depth + 1) if self.bias is None else list(self.bias)
+        none = [None] * (len(self.chains) + 1)
+        biases = none if self.bias is None else list(self.bias)
         a = x
         for level, (children, synapses) in enumerate(
             zip(self.chains, self.level_synapses, strict=True), 1
         ):
             cable, bias = self.cable[level - 1], biases[level]
-            phi = self.activation
-            if level == depth and self.soma_activation is not None:
-                phi = self.soma_activation
+            phi = self.activation_of(level)
             if level == 1:
                 a = functional.dendritic_layer(
                     x,

@@ -1,6 +1,6 @@
 """A tree of dendrites: beside dense layers under masks, and beside flat neurons of its size.
 
-    python -m bench.questions.tree speed [--threads 2] [--seconds 20]
+    python -m bench.questions.tree speed [--threads 1 2] [--seconds 30]
     python -m bench.questions.tree accuracy --data-root FOLDER [--seeds 5] [--epochs 8]
 
 speed: whole training steps (zero_grad, forward, cross-entropy, backward, masks on the gradients of
@@ -167,7 +167,8 @@ def accuracy(report: dict[str, Any], path: Path, options: argparse.Namespace) ->
             layer = make()
             done[str(seed)] = 100 * train(layer, data, options.epochs, seed)
             write_json(path, report)
-            print(f"{name}, {count_parameters(layer)}, seed {seed}: {done[str(seed)]:.2f}")
+            count = count_parameters(layer)
+            print(f"{name}, {count} parameters, seed {seed}: {done[str(seed)]:.2f}", flush=True)
     for name, done in table["percent"].items():
         values = list(done.values())
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -177,26 +178,31 @@ def accuracy(report: dict[str, Any], path: Path, options: argparse.Namespace) ->
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.questions.tree")
     parser.add_argument("what", choices=["speed", "accuracy"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each of these")
     parser.add_argument("--data-root", help="folder with Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--output", type=Path, help="default: bench/results/tree_WHAT.json")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     path = options.output or RESULTS / f"tree_{options.what}.json"
-    report = describe_run(parser, arguments, options.threads)
+    report = describe_run(parser, arguments, options.threads[0])
     if options.what == "accuracy":
+        torch.set_num_threads(options.threads[0])
         before = json.loads(path.read_text()) if path.exists() else {}
         accuracy({**report, **before}, path, options)
         return 0
-    report |= speed(options.seconds)
-    write_json(path, report, digits=4)
-    for name, ms in report["ms"].items():
-        print(f"{name:20s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
-    for name, value in report["ratios"].items():
-        print(f"{name:30s} {value:.2f}")
+    report["speed"] = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        found = speed(options.seconds)
+        report["speed"].append({"threads": threads, **found})
+        write_json(path, report, digits=4)
+        print(f"{threads} threads")
+        for name, ms in found["ms"].items():
+            print(f"{name:20s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
+        for name, value in found["ratios"].items():
+            print(f"{name:30s} {value:.2f}")
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity, DendriticTree
+from dendrite_kernels.operators import known_connectivity
 from tests import oracle
 from tests.networks import ragged
 from tests.nn.test_nn import assert_same, through_file
@@ -210,6 +211,7 @@ def test_images(tmp_path: Path) -> None:
     tree = DendriticTree(c, [2, 2], level_synapses=[synapses, None])
     x = torch.randn(7, 3, 4, 5)
     assert torch.equal(tree(x), tree(x.flatten(1)))
+    assert oracle.relative_error(dk.interop.portable(tree)(x), tree(x)) < 1e-6
     back = DendriticTree.from_state_dict(tree.state_dict())
     assert torch.equal(back(x), tree(x))
     dk.save(tree, tmp_path / "tree")
@@ -258,6 +260,14 @@ def test_exported() -> None:
     program = torch.export.export(tree, (torch.randn(8, N),), dynamic_shapes=({0: batch},))
     x = torch.randn(33, N)
     assert oracle.relative_error(program.module()(x), tree(x)) < 1e-6
+
+
+@EVERY
+def test_portable(make: Make) -> None:
+    tree, x = drawn(make, soma_activation="tanh"), torch.randn(8, N)
+    plain = dk.interop.portable(nn.Sequential(tree))
+    for program in (plain, torch.jit.script(plain), torch.jit.trace(plain, x)):
+        assert oracle.relative_error(program(x), tree(x)) < 1e-6
 
 
 def test_per_sample_gradients() -> None:
@@ -336,6 +346,9 @@ def test_copies_and_files(make: Make, tmp_path: Path) -> None:
         assert type(other) is DendriticTree
         assert_same(other, tree)
         assert repr(other) == repr(tree)
+        for part in (other.twigs, *other._parts()):  # compiled code finds plans by these
+            indices = part.crow_indices, part.col_indices, part.soma_ptr
+            assert known_connectivity(*indices) is part
         assert torch.equal(other(x), tree(x))
     torch._dynamo.reset()
     compiled = torch.compile(pickle.loads(pickle.dumps(tree)), backend="eager", fullgraph=True)
