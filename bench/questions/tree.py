@@ -67,21 +67,27 @@ def _keep(mask: Tensor, weight: Tensor) -> None:
 
 
 def networks(seed: int) -> dict[str, Callable[[], nn.Module]]:
-    """Layers of 38,016 parameters: 32,768 synapses, or 33,792 without branches."""
+    """Layers of 38,016 parameters each: those with more nodes have fewer synapses."""
+    rng = np.random.default_rng(seed)
+    local = partial(dk.connectivity.local_receptive_fields, (28, 28))
 
-    def flat() -> nn.Module:
-        halves = [random(SOMAS // 2, 16, k, seed=seed) for k in (16, 17)]
-        return dk.DendriticLayer(dk.Connectivity.stack(halves))
-
-    def tree() -> nn.Module:
-        return dk.DendriticTree(random(SOMAS, 16, 16, seed=seed), [4, 4])
+    def twigs(rule: Callable[..., dk.Connectivity], *synapses: int) -> dk.Connectivity:
+        """128 somas of 16 dendrites, an equal share of them with each number of synapses."""
+        somas = SOMAS // len(synapses)
+        return dk.Connectivity.stack([rule(somas, 16, k, seed=rng) for k in synapses])
 
     def everywhere() -> nn.Module:
-        branches = random(4 * SOMAS, 1, 16, seed=seed + 100)
-        twigs = random(SOMAS, 16, 12, seed=seed)
-        return dk.DendriticTree(twigs, [4, 4], level_synapses=[branches, None])
+        branches = random(4 * SOMAS, 1, 16, seed=rng)
+        return dk.DendriticTree(twigs(random, 12), [4, 4], level_synapses=[branches, None])
 
-    return {"flat": flat, "tree": tree, "tree, synapses on branches": everywhere}
+    return {
+        "flat": lambda: dk.DendriticLayer(twigs(random, 16, 17)),
+        "tree 4 x 4": lambda: dk.DendriticTree(twigs(random, 16), [4, 4]),
+        "tree 2 x 2 x 2 x 2": lambda: dk.DendriticTree(twigs(random, 14, 15, 15, 15), [2] * 4),
+        "tree 4 x 4, synapses on branches": everywhere,
+        "flat, receptive fields": lambda: dk.DendriticLayer(twigs(local, 16, 17)),
+        "tree 4 x 4, receptive fields": lambda: dk.DendriticTree(twigs(local, 16), [4, 4]),
+    }
 
 
 # ---- speed ----
