@@ -165,12 +165,12 @@ def accuracy(report: dict[str, Any], path: Path, options: argparse.Namespace) ->
     if table["epochs"] != options.epochs:
         raise SystemExit(f"Expected a file of {options.epochs} epochs, got {table['epochs']}")
     for seed in range(options.seeds):
-        for name, make in networks(seed).items():
+        for name in networks(seed):
             done = table["percent"].setdefault(name, {})
             if str(seed) in done:
                 continue
             torch.manual_seed(seed)
-            layer = make()
+            layer = networks(seed)[name]()  # its own generator, whatever is done already
             done[str(seed)] = 100 * train(layer, data, options.epochs, seed)
             write_json(path, report)
             count = count_parameters(layer)
