@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import activations, functional, operators
 from ._validate import Array, check_size, pointer_array
@@ -83,9 +84,10 @@ class DendriticTree(_Sparse):
         functional.check_dtype("parameters", dtype or torch.get_default_dtype())
         functional.check_precision(precision)
         c = connectivity
-        self.chains = tuple(map(chain, _pointers(branching, c)))
+        with unset_fake_temporarily():  # FakeTensorMode takes no index tensor apart
+            self.chains = tuple(map(chain, _pointers(branching, c)))
+            self.twigs = c if len(self.chains) == 1 else _on_branches(c, self.chains[0])
         self.level_synapses = _checked(level_synapses, self.chains, c)
-        self.twigs = c if len(self.chains) == 1 else _on_branches(c, self.chains[0])
         self.activation, self.soma_activation = activation, soma_activation
         self.negative_slope = float(negative_slope)
         self.precision = precision
@@ -141,7 +143,8 @@ class DendriticTree(_Sparse):
             if synapses is not None:
                 drawn.append((self.level_weight[str(level)], synapses))
             inputs = sum(part.in_features for _, part in drawn)
-            fan_in = torch.stack([part.crow_indices.long().diff() for _, part in drawn]).sum(0)
+            pointers = [operators.beside(weight, part.crow_indices) for weight, part in drawn]
+            fan_in = torch.stack(pointers).long().sum(0).diff()  # of each node
             for weight, part in drawn:
                 if self.init == "paper":
                     _uniform(weight, glorot_bound(inputs, part.num_dendrites))
@@ -186,10 +189,6 @@ class DendriticTree(_Sparse):
                 )
             a = activations.function_of(phi, self.negative_slope)(a)
         return a
-
-    def get_extra_state(self) -> torch.Tensor:
-        """The connectivity, the branching and the synapses of levels as a new uint8 tensor."""
-        return pack_all(self._parts())
 
     def set_extra_state(self, state: Any) -> None:
         """RuntimeError unless `state` is that of an equal tree."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity, DendriticTree
@@ -59,6 +60,8 @@ TREES: dict[str, Make] = {
     "dense": lambda **o: DendriticTree(dk.connectivity.all_to_all(N, 1, 4), [2, 2], **o),
 }
 EVERY = pytest.mark.parametrize("make", TREES.values(), ids=TREES)
+_SOME = ["one level", "ragged", "synapses everywhere"]
+SOME = pytest.mark.parametrize("make", [TREES[name] for name in _SOME], ids=_SOME)
 
 
 def matrix(c: Connectivity, weight: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def test_one_level_is_a_dendritic_layer_bit_for_bit(backend: str, options: Any) 
         assert oracle.same(tree_grad, grad, backend), name
 
 
-@EVERY
+@SOME
 def test_derivatives(make: Make) -> None:
     tree = drawn(make, dtype=torch.float64, activation="tanh")
     values = [p.detach().requires_grad_() for p in tree.parameters()]
@@ -234,6 +237,12 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert torch.equal(rounded(x), tree(x.bfloat16().float()))
 
 
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        tree = everywhere()
+        assert tree(torch.randn(4, N)).shape == (4, S)
+
+
 def test_meta_device() -> None:
     tree = everywhere(device="meta")
     assert all(p.is_meta for p in tree.parameters())
@@ -243,7 +252,7 @@ def test_meta_device() -> None:
     real(torch.randn(2, N))
 
 
-@EVERY
+@SOME
 def test_compiled(make: Make) -> None:
     tree, x = drawn(make), torch.randn(8, N)
     torch._dynamo.reset()
@@ -262,7 +271,7 @@ def test_exported() -> None:
     assert oracle.relative_error(program.module()(x), tree(x)) < 1e-6
 
 
-@EVERY
+@SOME
 def test_portable(make: Make) -> None:
     tree, x = drawn(make, soma_activation="tanh"), torch.randn(8, N)
     plain = dk.interop.portable(nn.Sequential(tree))
@@ -335,7 +344,7 @@ def test_a_state_without_structure_is_refused() -> None:
         DendriticTree.from_state_dict(dk.DendriticLayer(flat()).state_dict())
 
 
-@EVERY
+@SOME
 def test_copies_and_files(make: Make, tmp_path: Path) -> None:
     tree, x = drawn(make, activation="relu", soma_activation="tanh"), torch.randn(3, N)
     tree.cable[0].requires_grad_(False)
