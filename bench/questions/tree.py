@@ -5,8 +5,8 @@
 
 speed: whole training steps (zero_grad, forward, cross-entropy, backward, masks on the gradients of
     dense layers, Adam) of networks in turns: 784 inputs, 128 somas of 16 dendrites with 16 synapses
-    each, flat or as 4 branches of 4 twigs, an output layer, 128 samples. Networks under masks must
-    give the same logits and gradients as ours.
+    each, flat or as 4 branches of 4 twigs, an output layer, 128 samples. After five steps,
+    networks under masks must give the same logits as ours.
 accuracy: Fashion-MNIST with networks of exactly as many parameters. A training that the file has
     is not repeated.
 """

@@ -295,7 +295,7 @@ def test_per_sample_gradients() -> None:
 # ---- its state ----
 
 
-@EVERY
+@SOME
 @pytest.mark.parametrize("bias", [True, False])
 def test_state(make: Make, bias: bool) -> None:
     tree, other, x = drawn(make, bias=bias), make(bias=bias), torch.randn(3, N)
