@@ -18,6 +18,7 @@ from .files import load, save
 from .nn import DendriticLayer, SparseLinear
 from .signs import Signed
 from .structure import Connectivity
+from .tree import DendriticTree
 
 if TYPE_CHECKING:
     from . import parallel
@@ -36,6 +37,7 @@ __all__ = [
     "BackendUnavailable",
     "Connectivity",
     "DendriticLayer",
+    "DendriticTree",
     "MemoryEstimate",
     "Signed",
     "SparseLinear",

@@ -11,8 +11,11 @@ from ._modules import computes_as, copied, hooked, value
 from .activations import Activation, function_of
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
+from .tree import DendriticTree
 
 Maybe = torch.Tensor | None
+
+_OURS = (DendriticLayer, DendriticTree, SparseLinear)
 
 
 @torch.fx.wrap  # symbolic_trace does not know which form x has
@@ -116,6 +119,51 @@ class _PortableDendriticLayer(nn.Module):
         return y
 
 
+class _PortableNodes(nn.Module):
+    """A level of a tree: nodes that join their children and, maybe, synapses of their own."""
+
+    def __init__(
+        self, cable: _PortableSparseLinear, synapses: nn.Module | None, phi: Activation
+    ) -> None:
+        super().__init__()
+        self.cable, self.synapses, self.phi = cable, synapses, phi
+
+    def forward(self, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        v: torch.Tensor = self.cable(a)
+        if self.synapses is not None:
+            v = v + self.synapses(x)
+        return self.phi(v)
+
+
+class _PortableTree(nn.Module):
+    def __init__(self, tree: DendriticTree, synapse_weight: torch.Tensor) -> None:
+        super().__init__()
+        c, none = tree.connectivity, (None,) * (len(tree.chains) + 1)
+        bias = none if tree.bias is None else [value(tree.bias, str(i)) for i in range(len(none))]
+        self.twigs = _PortableSparseLinear(c, synapse_weight, bias[0])
+        self.phi = _activation(tree.activation, tree.negative_slope)
+        self.levels = nn.ModuleList()
+        for level, (children, synapses) in enumerate(
+            zip(tree.chains, tree.level_synapses, strict=True), 1
+        ):
+            weight: Any = value(tree.cable, str(level - 1))
+            cable = _PortableSparseLinear(children, weight, bias[level])
+            own = None
+            if synapses is not None:
+                image = c.in_features, c.in_shape, c.channels_first
+                pattern = synapses.crow_indices, synapses.col_indices, synapses.soma_ptr
+                weight = value(tree.level_weight, str(level))
+                own = _PortableSparseLinear(Connectivity(*pattern, *image), weight, None)
+            phi = _activation(tree.activation_of(level), tree.negative_slope)
+            self.levels.append(_PortableNodes(cable, own, phi))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a: torch.Tensor = self.phi(self.twigs(x))
+        for level in self.levels:
+            a = level(a, x)
+        return a
+
+
 def _activation(name: str, negative_slope: float) -> Activation:
     """As torch.jit.script takes it: a module or a function with a name."""
     if name == "leaky_relu":
@@ -125,14 +173,17 @@ def _activation(name: str, negative_slope: float) -> Activation:
 
 def _portable(name: str, layer: nn.Module) -> nn.Module:
     """What stands for a layer of ours."""
-    assert isinstance(layer, (DendriticLayer, SparseLinear))
+    assert isinstance(layer, _OURS)
     where = f"{type(layer).__name__} {name!r}"
-    if not computes_as(layer, DendriticLayer, SparseLinear):
+    if not computes_as(layer, *_OURS):
         raise ValueError(f"Expected layers without a forward of their own, got {where}")
     if hooked(layer):
         raise ValueError(f"Expected layers without hooks, got {where}: remove its hooks first")
-    values: Any = [value(layer, parameter) for parameter in layer.PARAMETERS]
     plain: nn.Module
+    if isinstance(layer, DendriticTree):
+        weight: Any = value(layer, layer.WEIGHT)
+        return _PortableTree(layer, weight).train(layer.training)
+    values: Any = [value(layer, parameter) for parameter in layer.PARAMETERS]
     if isinstance(layer, DendriticLayer):
         plain = _PortableDendriticLayer(layer, *values)
     else:
@@ -143,11 +194,11 @@ def _portable(name: str, layer: nn.Module) -> nn.Module:
 def portable(model: nn.Module) -> nn.Module:
     """A copy of a model for runtimes without this package: ONNX, AOTInductor from C++, ...
 
-    Every DendriticLayer and SparseLinear becomes a gather, a product and a sum. That needs
-    B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for training.
-    It computes in the dtype of the parameters and ignores precision="bf16". All else is copied as
-    copy.deepcopy does, hooks of other modules too, but not hooks of parameters; it shares nothing
-    with the model.
+    Every DendriticLayer, DendriticTree and SparseLinear becomes a gather, a product and a sum. That
+    needs B * R * (synapses of the largest dendrite) numbers in memory: for inference, not for
+    training. It computes in the dtype of the parameters and ignores precision="bf16". All else is
+    copied as copy.deepcopy does, hooks of other modules too, but not hooks of parameters; it shares
+    nothing with the model.
 
     Inputs are those of the layers, images too. A program that is traced (torch.jit.trace, ONNX,
     torch.export) takes the form of the example. It checks no dtype; one that is scripted takes any
@@ -159,6 +210,5 @@ def portable(model: nn.Module) -> nn.Module:
     Example:
         torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)
     """
-    ours = DendriticLayer, SparseLinear
     named = model.named_modules()
-    return copied(model, {id(m): _portable(name, m) for name, m in named if isinstance(m, ours)})
+    return copied(model, {id(m): _portable(name, m) for name, m in named if isinstance(m, _OURS)})

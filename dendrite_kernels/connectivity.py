@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from ._validate import SIZE_LIMIT, Array, check_size, image_of
+from ._validate import SIZE_LIMIT, Array, check_size, image_of, integers, pointer_array
 from .centres import Centres, _draw
 from .structure import Connectivity
 
@@ -220,6 +221,28 @@ def one_to_one(in_features: int, somas: int, dendrites: int) -> Connectivity:
     if rows != n:
         raise ValueError(f"Expected somas * dendrites == {n}, in_features, got {rows}")
     return _constant(np.arange(n, dtype=np.int32)[:, None], n, dendrites)
+
+
+def chain(ptr: Any) -> Connectivity:
+    """Row p sees the consecutive inputs ptr[p] to ptr[p + 1] - 1: a level of a tree.
+
+    Every input feeds one row; each row is a dendrite and a soma.
+
+    Args:
+        ptr: [rows + 1] integers from 0 to the number of inputs, not decreasing.
+
+    Returns:
+        Connectivity of ptr[-1] inputs and as many synapses.
+
+    Raises:
+        TypeError, ValueError: not such a pointer, or one of no inputs.
+
+    Source: docs/trees.md.
+    """
+    pointer = integers("ptr", ptr)
+    inputs = check_size("the end of ptr", pointer[-1] if pointer.size else 0)
+    pointer = pointer_array("ptr", pointer, "row", inputs, "number of inputs")
+    return Connectivity.from_csr(pointer, np.arange(inputs, dtype=np.int32), inputs)
 
 
 def pseudo_image(features: int) -> tuple[int, int]:

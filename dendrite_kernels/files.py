@@ -20,6 +20,7 @@ from torch import nn
 from ._modules import hooks_of
 from ._replace import replaced
 from .nn import DendriticLayer, SparseLinear
+from .tree import DendriticTree
 
 _KEY = "dendrite_kernels"  # in the header of the file
 _VERSION = 2
@@ -43,6 +44,7 @@ _FLAG, _SIZE, _NUMBER, _DIM = _is(bool), _is(int), _is(int, float), _is(int, typ
 _OPTIONS: dict[type[nn.Module], dict[str, Check]] = {
     DendriticLayer: dict.fromkeys(DendriticLayer.OPTIONS, _any),
     SparseLinear: dict.fromkeys(SparseLinear.OPTIONS, _any),
+    DendriticTree: dict.fromkeys(DendriticTree.OPTIONS, _any),
     nn.Linear: {"in_features": _SIZE, "out_features": _SIZE},
     nn.Identity: {},
     nn.Flatten: {"start_dim": _SIZE, "end_dim": _SIZE},
@@ -65,9 +67,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network to exactly `path`; a reader never sees half a file.
 
     Args:
-        model: a DendriticLayer, a SparseLinear, a network of dendrite_kernels.models, or any
-            nn.Sequential of them, nn.Linear, dropout, flatten and activations without parameters,
-            which may be used several times.
+        model: a DendriticLayer, a DendriticTree, a SparseLinear, a network of
+            dendrite_kernels.models, or any nn.Sequential of them, nn.Linear, dropout, flatten and
+            activations without parameters, which may be used several times.
         path: of the file, which safetensors can read too.
 
     Raises:
@@ -214,7 +216,7 @@ def _layer(
     for key, value in options.items():
         if not checks[key](value):
             raise ValueError(f"Expected an option {key} that {kind} takes, got {value!r}")
-    if issubclass(made, (DendriticLayer, SparseLinear)):
+    if issubclass(made, (DendriticLayer, DendriticTree, SparseLinear)):
         return made._of_state(state, prefix, options)
     if made is nn.Linear:
         weight, bias = state.get(f"{prefix}weight"), f"{prefix}bias" in state

@@ -24,6 +24,7 @@ from . import connectivity
 from ._validate import check_size, image_of
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .structure import Connectivity
+from .tree import DendriticTree
 
 Kind = Literal[
     "dANN-R", "dANN-LRF", "dANN-GRF", "pdANN", "sANN", "sANN-LRF", "sANN-GRF", "psANN", "vANN",
@@ -118,7 +119,7 @@ def _to_somas(synapses: Connectivity, rule: str, init: Init, rng: np.random.Gene
     """From dendrites to somas, where these are a module of their own."""
     rows, somas = synapses.num_dendrites, synapses.num_somas
     if rule == "cable":
-        own = Connectivity.from_csr(synapses.soma_ptr, range(rows), rows)
+        own = connectivity.chain(synapses.soma_ptr)
         return SparseLinear(own, init=init, negative_slope=_NEGATIVE_SLOPE)
     if rule == "random":  # D * S positions out of (D * S) x S
         drawn = connectivity.random(rows, somas, 1, rows // somas, seed=rng)
@@ -206,6 +207,12 @@ def count_dense_parameters(model: nn.Module) -> int:
             total += (c.in_features + 1) * c.num_dendrites
             if isinstance(module, DendriticLayer):
                 total += (c.num_dendrites + 1) * c.num_somas
+        elif isinstance(module, DendriticTree):
+            inputs = module.connectivity.in_features
+            total += (inputs + 1) * module.connectivity.num_dendrites
+            for children, synapses in zip(module.chains, module.level_synapses, strict=True):
+                columns = children.in_features + (0 if synapses is None else inputs)
+                total += (columns + 1) * children.num_dendrites
         elif isinstance(module, nn.Linear):
             total += sum(p.numel() for p in module.parameters())
     return total

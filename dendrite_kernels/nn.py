@@ -59,10 +59,19 @@ def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
 
 
 @torch.no_grad()
-def _init_rows(weight: torch.Tensor, pointer: torch.Tensor, negative_slope: float) -> None:
-    """Uniform in each row's own bound; `pointer` says which weights form a row."""
+def _init_rows(
+    weight: torch.Tensor,
+    pointer: torch.Tensor,
+    negative_slope: float,
+    fan_in: torch.Tensor | None = None,
+) -> None:
+    """Uniform in each row's own bound; `pointer` says which weights form a row.
+
+    `fan_in` [rows], where a row has other weights beside these.
+    """
     counts = operators.beside(weight, pointer).long().diff()
-    bound = _fan_in_bound(counts, negative_slope)
+    fan_in = counts if fan_in is None else operators.beside(weight, fan_in)
+    bound = _fan_in_bound(fan_in, negative_slope)
     _uniform(weight, bound.repeat_interleave(counts, output_size=weight.numel()))
 
 
@@ -71,7 +80,7 @@ class _Sparse(nn.Module):
 
     WEIGHT: ClassVar[str]  # the parameter that has one number for each synapse
     BIAS: ClassVar[str]
-    PARAMETERS: ClassVar[tuple[str, ...]]
+    PARAMETERS: tuple[str, ...]
     OPTIONS: ClassVar[tuple[str, ...]]  # of the constructor, beside what a state holds
     precision: functional.Precision | None
 
@@ -101,12 +110,16 @@ class _Sparse(nn.Module):
         """The connectivity that a state dict holds: of the whole layer, where this is a shard."""
         return self.connectivity
 
+    def _packed(self, connectivity: Connectivity) -> torch.Tensor:
+        """The extra state of such a layer on another connectivity."""
+        return pack(connectivity)
+
     def get_extra_state(self) -> torch.Tensor:
         """The connectivity as a new uint8 tensor: weights mean nothing without it.
 
         A tensor, so that tools which take tensors only carry it: see dendrite_kernels.packing.
         """
-        return pack(self.described())
+        return self._packed(self.described())
 
     def set_extra_state(self, state: Any) -> None:
         """RuntimeError unless `state` is that of a layer of this connectivity."""
@@ -150,7 +163,8 @@ class _Sparse(nn.Module):
     def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:
         """A new layer of the synapses True in `kept` [nnz], with these values of parameters."""
         connectivity, weight = subset(self.connectivity, kept), values[self.WEIGHT].detach()
-        rest = {self.WEIGHT: weight[kept.to(weight.device)], "_extra_state": pack(connectivity)}
+        extra = self._packed(connectivity)
+        rest = {self.WEIGHT: weight[kept.to(weight.device)], "_extra_state": extra}
         options = {name: getattr(self, name) for name in self.OPTIONS}
         layer = type(self).from_state_dict({**values, **rest}, **options)
         layer.connectivity = connectivity  # equal, with labels, which a state does not hold
@@ -176,7 +190,8 @@ class _Sparse(nn.Module):
         """
         layer = cls._of_state(state, prefix, options)
         layer = layer.to_empty(device=state[prefix + cls.WEIGHT].device)
-        keys = [key for key in (*layer._parameters, "_extra_state") if prefix + key in state]
+        names = (name for name, _ in layer.named_parameters())
+        keys = [key for key in (*names, "_extra_state") if prefix + key in state]
         try:
             layer.load_state_dict({key: state[prefix + key] for key in keys})
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._modules import check_shapes
 from .nn import DendriticLayer, SparseLinear
+from .tree import DendriticTree
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
@@ -56,8 +57,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     """Those of a module's parameters that decay, without those of its children."""
-    if isinstance(module, (DendriticLayer, SparseLinear)):
-        return [p for name, p in module.named_parameters() if _stem(name).endswith("weight")]
+    if isinstance(module, (DendriticLayer, DendriticTree, SparseLinear)):
+        return [
+            p for name, p in module.named_parameters() if _stem(name).endswith(("weight", "cable"))
+        ]
     if isinstance(module, _NORMS):
         return []
     return [p for p in module.parameters(recurse=False) if p.dim() >= 2]

@@ -8,6 +8,7 @@ the meta device has it.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -92,6 +93,25 @@ def unpack(packed: object, nnz: int) -> Connectivity:
     rest.end()
     shape = [h[f"size_{i}"] for i in range(h["dimensions"])] or None
     return Connectivity(crow, columns, soma_ptr, n, shape, channels_first=bool(h["channels_first"]))
+
+
+def pack_all(parts: Sequence[Connectivity]) -> torch.Tensor:
+    """Several, one after the other: a new uint8 tensor that begins with their sizes in bytes."""
+    packed = [pack(part) for part in parts]
+    sizes = np.array([part.numel() for part in packed], "<i8")
+    with unset_fake_temporarily():
+        return torch.cat([torch.from_numpy(sizes.view(np.uint8)), *packed])
+
+
+def unpack_all(packed: object, nnz: Sequence[int]) -> list[Connectivity]:
+    """What `pack_all` made `packed` of; `nnz` of each, as for `unpack`."""
+    data = _Reader(_bytes(packed))
+    sizes = data.take(len(nnz), "<i8").tolist()
+    if min(sizes) < 0 or sum(sizes) != data.data.size:
+        raise ValueError(f"Expected {len(nnz)} packed Connectivities, got other bytes: {_CAUSE}")
+    with unset_fake_temporarily():
+        parts = [torch.from_numpy(data.take(size, "u1").copy()) for size in sizes]
+    return [unpack(part, count) for part, count in zip(parts, nnz, strict=True)]
 
 
 def difference(expected: Connectivity, got: Connectivity) -> str:

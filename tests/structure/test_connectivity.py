@@ -452,3 +452,19 @@ def test_a_million_dendrites() -> None:
     assert c.num_dendrites == 2**20
     assert (np.diff(check, axis=1) > 0).all()
     assert peak < 3 * check.nbytes
+
+
+def test_a_chain_joins_consecutive_inputs() -> None:
+    c = connectivity.chain([0, 2, 2, 5])
+    assert c == Connectivity.from_csr([0, 2, 2, 5], [0, 1, 2, 3, 4], 5)
+    assert (c.num_dendrites, c.num_somas, c.nnz) == (3, 3, 5)
+    for ptr, message in [
+        ([0, 3, 2, 5], "Expected ptr not to decrease, got 3 then 2 at row 1"),
+        ([1, 3], "Expected ptr to start at 0, got 1"),
+        ([0, 0], "Expected the end of ptr from 1 to"),
+        ([0], "Expected the end of ptr from 1 to"),
+        ([], "Expected the end of ptr from 1 to"),
+        ([0.0, 2.0], "Expected ptr of an integer type"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            connectivity.chain(ptr)
