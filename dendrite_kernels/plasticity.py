@@ -30,7 +30,7 @@ from ._validate import Array, check_size
 from .nn import DendriticLayer, SparseLinear, _saved_connectivity
 from .optim import StepInBackward
 from .packing import difference
-from .structure import Connectivity
+from .structure import Connectivity, untraced
 
 Layer: TypeAlias = DendriticLayer | SparseLinear
 Optimizers: TypeAlias = Optimizer | StepInBackward | None
@@ -197,6 +197,7 @@ class Rewirer:
         self.candidates = check_size("candidates", candidates)
         self._seeds = np.random.SeedSequence(seed).entropy  # TypeError, ValueError if it is none
         self.steps = 0
+        self._due = self._is_due()  # a flag: compiled code would look at `steps` at each step
         self._union: tuple[Connectivity, Connectivity, torch.Tensor] | None = None
         self._scores: torch.Tensor | None = None  # [union.nnz]
         if rule == "rigl":
@@ -209,33 +210,33 @@ class Rewirer:
             RuntimeError: with "rigl", no backward pass went through the layer since the last step.
             ValueError: as `rewire`.
         """
-        due = self._due()
+        due = self._due
         self.steps += 1
-        if not due:
-            return False
-        fraction = self.fraction / 2 * (1 + math.cos(math.pi * self.steps / self.end))
-        if self.rule == "set":
-            generator = self._generator(self.steps)
-            where = {"region": self.region, "generator": generator}
-            rewire(self.layer, self.optimizer, fraction=fraction, **where)  # type: ignore[arg-type]
-            return True
-        union, scores = self._union, self._scores
-        self._union = self._scores = None
-        if union is None or scores is None or union[0] is not self.layer.connectivity:
-            raise RuntimeError(
-                "Expected a backward pass through the layer since the last step, got none"
-            )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(scores)
-        if not bool(scores.isfinite().all()):
-            return False
+        self._due = self._is_due()
+        return due and untraced(self._rewire)
+
+    def _rewire(self) -> bool:
+        grow: Any = "random"
+        region = self.region
+        if self.rule == "rigl":
+            union, grow = self._union, self._scores
+            self._union = self._scores = None
+            if union is None or grow is None or union[0] is not self.layer.connectivity:
+                raise RuntimeError(
+                    "Expected a backward pass through the layer since the last step, got none"
+                )
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(grow)
+            if not bool(grow.isfinite().all()):
+                return False
+            region, grow = union[1], grow.abs()
         rewire(
             self.layer,
             self.optimizer,
-            fraction=fraction,
-            grow=scores.abs(),
-            region=union[1],
-            generator=self._generator(self.steps, 1),
+            fraction=self.fraction / 2 * (1 + math.cos(math.pi * self.steps / self.end)),
+            grow=grow,
+            region=region,
+            generator=self._generator("moves"),
         )
         return True
 
@@ -246,26 +247,29 @@ class Rewirer:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """What `state_dict` returned; give the layer its connectivity by `adopt`."""
         self.steps = int(state["steps"])
+        self._due = self._is_due()
         self._union = self._scores = None
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         """Whether the next step rewires."""
         return (self.steps + 1) % self.every == 0 and self.steps + 1 < self.end
 
-    def _generator(self, *key: int) -> torch.Generator:
+    def _generator(self, use: Literal["moves", "candidates"]) -> torch.Generator:
         """Of one step, so that a checkpoint needs no state of it."""
-        seeds = np.random.SeedSequence(self._seeds, spawn_key=key)
-        return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        key = self.steps, ("moves", "candidates").index(use)
+        (seed,) = np.random.SeedSequence(self._seeds, spawn_key=key).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed))
 
     def _watch(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Have the backward pass from y add up the gradients of candidates."""
         if y.requires_grad:
-            y.register_hook(functools.partial(self._add, x.detach()))
+            add = functools.partial(self._add, x.detach())
+            y.register_hook(lambda grad: untraced(functools.partial(add, grad)))
 
     def _add(self, x: torch.Tensor, grad: torch.Tensor) -> None:
         layer, c = self.layer, self.layer.connectivity
         if self._union is None or self._union[0] is not c:
-            generator = self._generator(self.steps + 1, 0)
+            generator = self._generator("candidates")
             union, is_new = candidates(c, self.candidates, region=self.region, generator=generator)
             self._union, self._scores = (c, union, is_new), None
         _, union, is_new = self._union
@@ -289,7 +293,7 @@ class _Hook:
 
     def __call__(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
         rewirer = self.rewirer()
-        if rewirer is not None and rewirer._due():
+        if rewirer is not None and rewirer._due:
             rewirer._watch(args[0] if args else named["x"], y)
 
 
