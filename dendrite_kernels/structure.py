@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RANK_ALONG_FIELDS = "rank along fields"  # a key of `cached`, see backends._order
 _ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
 _MISSING: Any = object()  # no value of a cache
 
