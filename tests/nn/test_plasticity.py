@@ -249,6 +249,15 @@ def test_steps_in_backward() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_backward_through_what_was_rewired_is_refused() -> None:
+    layer = made(dk.DendriticLayer)
+    for _ in range(2):  # the first call goes another way
+        y = layer(oracle.drawn(BATCH, N, seed=0, dtype=torch.float64))
+        rewire(layer, fraction=0.3, generator=generator())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_fraction_zero_and_full_dendrites_change_nothing() -> None:
     layer = made(dk.SparseLinear)
     c = layer.connectivity
