@@ -11,7 +11,17 @@ Model: Chavlis & Poirazi, Nature Communications 16:943 (2025).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import backends, centres, connectivity, functional, interop, models, optim, reference
+from . import (
+    backends,
+    centres,
+    connectivity,
+    functional,
+    interop,
+    models,
+    optim,
+    plasticity,
+    reference,
+)
 from .backends import BackendUnavailable, backend_info, use_backend
 from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
@@ -52,6 +62,7 @@ __all__ = [
     "models",
     "optim",
     "parallel",
+    "plasticity",
     "reference",
     "save",
     "use_backend",

@@ -19,6 +19,8 @@ _HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
+_HARMLESS = parametrizations.__name__, f"{__package__}.plasticity"
+
 
 def ordinary(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, if it has its numbers, in memory and one for each place; else ValueError."""
@@ -75,8 +77,9 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The kind and the function of each hook that runs with a module or its state dict."""
     for kind in _HOOKS:
         for hook in getattr(module, kind).values():
-            # weight_norm leaves one that reads old files, even where it is removed
-            if getattr(hook, "__module__", None) != parametrizations.__name__:
+            # weight_norm leaves one that reads old files, even where it is removed; that of a
+            # plasticity.Rewirer only watches
+            if getattr(hook, "__module__", None) not in _HARMLESS:
                 yield kind[1:], hook
 
 

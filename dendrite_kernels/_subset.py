@@ -27,16 +27,38 @@ def largest(c: Connectivity, weight: torch.Tensor, amount: Amount) -> torch.Tens
         TypeError, ValueError: not an int >= 0 or a float from 0 to 1; a weight is NaN.
     """
     counts = np.diff(c.crow_indices.numpy())  # [R]
-    going = np.minimum(counts, _going(counts, amount))
-    rows = np.repeat(np.arange(counts.size), counts)  # [nnz]
+    return torch.from_numpy(without_smallest(c, weight, np.minimum(counts, _going(counts, amount))))
+
+
+def without_smallest(c: Connectivity, weight: torch.Tensor, going: Array) -> Array:
+    """Which synapses stay, bool [nnz], when dendrites lose `going` [R] of least |weight| each.
+
+    Of equal weights the later ones go first.
+
+    Raises:
+        ValueError: a weight is NaN.
+    """
+    counts = np.diff(c.crow_indices.numpy())  # [R]
     size = weight.detach().abs().double().cpu().numpy()
     if np.isnan(size).any():
         raise ValueError(f"Expected weights that are numbers, got {np.isnan(size).sum()} NaN")
-    order = np.lexsort((-size, rows))  # each row's synapses, the largest first
-    rank = np.arange(c.nnz) - c.crow_indices.numpy()[rows]
-    kept = np.zeros(c.nnz, np.bool_)
-    kept[order] = rank < (counts - going)[rows]
-    return torch.from_numpy(kept)
+    stay: Array = ranks(counts, -size) < np.repeat(counts - going, counts)
+    return stay
+
+
+def ranks(counts: Array, values: Array) -> Array:
+    """The place of each value in its row, in ascending order; of equal ones the earlier is first.
+
+    Rows have `counts` [R] values, one after another. Those of one length are sorted together, ten
+    times as fast as all in one.
+    """
+    rank = np.empty(values.size, np.int64)
+    start = np.cumsum(counts) - counts
+    for k in np.unique(counts[counts > 0]):
+        index = start[counts == k][:, None] + np.arange(k)  # [rows, k]
+        order = values[index].argsort(axis=1, kind="stable")
+        rank[np.take_along_axis(index, order, axis=1)] = np.arange(k)
+    return rank
 
 
 def _going(counts: Array, amount: Amount) -> Array:

@@ -150,6 +150,11 @@ class _Sparse(nn.Module):
                 parametrized, on the meta device, or under torch.nn.utils.prune
                 (interop.from_pruned takes that).
         """
+        values = self.whole_parameters()
+        return self._without(largest(self.connectivity, values[self.WEIGHT], amount), values)
+
+    def whole_parameters(self) -> dict[str, nn.Parameter]:
+        """By name; ValueError unless they are all that there is, with values, in this layer."""
         values = dict(self.named_parameters())
         if not values.keys() <= set(self.PARAMETERS) or self.described() is not self.connectivity:
             raise ValueError(
@@ -158,7 +163,7 @@ class _Sparse(nn.Module):
             )
         for name, value in values.items():
             ordinary(name, value)
-        return self._without(largest(self.connectivity, values[self.WEIGHT], amount), values)
+        return values
 
     def _without(self, kept: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Self:
         """A new layer of the synapses True in `kept` [nnz], with these values of parameters."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RANK_ALONG_FIELDS = "rank along fields"  # a key of `cached`, see backends._order
 _ARRAYS = ("crow_indices", "col_indices", "soma_ptr")
 _MISSING: Any = object()  # no value of a cache
 
@@ -307,7 +308,7 @@ class Connectivity:
         if value is _MISSING:
             with self._lock:
                 if key not in self.derived:
-                    self.derived[key] = _untraced(factory)
+                    self.derived[key] = untraced(factory)
                 value = self.derived[key]
         return value
 
@@ -449,7 +450,7 @@ def _tensors(*arrays: Array) -> list[torch.Tensor]:
         return [torch.from_numpy(array) for array in arrays]
 
 
-def _untraced(factory: Callable[[], T]) -> T:
+def untraced(factory: Callable[[], T]) -> T:
     """factory(), where torch.compile does not look.
 
     A call from a frame that the compiler gave up on is a frame that it tries in turn, and numpy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dendrite_kernels as dk
-from bench.gpu.clock import milliseconds, replayed
+from bench.gpu.clock import graph_milliseconds
 from dendrite_kernels.backends import cuda
 from dendrite_kernels.backends.cuda import plan as planner
 from dendrite_kernels.backends.cuda.plan import Limits, TilePlan, Work
@@ -118,7 +118,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def kernel_times(layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str, dict[str, float]]:
-    """Every launch of forward and backward by itself, in a graph of ten."""
+    """Every launch of forward and backward by itself, in a graph of many."""
     problem = Problem(layer, x, grad)
     found = {}
     for kernel in KERNELS:
@@ -127,7 +127,7 @@ def kernel_times(layer: dk.DendriticLayer, x: Tensor, grad: Tensor) -> dict[str,
             title = name if name == kernel else f"{kernel}: {name}"
             while title in found:
                 title += " again"
-            found[title] = milliseconds(replayed(run, 10), 10)
+            found[title] = graph_milliseconds(run)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .._validate import Array
-from ..structure import Connectivity
+from ..structure import RANK_ALONG_FIELDS, Connectivity
 
 # Size of the groups. In smaller ones fewer neighbours share inputs; in larger ones backward reads
 # weights and signs from more distant addresses (6 % slower on case B of the benchmarks).
@@ -114,6 +114,10 @@ def _rank_along_fields(connectivity: Connectivity) -> Array | None:
 
     None unless neighbours share inputs in that order, and more than twice as many as by number.
     """
+    return connectivity.cached(RANK_ALONG_FIELDS, lambda: _find_rank(connectivity))
+
+
+def _find_rank(connectivity: Connectivity) -> Array | None:
     rows = connectivity.num_dendrites
     if rows < 2 or connectivity.nnz == 0:
         return None
@@ -132,7 +136,8 @@ def _shared(connectivity: Connectivity, one: Array, other: Array) -> float:
     crow, col = connectivity.crow_indices.numpy(), connectivity.col_indices.numpy()
     inputs = connectivity.in_features
     mine, its = (_inputs_of_pairs(crow, col, rows, inputs) for rows in (one, other))
-    return np.intersect1d(mine, its, assume_unique=True).size / max(1, mine.size)
+    both = np.isin(mine, its, assume_unique=True, kind="sort")  # merges them: each is sorted
+    return np.count_nonzero(both) / max(1, mine.size)
 
 
 def _inputs_of_pairs(crow: Array, col: Array, rows: Array, inputs: int) -> Array:
