@@ -37,9 +37,8 @@ def rewire(
     A dendrite of K synapses exchanges max(1, round(fraction * K)) of them (half to even), or as
     many as there are places to grow. What it drops it does not grow again at once. Kept synapses
     keep their weights and the optimizer's numbers bit for bit; those of new ones are 0, as are
-    gradients. `layer.connectivity` becomes another object: whoever took the old one has the old
-    one, and a layer that shares the weight must not exist. Rewire between a step and the next
-    forward.
+    gradients. `layer.connectivity` becomes another object; no other layer may share the weight.
+    Rewire between a step and the next forward.
 
     Args:
         layer: a DendriticLayer or SparseLinear.

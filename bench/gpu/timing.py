@@ -203,12 +203,8 @@ def main() -> int:
         "cases": {name: {} for name in options.cases},
     }
     failed = False
-    for makers in (
-        OURS,
-        DENSE,
-        OTHERS,
-        CSR,
-    ):  # the most important ones first, since time may run out
+    # The most important ones first, since time may run out.
+    for makers in (OURS, DENSE, OTHERS, CSR):
         for name in options.cases:
             if makers is not OURS and name == "G":
                 continue  # nothing else holds it

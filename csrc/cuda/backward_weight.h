@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
 #pragma unroll
         for (int i = 0; i < K::kVec; ++i) sum += grad.value[i];
         sum = sum_lanes<K::kLanes>(sum);
-        if (me.place == 0 && s >= 0 && is_first<K>(synapses, me))
+        if (me.place == 0 && s >= 0 && leads_team<K>(synapses, me))
           accumulate(partial_soma + s, sum, is_first_tile);
       }
       int32_t bundle = __ldg(synapses.bundles + item);

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
     }
     const int32_t s = output_of<K>(synapses, item, me);
     const A bias = args.soma_bias && s >= 0 ? args.soma_bias[s] : A(0);
-    const bool writes = s >= 0 && is_first<K>(synapses, me);
+    const bool writes = s >= 0 && leads_team<K>(synapses, me);
 #pragma unroll
     for (int i = 0; i < K::kVec; ++i) {
       const A sum = sum_team<K>(v[i], synapses.team_bits) + bias;

@@ -181,7 +181,7 @@ DK_DEVICE int32_t output_of(const Synapses& synapses, uint32_t item, const Threa
 
 // Whether this group is the first one of its team.
 template <class K>
-DK_DEVICE bool is_first(const Synapses& synapses, const Thread<K>& me) {
+DK_DEVICE bool leads_team(const Synapses& synapses, const Thread<K>& me) {
   return (me.group & ((1 << synapses.team_bits) - 1)) == 0;
 }
 

@@ -42,7 +42,7 @@ def test_a_first_call_in_a_capture_is_an_error_that_helps(monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "_stream", lambda device: 7)
     c = dk.connectivity.random(20, 2, 3, 4, seed=0)
     with pytest.raises(RuntimeError, match="Expected a call with a batch of this size before"):
-        cuda._rows(c, torch.device("cuda", 0), Kind(1, 1, False), True)
+        cuda._rows(c, torch.device("cuda", 0), Kind(1, 1, False), True, 7)
     assert not any("cuda" in str(key) for key in c.derived)
 
 

@@ -19,8 +19,9 @@ import pytest
 
 from tests.cuda_emulator.build import ROOT, SOURCES
 from tests.cuda_emulator.ptx import build, vocabulary
-from tests.cuda_emulator.ptx.library import Library
-from tests.cuda_emulator.ptx.translate import UnknownPtx, entries, translate
+from tests.cuda_emulator.ptx.calls import Library
+from tests.cuda_emulator.ptx.parse import UnknownPtx, entries
+from tests.cuda_emulator.ptx.translate import translate
 
 REASON = build.missing()
 needs_nvcc = pytest.mark.skipif(REASON is not None, reason=f"PTX: {REASON}")

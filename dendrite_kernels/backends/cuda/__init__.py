@@ -135,16 +135,18 @@ def _upload(
     )  # fmt: skip
 
 
-def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool) -> _Layout:
+def _rows(c: Connectivity, device: torch.device, kind: Kind, somas: bool, stream: int) -> _Layout:
     def make() -> _Layout:
         outputs = c.num_somas if somas else c.num_dendrites
         return _upload(pack.pack_rows(c, kind, somas), kind, c.num_dendrites, outputs, device)
 
     layout: _Layout = c.cached(("cuda rows", device, kind.groups, somas), make)
-    return layout.on(_stream(device))
+    return layout.on(stream)
 
 
-def _columns(c: Connectivity, device: torch.device, plan: TilePlan, somas: bool) -> _Layout:
+def _columns(
+    c: Connectivity, device: torch.device, plan: TilePlan, somas: bool, stream: int
+) -> _Layout:
     kind, staged = plan.kind, plan.staged
 
     def make() -> _Layout:
@@ -152,7 +154,7 @@ def _columns(c: Connectivity, device: torch.device, plan: TilePlan, somas: bool)
         return _upload(packing, kind, c.in_features, c.in_features, device)
 
     layout: _Layout = c.cached(("cuda columns", device, kind.groups, somas, staged), make)
-    return layout.on(_stream(device))
+    return layout.on(stream)
 
 
 def _wide(like: torch.Tensor, tensor: Maybe) -> Maybe:
@@ -210,14 +212,14 @@ def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe)
     somas = cable is not None
     plan, tiles, few_blocks = None, None, 0
     if batch <= planner.FEW_SAMPLES:
-        layout = _rows(connectivity, x.device, Kind(1, 1, False), somas)
+        layout = _rows(connectivity, x.device, Kind(1, 1, False), somas, stream)
         warps = y.shape[1] if somas else -(-y.shape[1] // 32)
         few_blocks = min(-(-warps // 4), 16 * limits.multiprocessors)
     else:
         rows = connectivity.num_dendrites
         work = Work(batch, inputs, y.shape[1], rows, connectivity.nnz, x.itemsize)
         plan = planner.plan_tiles(work, limits)
-        layout = _rows(connectivity, x.device, plan.kind, somas)
+        layout = _rows(connectivity, x.device, plan.kind, somas, stream)
         if not plan.kind.shared:
             tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
     _load()[0].forward(
@@ -250,7 +252,7 @@ def backward(
     plan = planner.plan_weight(
         Work(batch, inputs, outputs, rows, connectivity.nnz, x.itemsize), limits
     )
-    layout = _rows(connectivity, device, plan.kind, somas)
+    layout = _rows(connectivity, device, plan.kind, somas, stream)
     grad_v = _tiles(plan, grad, y, soma_slope, False, True, stream)
     tiles = None
     if not plan.kind.shared:
@@ -299,7 +301,7 @@ def _backward_input(
     sign_rows = 0 if cable is None else connectivity.num_dendrites
     work = Work(batch, grad.shape[1], inputs, inputs, connectivity.nnz, weight.itemsize, sign_rows)
     plan = planner.plan_tiles(work, _limits(device.index))
-    layout = _columns(connectivity, device, plan, cable is not None)
+    layout = _columns(connectivity, device, plan, cable is not None, stream)
     grad_v = _tiles(plan, grad, y, soma_slope, layout.has_pads, True, stream)
     _load()[0].backward_input(
         layout.packed, connectivity.num_dendrites, grad_v.shape[1], grad_v, signs,

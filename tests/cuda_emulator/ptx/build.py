@@ -53,7 +53,8 @@ def link_alone(source: Path) -> Path:
 def kernels(unit: Path) -> Path:
     """The object with the translated kernels of a unit."""
     source = ptx(unit)
-    made = source.with_suffix(f".{emulator.digest((HERE / 'translate.py').read_bytes())}.cpp")
+    translator = (path.read_bytes() for path in sorted(HERE.glob("*.py")))
+    made = source.with_suffix(f".{emulator.digest(*translator)}.cpp")
     if not made.exists():
         made.write_text(translate(source.read_text()))
     return _compile(made, TRANSLATED)

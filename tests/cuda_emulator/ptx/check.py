@@ -17,7 +17,7 @@ import torch
 
 from dendrite_kernels.backends import cuda
 from tests.cuda_emulator import check
-from tests.cuda_emulator.ptx.library import Library
+from tests.cuda_emulator.ptx.calls import Library
 
 
 class Watched:

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from tests.cuda_emulator.ptx.library import Library
+from tests.cuda_emulator.ptx.calls import Library
 
 THREADS = 64
 
