@@ -13,8 +13,8 @@ import torch
 from torch import is_grad_enabled
 from torch._C import _get_tracing_state
 
-from . import backends, fast_path, operators, transforms
-from .backends.protocol import Maybe, Slopes
+from . import _adam, backends, fast_path, operators, transforms
+from .backends.protocol import AdamStep, Maybe, Slopes
 from .structure import Connectivity
 
 
@@ -59,7 +59,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
         with backends.use_backend(backend):
             return _differentiate(ctx, grad)
     x, y, signs, synapse_weight, dendrite_bias, cable_weight = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed, step = ctx.needs_input_grad, None
     gradients: tuple[Maybe, ...]
     if is_grad_enabled() or transforms.active():  # create_graph=True: this pass is recorded in turn
         crow, col, soma_ptr = indices
@@ -74,12 +74,26 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
                 needed[0],
             )  # fmt: skip
     else:
+        if _adam.optimizers and needed[1]:  # of no layer, for most
+            step = _step_of(ctx, x, synapse_weight)
         gradients = operators.backward(
             grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices,
-            *slopes, needed[0],
+            *slopes, needed[0], step=step,
         )  # fmt: skip
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
+    if step is not None:
+        wanted[1] = None
     return *wanted, *(None,) * (len(needed) - len(wanted))
+
+
+def _step_of(ctx: Any, x: torch.Tensor, synapse_weight: torch.Tensor) -> AdamStep | None:
+    """The step of Adam that this backward pass takes in place of a gradient."""
+    if not x.shape[0] or not backends.select(x.device).STEPS or operators.observed():
+        return None
+    step = _adam.due(synapse_weight, ctx.next_functions[1][0])
+    if step is not None:
+        _adam.begin(synapse_weight, step)
+    return step
 
 
 # ---- the operator, eager and compiled ----

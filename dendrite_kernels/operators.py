@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import check_slope
 from .backends import select
-from .backends.protocol import Backend, Gradients, Maybe, Operands, Slopes
+from .backends.protocol import AdamStep, Backend, Gradients, Maybe, Operands, Slopes
 from .structure import Connectivity
 
 Two = tuple[torch.Tensor, torch.Tensor]
@@ -208,6 +208,7 @@ def _backward(
     negative_slope: float,
     soma_slope: float,
     need_x: bool,
+    step: AdamStep | None = None,
 ) -> Gradients:
     parameters = synapse_weight, dendrite_bias, cable_weight, None
     indices, slopes = (crow_indices, col_indices, soma_ptr), (negative_slope, soma_slope)
@@ -222,8 +223,9 @@ def _backward(
         _check_sample("y", y, x)
         y, rows = _samples(backend, y), operands.connectivity.num_dendrites
         signs = _plain(signs if signs.dim() == 2 else signs.reshape(-1, rows))
+    stepping = {} if step is None else {"step": step}
     gradients = backend.backward(
-        _samples(backend, grad), _samples(backend, x), y, signs, operands, need_x
+        _samples(backend, grad), _samples(backend, x), y, signs, operands, need_x, **stepping
     )
     if x.dtype not in LOW:
         return gradients
@@ -284,10 +286,13 @@ def forward(*args: Any) -> Two:
     return both
 
 
-def backward(*args: Any) -> Gradients:
-    """The operator `backward`, which records nothing. Arguments as in its schema."""
-    if not _needs_dispatch(*args[:7]):
-        return _backward(*args)
+def backward(*args: Any, step: AdamStep | None = None) -> Gradients:
+    """The operator `backward`, which records nothing. Arguments as in its schema.
+
+    With a step, which no operator takes, the synapse weight is stepped in place and dw is [0].
+    """
+    if step is not None or not _needs_dispatch(*args[:7]):
+        return _backward(*(*args, step))
     gradients: Gradients = _backward_op(*args)
     return gradients
 

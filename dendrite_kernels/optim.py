@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import _adam
 from ._modules import check_shapes
 from .nn import DendriticLayer, SparseLinear
 from .tree import DendriticTree
@@ -89,6 +90,10 @@ class StepInBackward:
         for scheduler in schedulers:
             scheduler.step()
 
+    On a GPU, synapse weights whose optimizer is torch.optim.Adam or AdamW with fused=True are
+    stepped by the kernel that finishes their gradient, which is then never stored. Who could see
+    the gradient still does: a hook of the parameter or the optimizer, a profiler, torch.compile.
+
     What needs all gradients at once does not work:
 
     - Gradients accumulated over several backward calls: each call is a step. Call backward once, on
@@ -111,7 +116,9 @@ class StepInBackward:
             trained by another StepInBackward (`remove` that first), or an optimizer has other
             parameters.
         RuntimeError: in backward: a parameter already holds a gradient, so that they would be
-            accumulated; or a group was added to an optimizer, which no backward would step.
+            accumulated; a group was added to an optimizer, which no backward would step; or a
+            weight that a kernel has stepped has a gradient from elsewhere than its layer too, such
+            as a penalty: give it another optimizer, say fused=False, or AdamW's weight_decay.
     """
 
     def __init__(
@@ -140,6 +147,7 @@ class StepInBackward:
             for p, optimizer in zip(chosen, self.optimizers, strict=True)
         ]
         self._parameters = chosen
+        _adam.optimizers.update(zip(chosen, self.optimizers, strict=True))
         _trained.update(dict.fromkeys(chosen))
 
     def remove(self) -> None:
@@ -150,7 +158,7 @@ class StepInBackward:
             handle.remove()
         self._handles = []
         for p in self._parameters:
-            del _trained[p]
+            del _trained[p], _adam.optimizers[p]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Of each optimizer, in the order of the parameters, with the parameter's shape."""
@@ -198,6 +206,11 @@ def _step(optimizer: Optimizer) -> Callable[[torch.Tensor], None]:
             raise RuntimeError(
                 "Expected an optimizer of one parameter, got a group added to it: make another "
                 "StepInBackward for the new parameters"
+            )
+        if parameter.grad is not None and _adam.begun(parameter):
+            raise RuntimeError(
+                "Expected the gradient of a weight from its layer alone, got more from elsewhere "
+                "after the kernel's step: make its optimizer with fused=False"
             )
         optimizer.step()
         parameter.grad = None

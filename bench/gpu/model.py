@@ -10,6 +10,7 @@ docs/cuda.md explains it. No GPU takes part: limits and clock are those of an H1
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -104,28 +105,43 @@ def split_somas(case: Case) -> float:
     return (busy + planner.stage_cycles(plan, work)) / CLOCK
 
 
+# Bytes of a synapse that packing its weight twice, finishing its gradient and Adam move.
+PACKED, FINISHED, STEPPED = 12, 16, 32
+UNSTORED = 8  # those of the gradient, which Adam in the last kernel neither writes nor reads
+
+
+def kernels_of(name: str, case: Case) -> dict[str, Work]:
+    """What a step of a case runs; G is a first layer, whose x needs no gradient."""
+    return {k: work_of(case, k) for k in planner.COSTS if (name, k) != ("G", "backward_input")}
+
+
+def whole_step(name: str, case: Case) -> float:
+    """Forward, backward and Adam in microseconds."""
+    works = kernels_of(name, case)
+    times = sum(predicted(work, plan_of(work, kernel), kernel) for kernel, work in works.items())
+    packings = len(works) - 1  # the weights' kernel needs none
+    moved = PACKED * packings + FINISHED + STEPPED
+    return times + moved * case.rows * case.synapses / MEMORY
+
+
 def main() -> None:
     print("kernel                 kind   instructions  wavefronts  L2    predicted   before, us")
     for name, case in CASES.items():
-        step = 0.0
-        for kernel, costs in planner.COSTS.items():
-            if name == "G" and kernel == "backward_input":
-                continue  # a first layer
-            work = work_of(case, kernel)
-            plan = plan_of(work, kernel)
+        for kernel, work in kernels_of(name, case).items():
+            costs, plan = planner.COSTS[kernel], plan_of(work, kernel)
             cycles = (planner.ISSUE, 1.0, planner.L2_BYTES)
             bounds = [
                 turns(plan) * amount / rate / CLOCK
                 for amount, rate in zip(planner.demands(plan, work, costs), cycles, strict=True)
             ]
-            time = predicted(work, plan, kernel)
-            step += time
             kind = f"{plan.kind.samples} in {'shared' if plan.kind.shared else 'L2'}"
-            numbers = (*bounds, time, before(work, kernel))
+            numbers = (*bounds, predicted(work, plan, kernel), before(work, kernel))
             print(f"{name} {kernel:17s}{kind:13s}" + "".join(f"{n:11.1f}" for n in numbers))
-        saved = 8 * case.rows * case.synapses / MEMORY  # the gradient is neither written nor read
+        saved = UNSTORED * case.rows * case.synapses / MEMORY
+        few = whole_step(name, replace(case, batch=8))
         print(
-            f"{name} all kernels {step:.1f} us; Adam where the gradient is would save {saved:.1f}"
+            f"{name} step {whole_step(name, case):.1f} us, {few:.1f} with 8 samples; Adam where "
+            f"the gradient is saves {saved:.1f}"
         )
     print(f"\nB forward with split somas: {split_somas(CASES['B']):.1f} us")
     print("\nforward of global fields       density   ours fp32   ours bf16   tensor cores, us")

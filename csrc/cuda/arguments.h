@@ -56,6 +56,17 @@ struct WeightArgs {
   A slope;
 };
 
+// A step of torch.optim.Adam or AdamW, taken where the gradient is.
+template <class A>
+struct AdamArgs {
+  A *weight, *exp_avg, *exp_avg_sq;  // [nnz]; null: no step, the gradient is stored
+  const float* steps;                // [] taken, with this one
+  A lr, decay;                       // decay of the weight, before the step: 1 - lr * weight_decay
+  A l2;                              // weight_decay of Adam, which joins the gradient
+  A beta2, rest1, rest2;             // rest: 1 - beta, which has few digits left in float
+  A log_beta1, log_beta2, eps;
+};
+
 template <class A>
 struct FinishArgs {
   Synapses synapses;
@@ -63,6 +74,7 @@ struct FinishArgs {
   const A *weight, *dendrite_bias, *cable;  // weight in CSR order; bias, cable may be null
   const int32_t* source;                    // [slots] CSR position, -1 for pads; null: identity
   A *dweight, *ddendrite_bias, *dcable, *dsoma_bias;  // dcable, dsoma_bias null without somas
+  AdamArgs<A> adam;                                   // instead of dweight
   int32_t rows, somas, groups;
   int32_t row_groups, chunk;  // rows of a bundle, synapses of a row in a step
 };

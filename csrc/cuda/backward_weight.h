@@ -139,10 +139,30 @@ __global__ void __launch_bounds__(K::kMaxThreads, 1)
   }
 }
 
+// Corrects the averages of Adam for their start at 0: 1 - beta**steps, without cancellation.
+template <class A>
+DK_DEVICE A correction(A log_beta, A steps) {
+  return -expm1(log_beta * steps);
+}
+
+// Steps the weight at `to`, which is `weight` now, with this gradient.
+template <class A>
+DK_DEVICE void step_adam(const AdamArgs<A>& adam, int64_t to, A weight, A grad, A correction1,
+                         A correction2) {
+  grad += adam.l2 * weight;
+  const A m = adam.exp_avg[to], v = adam.exp_avg_sq[to];
+  const A exp_avg = m + adam.rest1 * (grad - m);
+  const A exp_avg_sq = adam.beta2 * v + adam.rest2 * grad * grad;
+  adam.exp_avg[to] = exp_avg;
+  adam.exp_avg_sq[to] = exp_avg_sq;
+  const A scale = sqrt(exp_avg_sq / correction2) + adam.eps;
+  adam.weight[to] = adam.decay * weight - adam.lr * (exp_avg / correction1) / scale;
+}
+
 // Sums the partial sums in their order and scales. A warp takes one bundle, always the same lanes a
 // row of it. `dweight` may be `partial` itself: every element is read and then written by one
-// thread.
-template <class A>
+// thread, as are those of the weight that Adam steps.
+template <class A, bool ADAM>
 __global__ void __launch_bounds__(256, 1) finish_weight(const FinishArgs<A> args) {
   const Synapses& synapses = args.synapses;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -161,13 +181,22 @@ __global__ void __launch_bounds__(256, 1) finish_weight(const FinishArgs<A> args
   A dot = 0;
   const int64_t step = int64_t(args.chunk) * args.row_groups;
   const int64_t end = __ldg(synapses.steps + bundle + 1) * step;
+  A correction1 = 1, correction2 = 1;
+  if constexpr (ADAM) {
+    correction1 = correction(args.adam.log_beta1, A(*args.adam.steps));
+    correction2 = correction(args.adam.log_beta2, A(*args.adam.steps));
+  }
   for (int64_t slot = __ldg(synapses.steps + bundle) * step + lane; slot < end; slot += 32) {
     const int64_t to = args.source ? args.source[slot] : slot;
     if (to < 0) continue;
     A sum = args.partial[slot];
     for (int g = 1; g < args.groups; ++g) sum += args.partial[g * synapses.slots + slot];
-    dot += args.weight[to] * sum;
-    args.dweight[to] = cable * sum;
+    const A weight = args.weight[to];
+    dot += weight * sum;
+    if constexpr (ADAM)
+      step_adam(args.adam, to, weight, cable * sum, correction1, correction2);
+    else
+      args.dweight[to] = cable * sum;
   }
   for (int bit = 1; bit < 32; bit *= 2) {
     const A other = __shfl_xor_sync(kAllLanes, dot, bit);

@@ -2,6 +2,7 @@
 // caller (backends/cuda) allocates everything, workspaces too, as torch tensors.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <vector>
 
 #include "launch.h"
@@ -220,12 +221,35 @@ void backward_weight(const Packed& packed, py::handle x, py::handle tiles, int32
   });
 }
 
-// `like` has the dtype of the activations; everything here is in their accumulator's type.
+// Adam's hyperparameters, as torch.optim names them. `decoupled`: those of AdamW.
+struct Adam {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;
+};
+
+template <class A>
+AdamArgs<A> adam_args(const Adam& adam) {
+  AdamArgs<A> args{};
+  args.lr = A(adam.lr);
+  args.decay = A(adam.decoupled ? 1 - adam.lr * adam.weight_decay : 1);
+  args.l2 = A(adam.decoupled ? 0 : adam.weight_decay);
+  args.beta2 = A(adam.beta2);
+  args.rest1 = A(1 - adam.beta1);
+  args.rest2 = A(1 - adam.beta2);
+  args.log_beta1 = A(std::log(adam.beta1));
+  args.log_beta2 = A(std::log(adam.beta2));
+  args.eps = A(adam.eps);
+  return args;
+}
+
+// `like` has the dtype of the activations; everything here is in their accumulator's type. With
+// `adam` the weight is stepped, and `dweight` is None.
 void finish_weight(const Packed& packed, py::handle like, py::handle partial,
                    py::handle partial_row, py::handle partial_soma, py::handle weight,
                    py::handle dendrite_bias, py::handle cable, int64_t synapses, py::handle dweight,
                    py::handle ddendrite_bias, py::handle dcable, py::handle dsoma_bias,
-                   int32_t groups, uintptr_t stream) {
+                   int32_t groups, const Adam* adam, py::handle exp_avg, py::handle exp_avg_sq,
+                   py::handle steps, uintptr_t stream) {
   dispatch(like, "x", [&](auto zero, int64_t, int64_t) {
     using T = decltype(zero);
     using A = Accumulator<T>;
@@ -238,7 +262,15 @@ void finish_weight(const Packed& packed, py::handle like, py::handle partial,
     args.weight = check.pointer<A>(weight, "synapse_weight", {synapses});
     args.dendrite_bias = check.pointer_or_null<A>(dendrite_bias, "dendrite_bias", {rows});
     args.source = packed.source;
-    args.dweight = check.pointer<A>(dweight, "grad of synapse_weight", {synapses});
+    if (adam) {
+      args.adam = adam_args<A>(*adam);
+      args.adam.weight = check.pointer<A>(weight, "synapse_weight", {synapses});
+      args.adam.exp_avg = check.pointer<A>(exp_avg, "exp_avg", {synapses});
+      args.adam.exp_avg_sq = check.pointer<A>(exp_avg_sq, "exp_avg_sq", {synapses});
+      args.adam.steps = check.pointer<float>(steps, "step", {});
+    } else {
+      args.dweight = check.pointer<A>(dweight, "grad of synapse_weight", {synapses});
+    }
     args.ddendrite_bias = check.pointer<A>(ddendrite_bias, "grad of dendrite_bias", {rows});
     args.cable = check.pointer_or_null<A>(cable, "cable_weight", {rows});
     if (args.cable) {
@@ -364,6 +396,10 @@ PYBIND11_MODULE(DK_MODULE, m, py::mod_gil_not_used()) {
   py::class_<Packed>(m, "Packed")
       .def(py::init<int32_t, py::object, py::object, py::object, py::object, py::object, py::object,
                     py::object, int32_t, int32_t, int32_t>());
+  py::class_<Adam>(m, "Adam").def(py::init(
+      [](double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled) {
+        return Adam{lr, beta1, beta2, eps, weight_decay, decoupled};
+      }));
   m.def("forward", &forward);
   m.def("backward_weight", &backward_weight);
   m.def("finish_weight", &finish_weight);

@@ -150,7 +150,9 @@ template <class T>
 const char* Launcher<T>::finish(const FinishArgs<A>& args, Stream stream) {
   const int64_t threads = int64_t(args.synapses.bundle_count) * 32;
   const int64_t needed = threads > args.somas ? threads : args.somas;
-  return start<finish_weight<A>>((needed + 255) / 256, 256, 0, stream, args);
+  const int64_t blocks = (needed + 255) / 256;
+  if (args.adam.weight) return start<finish_weight<A, true>>(blocks, 256, 0, stream, args);
+  return start<finish_weight<A, false>>(blocks, 256, 0, stream, args);
 }
 
 template <class T>

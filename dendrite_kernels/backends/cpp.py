@@ -14,6 +14,7 @@ from .protocol import Gradients, Maybe, Operands
 
 STORES_LOW = True
 ROUNDS_X = True
+STEPS = False
 
 FORWARD, FORWARD_ROWS = "cpp forward", "cpp forward rows"  # cache keys that the fast path looks up
 

@@ -29,6 +29,22 @@ class Operands(NamedTuple):
     soma_slope: float  # of the somas', >= 0: the sign of y must stand for that of their sums
 
 
+class AdamStep(NamedTuple):
+    """A step of torch.optim.Adam, or AdamW, that a backend takes where it has the gradient of the
+    synapse weights; the tensors are those of the optimizer's state.
+    """
+
+    exp_avg: torch.Tensor  # [nnz], contiguous, of the weight's dtype
+    exp_avg_sq: torch.Tensor  # like it
+    step: torch.Tensor  # float32 []: steps taken, with this one
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool  # the weight decays, not its gradient: AdamW
+
+
 class Backend(Protocol):
     """The functions of a backend. B samples; contiguous tensors; y is [B, S], or [B, R] without a
     cable.
@@ -39,6 +55,8 @@ class Backend(Protocol):
     STORES_LOW: bool
     # Rounds x to bfloat16 on its way into the synapses where asked; others are never asked.
     ROUNDS_X: bool
+    # Whether backward takes an AdamStep; others are never given one.
+    STEPS: bool
 
     def unavailable(self) -> str | None:
         """Why this backend cannot serve here, or None if it can."""
@@ -63,7 +81,11 @@ class Backend(Protocol):
         signs: Maybe,
         operands: Operands,
         need_x: bool,
+        step: AdamStep | None = None,
     ) -> Gradients:
         """dx [B, N] ([0, N] unless need_x), and of the parameters: dw [nnz], dbd [R], dc [R],
         dbs [S]; dc and dbs are [0] without a cable.
+
+        With a step the synapse weight is stepped in place, once all gradients are computed, and dw
+        is [0].
         """

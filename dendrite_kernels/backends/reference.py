@@ -11,6 +11,7 @@ from .protocol import Gradients, Maybe, Operands
 
 STORES_LOW = False
 ROUNDS_X = False
+STEPS = False
 
 
 def unavailable() -> str | None:

@@ -49,17 +49,13 @@ def build(replace: tuple[str, str, str] | None = None, sanitize: bool = True) ->
     Without the sanitizers it is fast, and any process can load it.
     """
     flags = SANITIZED if sanitize else FAST
-    sources = SOURCES if replace is None else mutated(*replace)
-    units = sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bind.cpp"])
-    if replace is not None:  # one dtype is enough
-        units = [unit for unit in units if unit.name == "kernels_f32.cu"]
+    units = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
+    if replace is not None:  # of one dtype, and first: the linker takes what several units define
+        mutant = mutated(*replace) / "cuda" / "kernels_f32.cu"
+        units = [mutant, *(unit for unit in units if unit.name != mutant.name)]
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda unit: _compile(unit, flags), units)
-        objects = {unit.name: path for unit, path in zip(units, made, strict=True)}
-    if replace is not None:
-        rest = sorted([*(SOURCES / "cuda").glob("*.cu"), SOURCES / "cuda" / "bind.cpp"])
-        objects = {path.name: _compile(path, flags) for path in rest} | objects
-    return link(list(objects.values()), SANITIZE[:1] if sanitize else [])
+        objects = list(pool.map(lambda unit: _compile(unit, flags), units))
+    return link(objects, SANITIZE[:1] if sanitize else [])
 
 
 def mutated(header: str, old: str, new: str) -> Path:

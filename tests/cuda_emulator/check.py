@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
 from dendrite_kernels.backends.cuda import pack, plan
-from dendrite_kernels.backends.protocol import Operands
+from dendrite_kernels.backends.protocol import AdamStep, Operands
 from tests import oracle
 
 TOLERANCE = {
@@ -157,7 +157,48 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     gradients = cuda.backward(grad, x, y, signs, layer, True)
     u, _ = cuda.forward(x, linear, False, False)
     results = [y, *gradients, u, *cuda.backward(grad_u, x, None, None, linear, True)[:3]]
-    return [t.cpu() for t in [*results, _bits(signs, x)]]
+    averages = [t.to(device) for t in averages_of(case, c.nnz)]
+    weight = weight.to(averages[0].dtype, copy=True)  # sums' own: other weights are not stepped
+    step = torch.tensor(4.0, device=device)
+    of_sums = [None if t is None else t.to(weight.dtype) for t in (dendrite_bias, cable)]
+    operands = Operands(weight, *of_sums, None, c, case.slope, case.soma_slope)
+    stepped = cuda.backward(
+        grad, x, y, signs, operands, True, AdamStep(*averages, step, **adam_options(case))
+    )
+    return [
+        t.cpu() for t in [*results, weight, *averages, *stepped[:1], *stepped[3:4], _bits(signs, x)]
+    ]
+
+
+def adam_options(case: Case) -> dict[str, Any]:
+    return {
+        "lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.2,
+        "decoupled": not case.bias,
+    }  # fmt: skip
+
+
+def averages_of(case: Case, size: int) -> list[torch.Tensor]:
+    """Adam's averages before the step; large ones, so that rounding cannot turn the step around."""
+    generator = torch.Generator().manual_seed(case.batch)
+    dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    exp_avg = torch.randn(size, generator=generator, dtype=dtype)
+    return [exp_avg, 1 + torch.rand(size, generator=generator, dtype=dtype)]
+
+
+def adam(case: Case, weight: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """Weight and averages after torch's step number 4."""
+    parameter = torch.nn.Parameter(weight.detach().clone())
+    parameter.grad = grad
+    options = adam_options(case)
+    betas = options.pop("beta1"), options.pop("beta2")
+    kind = torch.optim.AdamW if options.pop("decoupled") else torch.optim.Adam
+    optimizer = kind([parameter], betas=betas, **options)
+    exp_avg, exp_avg_sq = (t.to(weight) for t in averages_of(case, weight.numel()))
+    optimizer.state[parameter] = {
+        "step": torch.tensor(3.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq,
+    }  # fmt: skip
+    optimizer.step()
+    return [parameter.detach(), exp_avg, exp_avg_sq]
 
 
 def allow_kind(kind: int | None) -> None:
@@ -267,13 +308,15 @@ def results_of(
     full = [torch.zeros(0) if t is None else next(found) for t in leaves]
     sparse = torch.autograd.grad(u, (leaf, weight), grad_u)
     bits = (u > 0).int()
-    results = [y.detach(), *full, u.detach(), *sparse, grad_u.sum(0), bits]
+    stepped = [*adam(case, weight, full[1]), full[0], full[3]]
+    results = [y.detach(), *full, u.detach(), *sparse, grad_u.sum(0), *stepped, bits]
     return [t.cpu() for t in results]
 
 
 NAMES = [
     *("y", "dx", "dw", "dbd", "dc", "dbs"),
-    *("u", "sparse-dx", "sparse-dw", "sparse-db", "signs"),
+    *("u", "sparse-dx", "sparse-dw", "sparse-db"),
+    *("weight", "exp_avg", "exp_avg_sq", "stepped-dx", "stepped-dc", "signs"),
 ]
 
 

@@ -53,6 +53,15 @@ MUTANTS = {
     # The last columns of x are left out of the tile.
     "no tail": ("tile.h", "out[j] = n + j < inputs ? row[n + j] : T{};",
                 "out[j] = n + 3 < inputs ? row[n + j] : T{};"),
+    # Adam counts one step too few.
+    "late correction": ("backward_weight.h", "-expm1(log_beta * steps)",
+                        "-expm1(log_beta * (steps - 1))"),
+    # The gradient of the cable sees the weight behind the step.
+    "early step": ("backward_weight.h", "    dot += weight * sum;\n    if constexpr (ADAM)\n"
+                   "      step_adam(args.adam, to, weight, cable * sum, correction1, correction2);",
+                   "    if constexpr (ADAM)\n"
+                   "      step_adam(args.adam, to, weight, cable * sum, correction1, correction2);"
+                   "\n    dot += args.weight[to] * sum;\n    if constexpr (ADAM) {}"),
     # Reads one row behind the tile.
     "overrun": ("tile.h", "if (tile_rows > inputs && me.warp == 0 && me.group == 0)",
                 "if (me.warp == 0 && me.group == 0)"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels.backends import cuda
 from dendrite_kernels.backends.cuda import _Layout as Layout
-from dendrite_kernels.backends.protocol import Operands
+from dendrite_kernels.backends.protocol import AdamStep, Gradients, Operands
 from tests import oracle
 from tests.cuda_emulator import check
 
@@ -114,23 +116,64 @@ def test_the_tensors_device_is_used() -> None:
     assert torch.equal(y.detach().cpu(), expected)
 
 
+def capturable_adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=1e-3, capturable=True, fused=True)
+
+
 def training_step(
-    layer: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor
+    layer: torch.nn.Module, optimizer: torch.optim.Optimizer | None, x: torch.Tensor
 ) -> torch.Tensor:
+    """Without an optimizer backward is the step."""
     loss: torch.Tensor = layer(x).square().mean()
-    optimizer.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
+    if optimizer is not None:
+        optimizer.step()
     return loss.detach()
 
 
-def test_a_training_step_replays_as_a_graph() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_in_the_kernel_trains_as_the_optimizer(
+    kind: type[torch.optim.Adam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = layer_of("A")
+    twin, x = copy.deepcopy(layer), x.detach()
+
+    def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Adam:
+        return kind(parameters, lr=1e-2, eps=1e-4, weight_decay=0.1, fused=True)
+
+    dk.optim.StepInBackward(layer.parameters(), make)
+    optimizer = make(list(twin.parameters()))
+    steps = []
+    plain = cuda.backward
+
+    def backward(*arguments: Any, step: AdamStep | None = None) -> Gradients:
+        steps.append(step)
+        return plain(*arguments, step=step)
+
+    monkeypatch.setattr(cuda, "backward", backward)
+    for _ in range(5):
+        layer(x).square().mean().backward()
+        training_step(twin, optimizer, x)
+    assert [step is not None for step in steps[::2]] == [False, True, True, True, True]
+    assert not any(steps[1::2])  # of the twin
+    for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_training_step_replays_as_a_graph(in_backward: bool) -> None:
     finals = []
     for use_graph in (False, True):
         torch.manual_seed(0)
         layer, x = layer_of("A")
         x = x.detach()
-        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3, capturable=True)
+        optimizer: Any = None
+        if in_backward:
+            dk.optim.StepInBackward(layer.parameters(), capturable_adam)
+        else:
+            optimizer = capturable_adam(layer.parameters())
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

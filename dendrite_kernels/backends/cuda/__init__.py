@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...structure import Connectivity
-from ..protocol import Gradients, Maybe, Operands
+from ..protocol import AdamStep, Gradients, Maybe, Operands
 from . import pack
 from . import plan as planner
 from .plan import Kind, Limits, TilePlan, Work
@@ -25,6 +25,7 @@ _ALIGNMENT = 16  # bytes, of vector loads
 
 STORES_LOW = True
 ROUNDS_X = False
+STEPS = True
 
 
 @functools.cache
@@ -231,7 +232,13 @@ def _forward(x: torch.Tensor, operands: Operands, y: torch.Tensor, signs: Maybe)
 
 
 def backward(
-    grad: torch.Tensor, x: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands, need_x: bool
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
+    operands: Operands,
+    need_x: bool,
+    step: AdamStep | None = None,
 ) -> Gradients:
     weight, dendrite_bias, cable, _, connectivity, slope, soma_slope = operands
     batch, inputs = x.shape
@@ -240,13 +247,37 @@ def backward(
         of_somas = (0, 0) if cable is None else (rows, connectivity.num_somas)
         dw, dbd, dc, dbs = (weight.new_zeros(n) for n in (connectivity.nnz, rows, *of_somas))
         return x.new_empty((0, inputs)), dw, dbd, dc, dbs
-    rows, outputs = connectivity.num_dendrites, grad.shape[1]
-    extension, device, stream = _load()[0], x.device, _stream(x.device)
-    limits = _limits(device.index)
     narrow = weight.dtype  # of the parameters and their gradients
     weight, dendrite_bias, cable = (  # type: ignore[assignment]
         _wide(x, t) for t in (weight, dendrite_bias, cable)
     )
+    operands = Operands(weight, dendrite_bias, cable, None, connectivity, slope, soma_slope)
+    dx = x.new_empty((batch if need_x else 0, inputs))
+    # A step changes the weight, so it comes last; without one dx and partial sums need not be
+    # there at the same time.
+    if need_x and step is not None:
+        _backward_input(dx, grad, y, signs, operands)
+    gradients = _backward_weight(grad, x, y, signs, operands, step)
+    if need_x and step is None:
+        _backward_input(dx, grad, y, signs, operands)
+    dw, dbd, dc, dbs = (t.to(narrow) for t in gradients)
+    return dx, dw, dbd, dc, dbs
+
+
+def _backward_weight(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: Maybe,
+    signs: Maybe,
+    operands: Operands,
+    step: AdamStep | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dw, dbd, dc and dbs, in the type of sums."""
+    weight, dendrite_bias, cable, _, connectivity, slope, soma_slope = operands
+    batch, inputs = x.shape
+    rows, outputs = connectivity.num_dendrites, grad.shape[1]
+    extension, device, stream = _load()[0], x.device, _stream(x.device)
+    limits = _limits(device.index)
     somas = cable is not None
 
     plan = planner.plan_weight(
@@ -258,14 +289,14 @@ def backward(
     if not plan.kind.shared:
         tiles = _tiles(plan, x, None, 0.0, layout.has_pads, False, stream)
     groups = plan.tile_groups
-    dw, dbd = weight.new_empty(weight.shape), weight.new_empty(rows)
+    dw, dbd = weight.new_empty(0 if step else weight.shape[0]), weight.new_empty(rows)
     dc = dbs = weight.new_empty(0)
     partial_soma: Maybe = None
     if somas:
         dc, dbs = weight.new_empty(rows), weight.new_empty(outputs)
         partial_soma = weight.new_empty((groups, outputs))
     # One group in CSR order needs no memory of its own: sums are scaled where they are.
-    in_place = groups == 1 and layout.is_csr
+    in_place = step is None and groups == 1 and layout.is_csr
     partial = dw.unsqueeze(0) if in_place else weight.new_empty((groups, layout.slots))
     partial_row = weight.new_empty((groups, rows))
     extension.backward_weight(
@@ -273,29 +304,24 @@ def backward(
         partial, partial_row, partial_soma, _bound(plan), stream,
     )  # fmt: skip
     del tiles
+    adam = None
+    if step is not None:
+        adam = extension.Adam(
+            step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, step.decoupled
+        )
     extension.finish_weight(
         layout.packed, x, partial, partial_row, partial_soma,
         weight, dendrite_bias, cable, weight.shape[0],
-        dw, dbd, dc if somas else None, dbs if somas else None, groups, stream,
+        None if step else dw, dbd, dc if somas else None, dbs if somas else None, groups,
+        adam, *(step[:3] if step else (None, None, None)), stream,
     )  # fmt: skip
-    del partial, grad_v
-    dx = x.new_empty((batch if need_x else 0, inputs))
-    if need_x:
-        _backward_input(dx, grad, y, signs, weight, cable, connectivity, slope, soma_slope)
-    return dx, dw.to(narrow), dbd.to(narrow), dc.to(narrow), dbs.to(narrow)
+    return dw, dbd, dc, dbs
 
 
 def _backward_input(
-    dx: torch.Tensor,
-    grad: torch.Tensor,
-    y: Maybe,
-    signs: Maybe,
-    weight: torch.Tensor,
-    cable: Maybe,
-    connectivity: Connectivity,
-    slope: float,
-    soma_slope: float,
+    dx: torch.Tensor, grad: torch.Tensor, y: Maybe, signs: Maybe, operands: Operands
 ) -> None:
+    weight, _, cable, _, connectivity, slope, soma_slope = operands
     batch, inputs = dx.shape
     device, stream = dx.device, _stream(dx.device)
     sign_rows = 0 if cable is None else connectivity.num_dendrites

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STORES_LOW = False
 ROUNDS_X = False
+STEPS = False
 
 _OLDEST = (0, 61)
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}

@@ -27,7 +27,7 @@ class Watched:
         self._module = module
         self._library = library
         self.set_order = module.set_order
-        self.Plan = module.Plan
+        self.Plan, self.Adam = module.Plan, module.Adam
         self.Packed = _remembering(module.Packed)
 
     def __getattr__(self, name: str) -> Callable[..., None]:

@@ -43,6 +43,7 @@ RULES = {
     "rem": "remainder({a}, {b})",
     "rcp.rn": "1 / {a}",
     "sqrt.rn": "std::sqrt({a})",
+    "ex2.approx": "std::exp2({a})",
     "abs": "absolute({a})",
     "neg": "-{a}",
     "min": "minimum({a}, {b})",

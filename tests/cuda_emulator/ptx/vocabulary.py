@@ -235,6 +235,8 @@ def _halves() -> list[Operation]:
         Operation("cvt.rn.f16x2.f32 %d, %a, %b;", "u32", ("f32", "f32"),
                   lambda a, b: narrow(a) << 16 | narrow(b)),
         Operation("cvt.rn.f32.f64 %d, %a;", "f32", ("f64",), np.float32),
+        Operation("cvt.rni.f32.f32 %d, %a; ex2.approx.f32 %d, %d;", "f32", ("f32",),
+                  lambda a: np.exp2(np.rint(a))),  # exact, of integers: expm1 takes no other
         Operation("cvt.f64.f32 %d, %a;", "f64", ("f32",), np.float64),
     ]  # fmt: skip
 
