@@ -19,7 +19,8 @@ from .backends.protocol import AdamStep
 _EXACT = (torch.optim.Adam, torch.optim.AdamW)  # a subclass may do otherwise
 _AS_HERE = {"amsgrad": False, "maximize": False, "differentiable": False, "fused": True}
 
-optimizers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the parameter they step alone
+# By the parameter that each steps alone. Weak references: an optimizer holds its parameter.
+optimizers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> the backward pass
 
 
@@ -30,7 +31,8 @@ def due(weight: torch.Tensor, accumulate: Any) -> AdamStep | None:
         weight: the synapse weight of a layer, as autograd saved it.
         accumulate: the node that takes its gradient.
     """
-    optimizer = optimizers.get(weight)
+    reference = optimizers.get(weight)
+    optimizer = None if reference is None else reference()
     if optimizer is None or not _gradient_is_ours(weight, optimizer, accumulate):
         return None
     group = optimizer.param_groups[0]
@@ -44,17 +46,8 @@ def due(weight: torch.Tensor, accumulate: Any) -> AdamStep | None:
         return None
     beta1, beta2 = group["betas"]
     decay, decoupled = group["weight_decay"], group.get("decoupled_weight_decay", False)
-    return AdamStep(
-        exp_avg,
-        exp_avg_sq,
-        state["step"],
-        group["lr"],
-        beta1,
-        beta2,
-        group["eps"],
-        decay,
-        decoupled,
-    )
+    rest = group["lr"], beta1, beta2, group["eps"], decay, decoupled
+    return AdamStep(exp_avg, exp_avg_sq, state["step"], *rest)
 
 
 def _gradient_is_ours(weight: torch.Tensor, optimizer: Optimizer, accumulate: Any) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _adam
 from ._modules import check_shapes
@@ -19,8 +19,6 @@ from .tree import DendriticTree
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
 )  # fmt: skip
-
-_trained: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by a StepInBackward; values None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -133,7 +131,7 @@ class StepInBackward:
             raise ValueError("Expected parameters without gradients, got some that hold one")
         if len({id(p) for p in chosen}) < len(chosen):
             raise ValueError("Expected each parameter once, got some twice")
-        if any(p in _trained for p in chosen):
+        if any(p in _adam.optimizers for p in chosen):
             raise ValueError(
                 "Expected parameters of no other StepInBackward, got some of one: call its remove()"
             )
@@ -141,14 +139,14 @@ class StepInBackward:
         for p, optimizer in zip(chosen, self.optimizers, strict=True):
             if not _steps_only(optimizer, p):
                 raise ValueError("Expected an optimizer of the given parameter, got other ones")
-        self._handles = [p.register_hook(_refuse_accumulation(p)) for p in chosen]
-        self._handles += [
-            p.register_post_accumulate_grad_hook(_step(optimizer))
-            for p, optimizer in zip(chosen, self.optimizers, strict=True)
-        ]
+        self._handles = []
+        for p, optimizer in zip(chosen, self.optimizers, strict=True):
+            self._handles += [
+                p.register_hook(_refuse_accumulation(p, optimizer)),
+                p.register_post_accumulate_grad_hook(_step(weakref.ref(optimizer))),
+            ]
         self._parameters = chosen
-        _adam.optimizers.update(zip(chosen, self.optimizers, strict=True))
-        _trained.update(dict.fromkeys(chosen))
+        _adam.optimizers.update(zip(chosen, map(weakref.ref, self.optimizers), strict=True))
 
     def remove(self) -> None:
         """Give the parameters back: later backward calls leave gradients as usual."""
@@ -158,7 +156,7 @@ class StepInBackward:
             handle.remove()
         self._handles = []
         for p in self._parameters:
-            del _trained[p], _adam.optimizers[p]
+            del _adam.optimizers[p]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Of each optimizer, in the order of the parameters, with the parameter's shape."""
@@ -189,8 +187,14 @@ def _steps_only(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     return len(groups) == 1 and [id(p) for p in groups[0]["params"]] == [id(parameter)]
 
 
-def _refuse_accumulation(parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-    def hook(_: torch.Tensor) -> None:
+def _refuse_accumulation(
+    parameter: torch.nn.Parameter, kept: Optimizer
+) -> Callable[[torch.Tensor], None]:
+    """A hook that also keeps the optimizer, as long as there is a parameter: the garbage collector
+    does not see what hooks of the other kind hold.
+    """
+
+    def hook(_: torch.Tensor, kept: Optimizer = kept) -> None:
         if parameter.grad is not None:
             raise RuntimeError(
                 "Expected a parameter without a gradient, got one that holds one: each backward "
@@ -200,8 +204,10 @@ def _refuse_accumulation(parameter: torch.nn.Parameter) -> Callable[[torch.Tenso
     return hook
 
 
-def _step(optimizer: Optimizer) -> Callable[[torch.Tensor], None]:
+def _step(reference: weakref.ref[Optimizer]) -> Callable[[torch.Tensor], None]:
     def hook(parameter: torch.Tensor) -> None:
+        optimizer = reference()
+        assert optimizer is not None
         if not _steps_only(optimizer, parameter):
             raise RuntimeError(
                 "Expected an optimizer of one parameter, got a group added to it: make another "

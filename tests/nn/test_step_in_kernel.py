@@ -7,6 +7,8 @@ checked by tests/cuda_emulator.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -263,3 +265,13 @@ def test_a_gradient_that_is_there_already_is_an_error(taken: list[AdamStep]) -> 
         ours(data()).square().mean().backward()
     assert len(taken) == before
     assert torch.equal(weight, value)
+
+
+def test_models_and_optimizers_are_freed(taken: list[AdamStep]) -> None:
+    ours = model()
+    trainer = trained(ours)
+    gone = [weakref.ref(each) for each in (ours[0], ours[0].synapse_weight, trainer.optimizers[0])]
+    taken.clear()
+    del ours, trainer
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
