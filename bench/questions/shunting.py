@@ -52,7 +52,7 @@ class DenseShunting(nn.Module):
         self.theta = nn.ParameterList()
         for part in (layer.excitation, layer.inhibition, layer.cable):
             mask = part.connectivity.to_mask()
-            theta = torch.full(mask.shape, -torch.inf)
+            theta = torch.full(mask.shape, -torch.inf, dtype=part.weight.dtype)
             theta[mask] = part.weight.detach().log()
             self.theta.append(theta)
 
