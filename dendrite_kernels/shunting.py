@@ -125,7 +125,7 @@ class ShuntingLayer(nn.Module):
         for linear, mean in ((self.excitation, _EXCITATION), (self.inhibition, _INHIBITION)):
             theta = _theta(linear)
             counts = operators.beside(theta, linear.connectivity.crow_indices).long().diff()
-            each = mean / (self.input_mean * counts.clamp(min=1).double())  # g on average
+            each = mean / (self.input_mean * counts.double())  # g on average
             centre = (each / math.sinh(1)).log()  # sinh(1): the mean of exp of uniform +-1
             if not theta.is_meta:
                 theta.uniform_(-1, 1).add_(
