@@ -148,10 +148,8 @@ class ShuntingLayer(nn.Module):
         return f"input_mean={self.input_mean:g}, activation={self.activation}"
 
 
-def _theta(linear: SparseLinear) -> torch.Tensor:
-    theta = linear.get_parameter("parametrizations.weight.original")
-    assert isinstance(theta, torch.Tensor)
-    return theta
+def _theta(linear: SparseLinear) -> nn.Parameter:
+    return linear.get_parameter("parametrizations.weight.original")
 
 
 def build(
