@@ -39,7 +39,7 @@ from dendrite_kernels.shunting import ShuntingLayer
 N, SOMAS, CLASSES, BATCH = 784, 128, 10, 128
 EXCITATORY, INHIBITORY = 9, 8
 SIZES = [(64, 4), (128, 16), (256, 32)]  # S, D
-RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 LARGEST_ERROR = 1e-4
 random = partial(dk.connectivity.random, N, constant_fan_in=True)
 
