@@ -201,15 +201,15 @@ def test_trains_as_matrices_do() -> None:
     x, target = torch.rand(32, N, dtype=torch.float64), torch.rand(32, S, dtype=torch.float64)
     losses = []
     for model in (ours, twin):
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        for _ in range(30):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(12):
             optimizer.zero_grad()
             loss = (model(x) - target).square().mean()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[29] < 0.8 * losses[0]
-    assert losses[:30] == pytest.approx(losses[30:], rel=1e-9)
+    assert losses[11] < 0.9 * losses[0]
+    assert losses[:12] == pytest.approx(losses[12:], rel=1e-9)
 
 
 @EVERY
