@@ -6,7 +6,7 @@
 speed: whole training steps (zero_grad, forward, cross-entropy, backward, Adam) in turns: 784
     inputs, S somas of D dendrites with 9 excitatory and 8 inhibitory synapses each, an output
     layer, 128 samples; the same with dense conductances; a DendriticLayer of as many parameters.
-    After five steps dense and sparse ones must agree.
+    After five steps dense and sparse ones must agree. One thread: CPU time; more: wall time.
 accuracy: Fashion-MNIST, pixels from 0 to 1, with networks of exactly as many parameters at several
     learning rates. A training that the file has is not repeated.
 """
@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,19 @@ def dendritic(somas: int, dendrites: int, seed: int = 0) -> dk.DendriticLayer:
 # ---- speed ----
 
 
-def speed(somas: int, dendrites: int, seconds: float) -> dict[str, Any]:
+class CpuTask(Task):
+    """CPU time of the process, which other work on the machine does not lengthen as it does waits.
+
+    Only of one thread: with more it is a sum.
+    """
+
+    def measure(self) -> float:
+        started = time.process_time()
+        self.run()
+        return time.process_time() - started
+
+
+def speed(somas: int, dendrites: int, seconds: float, kind: type[Task]) -> dict[str, Any]:
     torch.manual_seed(0)
     ours = shunting(somas, dendrites)
     layers = {
@@ -102,7 +115,7 @@ def speed(somas: int, dendrites: int, seconds: float) -> dict[str, Any]:
     error = max(map(_error, found["shunting, dense"], found["shunting"]))
     if not error <= LARGEST_ERROR:
         raise RuntimeError(f"Expected equal results of ours and of dense layers, got {error}")
-    tasks = {name: Task(partial(step, x, y)) for name, step in steps.items()}
+    tasks = {name: kind(partial(step, x, y)) for name, step in steps.items()}
     interleave(list(tasks.values()), seconds)
     pairs = [("shunting, dense", "shunting"), ("shunting", "dendritic")]
     return {
@@ -172,8 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     for threads in options.threads:
         torch.set_num_threads(threads)
         for somas, dendrites in SIZES:
-            found = speed(somas, dendrites, options.seconds)
-            size = {"threads": threads, "somas": somas, "dendrites": dendrites}
+            kind, clock = (CpuTask, "CPU") if threads == 1 else (Task, "wall")
+            found = speed(somas, dendrites, options.seconds, kind)
+            size = {"threads": threads, "clock": clock, "somas": somas, "dendrites": dendrites}
             report["speed"].append({**size, **found})
             write_json(path, report, digits=4)
             print(size)
