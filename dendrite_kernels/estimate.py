@@ -91,7 +91,8 @@ def estimate_memory(
     two matrices under int64 masks.
 
     Args:
-        connectivity: of the layer.
+        connectivity: of the layer. That of a DendriticTree tells what its flat layer takes, without
+            the nodes above its dendrites (docs/trees.md).
         batch: samples of a step.
         optimizer: "adam", "adamw" or "sgd" (without momentum).
         dtype: of parameters and samples; torch's default dtype if None.

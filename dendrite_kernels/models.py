@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from . import connectivity
+from . import shunting as shunting  # dk.models.shunting
 from ._validate import check_size, image_of
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .structure import Connectivity

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from . import _adam
 from ._modules import check_shapes
 from .nn import DendriticLayer, SparseLinear
+from .shunting import Conductance
 from .tree import DendriticTree
 
 _NORMS = (
@@ -26,7 +27,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Recipes often tell weights from biases by their dimensions: what has two or more decays. The
     weights of our layers have one, a number for each synapse or cable, and would not decay. Here
-    they do, like matrices, convolutions and embeddings; biases and parameters of norms do not. A
+    they do, like matrices, convolutions and embeddings; biases, parameters of norms and logarithms
+    of conductances (models.shunting) do not. A
     parameter that several modules share is in one group once, and decays if it is a weight of one.
 
         torch.optim.AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)
@@ -57,8 +59,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     """Those of a module's parameters that decay, without those of its children."""
     if isinstance(module, (DendriticLayer, DendriticTree, SparseLinear)):
+        named = [(_stem(name), p) for name, p in module.named_parameters()]
         return [
-            p for name, p in module.named_parameters() if _stem(name).endswith(("weight", "cable"))
+            p
+            for name, p in named
+            if name.endswith(("weight", "cable")) and not _is_logarithm(module, name)
         ]
     if isinstance(module, _NORMS):
         return []
@@ -68,6 +73,12 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 def _stem(name: str) -> str:
     """Of which parameter this is, where it is parametrized or under torch.nn.utils.prune."""
     return name.removeprefix("parametrizations.").partition(".")[0].removesuffix("_orig")
+
+
+def _is_logarithm(module: nn.Module, name: str) -> bool:
+    """Whether what trains is the logarithm of a weight, which decay would pull to 1."""
+    parts: Any = getattr(module, "parametrizations", {})
+    return name in parts and any(isinstance(part, Conductance) for part in parts[name])
 
 
 class StepInBackward:

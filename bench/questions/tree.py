@@ -146,10 +146,10 @@ def _error(a: Tensor, b: Tensor) -> float:
 # ---- accuracy ----
 
 
-def train(layer: nn.Module, data: ImageData, epochs: int, seed: int) -> float:
+def train(layer: nn.Module, data: ImageData, epochs: int, seed: int, rate: float = 1e-3) -> float:
     """The test accuracy after the last epoch."""
     model = nn.Sequential(layer, nn.Linear(SOMAS, data.classes))
-    step, rng = TrainingStep(model, 1e-3), np.random.default_rng(seed)
+    step, rng = TrainingStep(model, rate), np.random.default_rng(seed)
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
     for _ in range(epochs):
         for rows in torch.from_numpy(rng.permutation(len(y))).split(BATCH):

@@ -102,6 +102,11 @@ def test_matrices_where_synapses_are_dense() -> None:
     ("change", "error", "message"),
     [
         ({"connectivity": "ring"}, TypeError, "Expected a Connectivity, got str"),
+        (
+            {"connectivity": dk.DendriticTree(dk.connectivity.all_to_all(9, 2, 4), [2, 2])},
+            TypeError,
+            "Expected a Connectivity, got DendriticTree",
+        ),
         ({"batch": 0}, ValueError, "Expected batch from 1"),
         ({"optimizer": "adma"}, ValueError, "Expected an optimizer of .*, got 'adma'"),
         ({"backend": "cuda"}, ValueError, "Expected a backend of .*, got 'cuda'"),
