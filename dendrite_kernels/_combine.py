@@ -1,4 +1,4 @@
-"""Several networks as one, behind `Connectivity.stack` and `Connectivity.block_diagonal`."""
+"""Several networks as one, behind `Connectivity.stack`, `block_diagonal` and `grow`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,41 @@ def block_diagonal(networks: Iterable[Connectivity], kind: type[Connectivity]) -
     ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
     labels = _labels(parts, chained(_names(parts, "inputs")))
     return kind(*_arrays(parts, [0, *ends[:-1]]), ends[-1], labels=labels)
+
+
+def grow(c: Connectivity, new: Connectivity) -> Connectivity:
+    """See `Connectivity.grow`."""
+    kind = type(c)
+    _checked([new], kind)
+    sizes = [(part.in_features, part.num_somas) for part in (c, new)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"Expected dendrites of {sizes[0][1]} somas on {sizes[0][0]} inputs, "
+            f"got {sizes[1][1]} on {sizes[1][0]}"
+        )
+    owners = [np.diff(part.soma_ptr.numpy()) for part in (c, new)]
+    somas = np.arange(c.num_somas)
+    order = np.argsort(
+        np.concatenate([np.repeat(somas, owned) for owned in owners]), kind="stable"
+    )  # of dendrites, those of `new` after all of `c`
+    crow, columns, _ = _arrays([c, new], [0, 0])
+    counts = np.diff(crow)[order]
+    ends = np.cumsum(counts)
+    source = np.arange(columns.size) + np.repeat(crow[order] - (ends - counts), counts)
+    names = chained(_names([c, new], "dendrites"))
+    return kind(
+        np.concatenate([[0], ends]),
+        columns[source],
+        np.cumsum(np.concatenate([[0], owners[0].astype(np.int64) + owners[1]])),
+        c.in_features,
+        c.in_shape,
+        c.channels_first,
+        (
+            getattr(c.labels, "inputs", None),
+            None if names is None else [names[i] for i in order],
+            getattr(c.labels, "somas", None),
+        ),
+    )
 
 
 def _checked(networks: Iterable[Connectivity], kind: type[Connectivity]) -> list[Connectivity]:
