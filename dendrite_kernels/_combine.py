@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._pattern import synapses_of
 from ._validate import Array
 from .labels import Names, chained, common
 
@@ -44,29 +45,27 @@ def grow(c: Connectivity, new: Connectivity) -> Connectivity:
             f"Expected dendrites of {sizes[0][1]} somas on {sizes[0][0]} inputs, "
             f"got {sizes[1][1]} on {sizes[1][0]}"
         )
-    owners = [np.diff(part.soma_ptr.numpy()) for part in (c, new)]
-    somas = np.arange(c.num_somas)
-    order = np.argsort(
-        np.concatenate([np.repeat(somas, owned) for owned in owners]), kind="stable"
-    )  # of dendrites, those of `new` after all of `c`
+    is_new = np.zeros(c.num_dendrites + new.num_dendrites, np.bool_)
+    is_new[new_rows(c, new)] = True
+    order = np.empty(is_new.size, np.int64)  # of dendrites, those of `new` numbered after all of c
+    order[~is_new] = np.arange(c.num_dendrites)
+    order[is_new] = np.arange(new.num_dendrites) + c.num_dendrites
     crow, columns, _ = _arrays([c, new], [0, 0])
-    counts = np.diff(crow)[order]
-    ends = np.cumsum(counts)
-    source = np.arange(columns.size) + np.repeat(crow[order] - (ends - counts), counts)
-    names = chained(_names([c, new], "dendrites"))
+    names, old = chained(_names([c, new], "dendrites")), c.labels
     return kind(
-        np.concatenate([[0], ends]),
-        columns[source],
-        np.cumsum(np.concatenate([[0], owners[0].astype(np.int64) + owners[1]])),
-        c.in_features,
-        c.in_shape,
-        c.channels_first,
-        (
-            getattr(c.labels, "inputs", None),
-            None if names is None else [names[i] for i in order],
-            getattr(c.labels, "somas", None),
-        ),
+        np.concatenate([[0], np.cumsum(np.diff(crow)[order])]),
+        columns[synapses_of(crow, order)],
+        c.soma_ptr.numpy().astype(np.int64) + new.soma_ptr.numpy(),
+        *(c.in_features, c.in_shape, c.channels_first),
+        (old and old.inputs, names and [names[i] for i in order], old and old.somas),
     )
+
+
+def new_rows(c: Connectivity, new: Connectivity) -> Array:
+    """Where `c.grow(new)` has the dendrites of `new`, int64."""
+    ends = c.soma_ptr.numpy()[1:].repeat(np.diff(new.soma_ptr.numpy()))
+    rows: Array = ends + np.arange(new.num_dendrites, dtype=np.int64)
+    return rows
 
 
 def _checked(networks: Iterable[Connectivity], kind: type[Connectivity]) -> list[Connectivity]:

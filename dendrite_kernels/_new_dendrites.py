@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import operators
+from ._combine import new_rows
+from ._pattern import synapses_of
 from ._rewire import Optimizers, _connect, numbers_of, trainers, weight_of
 from ._validate import Array, integers
 from .nn import DendriticLayer
@@ -67,32 +69,30 @@ def grow(
         raise ValueError(f"Expected a finite cable weight, got {cable}")
     c = layer.connectivity
     grown = c.grow(new)
-    rows = torch.from_numpy(_rows_of(c, new))
-    is_new = torch.zeros(grown.num_dendrites, dtype=torch.bool)
-    is_new[rows] = True
-    drawn = nn.Parameter(torch.empty(new.nnz, dtype=weight.dtype))
+    names = [layer.WEIGHT, "dendrite_bias", "cable_weight"]
+    trained = _trained(layer, optimizer, names)
+    drawn = nn.Parameter(torch.empty(new.nnz, dtype=weight.dtype, device="cpu"))
     layer._draw_synapses(drawn, new, generator)
-    parts: list[tuple[str, torch.Tensor, torch.Tensor | float]] = [
-        (layer.WEIGHT, is_new.repeat_interleave(grown.crow_indices.diff()), drawn.detach()),
-        ("dendrite_bias", is_new, 0.0),
-        ("cable_weight", is_new, cable),
-    ]
-    sizes, states = [], []
-    for name, where, values in parts:
-        p = getattr(layer, name)
-        if p is None:
+    rows = new_rows(c, new)
+    is_new = np.zeros(grown.num_dendrites, np.bool_)
+    is_new[rows] = True
+    synapses = is_new.repeat(np.diff(grown.crow_indices.numpy()))
+    values: list[torch.Tensor | float] = [drawn.detach(), 0.0, cable]
+    parameters, states = [], []
+    for name, where, value in zip(names, (synapses, is_new, is_new), values, strict=True):
+        if name not in trained:
             continue
-        own = _trainers(p, optimizer, name)
-        grad = None if p.grad is None else _widened(p.grad, where, 0.0)
-        sizes.append((p, _widened(p, where, values), grad))
-        for state, key in numbers_of(p, own):
-            states.append((state, key, _widened(state[key], where, 0.0)))
-    for p, value, grad in sizes:
-        _resize(p, value, grad)
-    for state, key, value in states:
-        state[key] = value
+        p = layer.get_parameter(name)
+        grad = None if p.grad is None else _widened(p.grad, where)
+        parameters.append((p, _widened(p, where, value), grad))
+        for state, key in numbers_of(p, trained[name]):
+            states.append((state, key, _widened(state[key], where)))
+    for resized in parameters:
+        _resize(*resized)
+    for state, key, wide in states:
+        state[key] = wide
     _connect(layer, grown)
-    return rows
+    return torch.from_numpy(rows)
 
 
 def correlation(
@@ -158,15 +158,13 @@ def freeze(
         TypeError, ValueError: an argument does not fit. Nothing is changed then.
     """
     _weight_of(layer)
-    chosen, c = integers("rows", rows), layer.connectivity
+    chosen, c = integers("rows", rows).astype(np.int64), layer.connectivity
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < c.num_dendrites:
         raise ValueError(
             f"Expected rows from 0 to {c.num_dendrites - 1}, got {chosen.min()} to {chosen.max()}"
         )
     names = [layer.WEIGHT, "dendrite_bias", *(["cable_weight"] if cable else [])]
-    parameters = {name: getattr(layer, name) for name in names}
-    trained = {n: _trainers(p, optimizer, n) for n, p in parameters.items() if p is not None}
-    return Frozen(layer, chosen, trained)
+    return Frozen(layer, chosen, _trained(layer, optimizer, names))
 
 
 class Frozen:
@@ -196,8 +194,8 @@ class Frozen:
     @property
     def rows(self) -> torch.Tensor:
         """The numbers of the frozen dendrites, int64."""
-        pointer = self._layer.connectivity.soma_ptr.long()
-        return pointer[torch.from_numpy(self._somas)] + torch.from_numpy(self._places)
+        pointer = self._layer.connectivity.soma_ptr.numpy()
+        return torch.from_numpy(pointer[self._somas] + self._places)
 
     def remove(self) -> None:
         """Let them train again."""
@@ -208,12 +206,9 @@ class Frozen:
         """Which numbers of a parameter are theirs."""
         c = self._layer.connectivity
         if self._of is not c:
-            chosen = torch.zeros(c.num_dendrites, dtype=torch.bool)
-            chosen[self.rows] = True
-            rows = chosen.nonzero().flatten()
-            synapses = chosen.repeat_interleave(c.crow_indices.diff()).nonzero().flatten()
-            index = {"dendrite_bias": rows, "cable_weight": rows, self._layer.WEIGHT: synapses}
-            self._of, self._index = c, index
+            crow, rows = c.crow_indices.numpy(), self.rows
+            self._of, self._index = c, dict.fromkeys(self._layer.PARAMETERS, rows)
+            self._index[self._layer.WEIGHT] = torch.from_numpy(synapses_of(crow, rows.numpy()))
         return self._index[name]
 
     def _masks(self, name: str) -> Any:
@@ -241,28 +236,34 @@ def _weight_of(layer: DendriticLayer) -> nn.Parameter:
     return weight_of(layer)
 
 
-def _trainers(parameter: nn.Parameter, optimizer: Optimizers, name: str) -> list[Optimizer]:
-    """As `trainers`; an optimizer may leave out what needs no gradient."""
-    try:
-        return trainers(parameter, optimizer, name)
-    except ValueError:
-        if parameter.requires_grad:
-            raise
-        return []
+def _trained(
+    layer: DendriticLayer, optimizer: Optimizers, names: Sequence[str]
+) -> dict[str, list[Optimizer]]:
+    """Which optimizers train each parameter that there is; none need train what takes no gradient.
+
+    Raises:
+        TypeError, ValueError: as `trainers`.
+    """
+    found: dict[str, list[Optimizer]] = {}
+    for name in names:
+        parameter = getattr(layer, name)
+        if parameter is None:
+            continue
+        try:
+            found[name] = trainers(parameter, optimizer, name)
+        except ValueError:
+            if parameter.requires_grad:
+                raise
+            found[name] = []
+    return found
 
 
-def _rows_of(c: Connectivity, new: Connectivity) -> Array:
-    """Where c.grow(new) has the dendrites of `new`."""
-    before: Array = np.repeat(c.soma_ptr.numpy()[1:], np.diff(new.soma_ptr.numpy()))
-    return before + np.arange(new.num_dendrites, dtype=np.int64)
-
-
-def _widened(old: torch.Tensor, is_new: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
-    """[old.numel()] -> [is_new.numel()]: `old` in order, and the values where `is_new`."""
-    is_new = is_new.to(old.device)
-    wide = old.new_empty(is_new.numel())
-    wide[~is_new] = old.detach()
-    wide[is_new] = torch.as_tensor(values, dtype=old.dtype, device=old.device)
+def _widened(old: torch.Tensor, is_new: Array, values: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """[old.numel()] -> [is_new.size]: `old` in order, and the values where `is_new`."""
+    where = torch.from_numpy(is_new).to(old.device)
+    wide = old.new_empty(is_new.size)
+    wide[~where] = old.detach()
+    wide[where] = values.to(wide) if isinstance(values, torch.Tensor) else values
     return wide
 
 

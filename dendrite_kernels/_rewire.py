@@ -126,7 +126,7 @@ def adopt(layer: Layer, state: Mapping[str, Any], prefix: str = "") -> None:
 
     `load_state_dict` refuses another connectivity, as weights mean nothing without theirs. This
     takes it over, if every dendrite has as many synapses as before; in_shape and labels stay.
-    Load the optimizer's state as usual.
+    Load the optimizer's state as usual. Of a grown layer, `from_state_dict` makes it anew.
 
         plasticity.adopt(model[0], state, "0.")
         model.load_state_dict(state)
