@@ -42,8 +42,7 @@ POINTERS = {
 @pytest.mark.parametrize("new", POINTERS)
 def test_dendrites_come_last_in_their_somas(old: str, new: str) -> None:
     a, b = (
-        ragged(61, POINTERS[name][-1], POINTERS[name], seed)
-        for seed, name in enumerate((old, new))
+        ragged(61, POINTERS[name][-1], POINTERS[name], seed) for seed, name in enumerate((old, new))
     )
     grown, before = a.grow(b), (somas(a), somas(b))
     expected = [first + second for first, second in zip(*before, strict=True)]
@@ -51,8 +50,8 @@ def test_dendrites_come_last_in_their_somas(old: str, new: str) -> None:
     assert grown == made(expected, 61)
     rows = new_rows(a, b)
     assert rows.dtype == np.int64
-    flat, each = [row for soma in expected for row in soma], sum(before[1], [])
-    assert [flat[r] for r in rows] == each
+    flat = [row for soma in expected for row in soma]
+    assert [flat[r] for r in rows] == [row for soma in before[1] for row in soma]
     assert (somas(a), somas(b)) == before
     assert somas(grown.grow(b)) == [x + y for x, y in zip(expected, before[1], strict=True)]
 
