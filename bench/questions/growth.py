@@ -86,7 +86,7 @@ class Training:
         new = copy.copy(self)
         new.network, new.rng = copy.deepcopy(self.network), copy.deepcopy(self.rng)
         new.optimizer = torch.optim.Adam(new.network.parameters(), 1e-3)
-        new.optimizer.load_state_dict(self.optimizer.state_dict())
+        new.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))  # else shared
         return new
 
     def batches(self, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
