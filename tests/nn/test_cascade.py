@@ -128,7 +128,7 @@ def numbers(layer: dk.DendriticLayer, rows: list[int]) -> list[list[float]]:
     """Synapse weights and bias of dendrites, then the cable weight."""
     crow, (weight, bias, cable, _) = layer.connectivity.crow_indices.tolist(), layer.parameters()
     return [
-        [*weight[crow[r] : crow[r + 1]].tolist(), float(bias[r]), float(cable[r])] for r in rows
+        [*weight[crow[r] : crow[r + 1]].tolist(), bias[r].item(), cable[r].item()] for r in rows
     ]
 
 
