@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--synapses", type=int, nargs="+", default=[64, 784])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["A", "B", "C", "D"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing the steps")
     parser.add_argument("--output", type=Path, default=RESULTS / "growth.json")
     options = parser.parse_args(arguments)

@@ -303,6 +303,11 @@ def test_new_weights_are_drawn_as_in_a_layer_of_their_own(init: Any, activation:
         for s, soma in enumerate(by_place(new, alone.synapse_weight)):
             assert found[s][4:] == soma
         assert len(rows) == new.num_dendrites
+        fan_in = new.crow_indices.diff()
+        rectified = 1.01 if activation == "leaky_relu" else 1.0  # 1 + slope^2
+        fans = torch.tensor(N + 9.0).expand(9) if init == "paper" else rectified * fan_in
+        share = alone.synapse_weight.abs() / (6 / fans).sqrt().repeat_interleave(fan_in)
+        assert 0.98 < share.max() <= 1
     layer = made(init=init)
     torch.manual_seed(5)
     grow(layer, None, new)
