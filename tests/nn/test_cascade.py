@@ -95,7 +95,7 @@ def test_candidates_in_a_layer_learn_the_error() -> None:
     x, y, new = data(0), layer(data(0)).detach(), dendrites()
     rows = grow(layer, optimizer, new, generator=generator())
     before = copy.deepcopy(layer)
-    trial = torch.optim.Adam([layer.synapse_weight, layer.dendrite_bias], 1e-2)  # type: ignore[list-item]
+    trial = torch.optim.Adam([layer.synapse_weight, layer.dendrite_bias], 1e-2)
     scores = []
     for _ in range(60):
         trial.zero_grad()
