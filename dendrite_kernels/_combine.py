@@ -1,4 +1,4 @@
-"""Several networks as one, behind `Connectivity.stack` and `Connectivity.block_diagonal`."""
+"""Several networks as one, behind `Connectivity.stack`, `block_diagonal` and `grow`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._pattern import synapses_of
 from ._validate import Array
 from .labels import Names, chained, common
 
@@ -32,6 +33,39 @@ def block_diagonal(networks: Iterable[Connectivity], kind: type[Connectivity]) -
     ends = np.cumsum([part.in_features for part in parts], dtype=np.int64).tolist()
     labels = _labels(parts, chained(_names(parts, "inputs")))
     return kind(*_arrays(parts, [0, *ends[:-1]]), ends[-1], labels=labels)
+
+
+def grow(c: Connectivity, new: Connectivity) -> Connectivity:
+    """See `Connectivity.grow`."""
+    kind = type(c)
+    _checked([new], kind)
+    sizes = [(part.in_features, part.num_somas) for part in (c, new)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"Expected dendrites of {sizes[0][1]} somas on {sizes[0][0]} inputs, "
+            f"got {sizes[1][1]} on {sizes[1][0]}"
+        )
+    is_new = np.zeros(c.num_dendrites + new.num_dendrites, np.bool_)
+    is_new[new_rows(c, new)] = True
+    order = np.empty(is_new.size, np.int64)  # of dendrites, those of `new` numbered after all of c
+    order[~is_new] = np.arange(c.num_dendrites)
+    order[is_new] = np.arange(new.num_dendrites) + c.num_dendrites
+    crow, columns, _ = _arrays([c, new], [0, 0])
+    names, old = chained(_names([c, new], "dendrites")), c.labels
+    return kind(
+        np.concatenate([[0], np.cumsum(np.diff(crow)[order])]),
+        columns[synapses_of(crow, order)],
+        c.soma_ptr.numpy().astype(np.int64) + new.soma_ptr.numpy(),
+        *(c.in_features, c.in_shape, c.channels_first),
+        (old and old.inputs, names and [names[i] for i in order], old and old.somas),
+    )
+
+
+def new_rows(c: Connectivity, new: Connectivity) -> Array:
+    """Where `c.grow(new)` has the dendrites of `new`, int64."""
+    ends = c.soma_ptr.numpy()[1:].repeat(np.diff(new.soma_ptr.numpy()))
+    rows: Array = ends + np.arange(new.num_dendrites, dtype=np.int64)
+    return rows
 
 
 def _checked(networks: Iterable[Connectivity], kind: type[Connectivity]) -> list[Connectivity]:

@@ -76,3 +76,11 @@ def to_mask(c: Connectivity) -> Array:
     rows = np.repeat(np.arange(c.num_dendrites), np.diff(c.crow_indices.numpy()))
     mask[rows, c.col_indices.numpy()] = True
     return mask
+
+
+def synapses_of(crow: Array, rows: Array) -> Array:
+    """CSR positions of the synapses of `rows`, row after row: int64."""
+    lengths = (crow[rows + 1] - crow[rows]).astype(np.int64)
+    ends = np.cumsum(lengths)
+    synapses: Array = np.arange(lengths.sum()) + np.repeat(crow[rows] - (ends - lengths), lengths)
+    return synapses

@@ -126,7 +126,7 @@ def adopt(layer: Layer, state: Mapping[str, Any], prefix: str = "") -> None:
 
     `load_state_dict` refuses another connectivity, as weights mean nothing without theirs. This
     takes it over, if every dendrite has as many synapses as before; in_shape and labels stay.
-    Load the optimizer's state as usual.
+    Load the optimizer's state as usual. Of a grown layer, `from_state_dict` makes it anew.
 
         plasticity.adopt(model[0], state, "0.")
         model.load_state_dict(state)
@@ -180,25 +180,39 @@ def weight_of(layer: Layer) -> torch.nn.Parameter:
 
 def beside(weight: torch.nn.Parameter, optimizer: Optimizers) -> list[torch.Tensor]:
     """What has a number for each synapse: a gradient and the optimizer's state."""
+    own = trainers(weight, optimizer, "synapse weights")
     found = [] if weight.grad is None else [weight.grad]
+    return [*found, *(state[name] for state, name in numbers_of(weight, own))]
+
+
+def trainers(
+    parameter: torch.nn.Parameter, optimizer: Optimizers, what: str = "parameters"
+) -> list[Optimizer]:
+    """The optimizers of torch.optim that train it, whose state can move with its numbers."""
     if optimizer is None:
-        return found
+        return []
     if not isinstance(optimizer, (Optimizer, StepInBackward)):
         kind = type(optimizer).__name__
         raise TypeError(f"Expected an optimizer of torch.optim or StepInBackward, got {kind}")
     each = optimizer.optimizers if isinstance(optimizer, StepInBackward) else [optimizer]
-    own = [o for o in each if any(p is weight for g in o.param_groups for p in g["params"])]
+    own = [o for o in each if any(p is parameter for g in o.param_groups for p in g["params"])]
     if not own:
-        raise ValueError("Expected an optimizer of the layer's synapse weights, got one of others")
-    for one in own:
-        if isinstance(one, LBFGS):
-            raise ValueError("Expected an optimizer whose state is by synapse, got LBFGS")
-        found += [
-            value
-            for value in one.state.get(weight, {}).values()
-            if isinstance(value, torch.Tensor) and value.shape == weight.shape
-        ]
-    return found
+        raise ValueError(f"Expected an optimizer of the layer's {what}, got one of others")
+    if any(isinstance(one, LBFGS) for one in own):
+        raise ValueError("Expected an optimizer whose state is by synapse, got LBFGS")
+    return own
+
+
+def numbers_of(
+    parameter: torch.nn.Parameter, own: list[Optimizer]
+) -> list[tuple[dict[str, Any], str]]:
+    """Where optimizers keep tensors of the parameter's shape: a state and a name in it."""
+    return [
+        (state, name)
+        for state in (one.state.get(parameter, {}) for one in own)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    ]
 
 
 def check_region(c: Connectivity, region: Connectivity | None) -> None:

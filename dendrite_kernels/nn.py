@@ -47,13 +47,15 @@ def glorot_bound(fan_in: int, fan_out: int) -> float:
 
 
 @torch.no_grad()
-def _uniform(weight: torch.Tensor, bound: torch.Tensor | float) -> None:
+def _uniform(
+    weight: torch.Tensor, bound: torch.Tensor | float, generator: torch.Generator | None = None
+) -> None:
     if not isinstance(weight, nn.Parameter):  # what is drawn would not reach the parameter
         raise RuntimeError(
             "Expected parameters to draw, got a weight that is parametrized or pruned: draw first"
         )
     if not weight.is_meta:
-        weight.uniform_(-1, 1).mul_(
+        weight.uniform_(-1, 1, generator=generator).mul_(
             torch.as_tensor(bound, dtype=weight.dtype, device=weight.device)
         )
 
@@ -64,6 +66,7 @@ def _init_rows(
     pointer: torch.Tensor,
     negative_slope: float,
     fan_in: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Uniform in each row's own bound; `pointer` says which weights form a row.
 
@@ -72,7 +75,7 @@ def _init_rows(
     counts = operators.beside(weight, pointer).long().diff()
     fan_in = counts if fan_in is None else operators.beside(weight, fan_in)
     bound = _fan_in_bound(fan_in, negative_slope)
-    _uniform(weight, bound.repeat_interleave(counts, output_size=weight.numel()))
+    _uniform(weight, bound.repeat_interleave(counts, output_size=weight.numel()), generator)
 
 
 class _Sparse(nn.Module):
@@ -325,16 +328,27 @@ class DendriticLayer(_Sparse):
     def reset_parameters(self) -> None:
         """Draw all parameters anew from torch's generator."""
         c = self.connectivity
+        self._draw_synapses(self.synapse_weight, c)
         if self.init == "paper":
-            _uniform(self.synapse_weight, glorot_bound(c.in_features, c.num_dendrites))
             _uniform(self.cable_weight, glorot_bound(c.num_dendrites, c.num_somas))
         else:
-            slope = activations.slope_of(self.activation, self.negative_slope) or 0.0
-            _init_rows(self.synapse_weight, c.crow_indices, slope)
-            _init_rows(self.cable_weight, c.soma_ptr, slope)
+            _init_rows(self.cable_weight, c.soma_ptr, self._slope())
         for bias in (self.dendrite_bias, self.soma_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
+
+    def _draw_synapses(
+        self, weight: torch.Tensor, c: Connectivity, generator: torch.Generator | None = None
+    ) -> None:
+        """Initial weights of a layer like this one on another connectivity."""
+        if self.init == "paper":
+            _uniform(weight, glorot_bound(c.in_features, c.num_dendrites), generator)
+        else:
+            _init_rows(weight, c.crow_indices, self._slope(), generator=generator)
+
+    def _slope(self) -> float:
+        """For the scale of initial weights."""
+        return activations.slope_of(self.activation, self.negative_slope) or 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] -> [..., S]: the layer that functional.dendritic_layer computes."""

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from . import functional
+from ._new_dendrites import Frozen, correlation, freeze, grow
 from ._rewire import (
     Layer,
     Optimizers,
@@ -38,7 +39,16 @@ from ._validate import check_size
 from .nn import SparseLinear
 from .structure import Connectivity, untraced
 
-__all__ = ["Rewirer", "adopt", "candidates", "rewire"]
+__all__ = [
+    "Frozen",
+    "Rewirer",
+    "adopt",
+    "candidates",
+    "correlation",
+    "freeze",
+    "grow",
+    "rewire",
+]
 
 Rule = Literal["set", "rigl"]
 

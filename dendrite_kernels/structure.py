@@ -267,6 +267,19 @@ class Connectivity:
         """
         return _combine.block_diagonal(networks, Connectivity)
 
+    def grow(self, new: Connectivity) -> Connectivity:
+        """With the dendrites of another network on the same inputs, at the end of each soma.
+
+        Soma s then owns its own dendrites, in order, and after them those of soma s of `new`:
+        dendrite j of soma s of `new` becomes dendrite j + soma_ptr[s + 1]. `in_shape` and the
+        labels of inputs and somas stay, those of dendrites if both networks have them.
+
+        Raises:
+            TypeError: not a Connectivity.
+            ValueError: another number of inputs or somas, or 2**31 synapses or dendrites.
+        """
+        return _combine.grow(self, new)
+
     def to_scipy(self, data: Any = None) -> Any:
         """A `scipy.sparse.csr_array` [R, N] with values `data` [nnz] (default: float32 ones).
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._pattern import synapses_of
 from .._validate import Array
 from ..structure import RANK_ALONG_FIELDS, Connectivity
 
@@ -67,7 +68,7 @@ def _in_order(connectivity: Connectivity, dendrite: Array) -> tuple[Array, Array
     """crow_indices and columns of the dendrites in this order."""
     crow = connectivity.crow_indices.numpy()
     ordered_crow = np.concatenate(([0], np.cumsum(np.diff(crow)[dendrite]))).astype(np.int32)
-    return ordered_crow, connectivity.columns[_synapses_of(crow, dendrite)]
+    return ordered_crow, connectivity.columns[synapses_of(crow, dendrite)]
 
 
 def _soma_of_dendrite(connectivity: Connectivity) -> Array:
@@ -143,13 +144,5 @@ def _shared(connectivity: Connectivity, one: Array, other: Array) -> float:
 def _inputs_of_pairs(crow: Array, col: Array, rows: Array, inputs: int) -> Array:
     """pair * N + input for each input of dendrite rows[pair]: int64, unique."""
     pair = np.repeat(np.arange(rows.size, dtype=np.int64), crow[rows + 1] - crow[rows])
-    unique: Array = pair * inputs + col[_synapses_of(crow, rows)]
+    unique: Array = pair * inputs + col[synapses_of(crow, rows)]
     return unique
-
-
-def _synapses_of(crow: Array, rows: Array) -> Array:
-    """CSR positions of the synapses of `rows`, row after row: int64."""
-    lengths = (crow[rows + 1] - crow[rows]).astype(np.int64)
-    ends = np.cumsum(lengths)
-    synapses: Array = np.arange(lengths.sum()) + np.repeat(crow[rows] - (ends - lengths), lengths)
-    return synapses
