@@ -111,6 +111,8 @@ class StepInBackward:
       each gradient alone works, by parameter.register_hook.
     - `torch.amp.GradScaler`: gradients would be used before they are unscaled and checked.
       Its `step` raises; nothing can tell before. bfloat16 needs no scaler.
+    - `DistributedDataParallel`: each process would step by its own gradients, before they are
+      averaged, and nothing here can tell.
 
     Parameters that take the place of those given, as after `load_state_dict(assign=True)`, are not
     stepped: they keep their gradients, and nothing here can tell. Load without `assign`, or call
