@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._modules import check_shapes
-from .nn import DendriticLayer, SparseLinear
-from .tree import DendriticTree
+from .nn import _Sparse
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
@@ -57,7 +56,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     """Those of a module's parameters that decay, without those of its children."""
-    if isinstance(module, (DendriticLayer, DendriticTree, SparseLinear)):
+    if isinstance(module, _Sparse):
         return [
             p for name, p in module.named_parameters() if _stem(name).endswith(("weight", "cable"))
         ]
