@@ -137,7 +137,7 @@ def _recorded(
 def _packed(bits: torch.Tensor) -> torch.Tensor:
     """bool [B, R] -> uint8 [ceil(B / 8), R], bit i of [t, r] from [8 t + i, r]."""
     rows = F.pad(bits.view(torch.uint8), (0, 0, 0, -len(bits) % 8)).unflatten(0, (-1, 8))
-    packed = rows[:, 0].clone()
+    packed: torch.Tensor = rows[:, 0].clone()
     for i in range(1, 8):
         packed |= rows[:, i] << i
     return packed

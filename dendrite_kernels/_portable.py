@@ -9,13 +9,14 @@ from torch import nn
 
 from ._modules import computes_as, copied, hooked, value
 from .activations import Activation, function_of
+from .gates import ContextGate
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 from .tree import DendriticTree
 
 Maybe = torch.Tensor | None
 
-_OURS = (DendriticLayer, DendriticTree, SparseLinear)
+_OURS = (ContextGate, DendriticLayer, DendriticTree, SparseLinear)
 
 
 @torch.fx.wrap  # symbolic_trace does not know which form x has
@@ -113,8 +114,9 @@ class _PortableDendriticLayer(nn.Module):
         self.phi = _activation(layer.activation, layer.negative_slope)
         self.psi = _activation(layer.soma_activation or layer.activation, layer.negative_slope)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        v = self.cable(self.phi(self.synapses(x)))
+    def forward(self, x: torch.Tensor, gate: Maybe = None) -> torch.Tensor:
+        a = self.phi(self.synapses(x))
+        v = self.cable(a if gate is None else a * gate)
         y: torch.Tensor = self.psi(v if self.bias is None else v + self.bias)
         return y
 
@@ -179,6 +181,8 @@ def _portable(name: str, layer: nn.Module) -> nn.Module:
         raise ValueError(f"Expected layers without a forward of their own, got {where}")
     if hooked(layer):
         raise ValueError(f"Expected layers without hooks, got {where}: remove its hooks first")
+    if isinstance(layer, ContextGate):
+        raise ValueError(f"Expected gates as an input of the model, got {where}")
     plain: nn.Module
     if isinstance(layer, DendriticTree):
         weight: Any = value(layer, layer.WEIGHT)
@@ -205,7 +209,8 @@ def portable(model: nn.Module) -> nn.Module:
     float but float64, as under autocast.
 
     Raises:
-        ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own.
+        ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own,
+            or is a ContextGate.
 
     Example:
         torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)

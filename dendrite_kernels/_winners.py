@@ -37,7 +37,7 @@ class KWinners(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] -> [..., n]."""
-        n = functional._require_tensor("x", x).shape[-1] if x.dim() else 0
+        (n,) = functional._require_tensor("x", x).shape[-1:] or (0,)
         return functional.k_winners(x, max(1, round(self.fraction * n)))
 
     def extra_repr(self) -> str:

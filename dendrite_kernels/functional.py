@@ -391,8 +391,8 @@ def k_winners(x: torch.Tensor, k: SupportsIndex) -> torch.Tensor:
     Raises:
         TypeError, ValueError: k is not an integer from 1 to n, x no tensor with a last dimension.
     """
-    k, n = check_size("k", k), _require_tensor("x", x).shape[-1] if x.dim() else 0
-    if k > n:
+    k = check_size("k", k)
+    if _require_tensor("x", x).dim() == 0 or k > x.shape[-1]:
         raise ValueError(f"Expected x of shape [..., {k} or more], got {list(x.shape)}")
     values, winners = x.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(x).scatter(-1, winners, values)
