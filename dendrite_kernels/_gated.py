@@ -46,9 +46,9 @@ class Layer(torch.autograd.Function):
     ) -> torch.Tensor:
         u = _sums_of_dendrites(x, synapse_weight, dendrite_bias, connectivity, round_x)
         signs = _packed(u > 0) if any(ctx.needs_input_grad) else None
-        a = F.leaky_relu(u, slopes[0], inplace=True)
-        v = transforms.cable(a.mul_(gate), cable_weight, soma_bias, connectivity)
-        y = F.leaky_relu(v, slopes[1], inplace=True)
+        a = F.leaky_relu(u, slopes[0], inplace=True).mul_(gate).mul_(cable_weight)
+        v, _ = transforms.soma_reduce(a, connectivity, "sum")
+        y = F.leaky_relu(v if soma_bias is None else v.add_(soma_bias), slopes[1], inplace=True)
         ctx.save_for_backward(x, y, signs, synapse_weight, dendrite_bias, cable_weight, gate)
         ctx.rest = connectivity, slopes, round_x, backends.chosen.get()
         return y
@@ -88,9 +88,9 @@ def _gradients(
 ) -> Gradients:
     """From the sign bits; sums of dendrites are computed anew for the gate's gradient only."""
     c = connectivity
-    grad_v = torch.where(y > 0, grad, slopes[1] * grad)
+    grad_v = _slope_times(grad, y, slopes[1])
     spread = grad_v.index_select(1, transforms._soma_of(c, grad))  # [B, R]
-    q = torch.where(_unpacked(signs, len(x)), spread, slopes[0] * spread)
+    q = _slope_times(spread, _unpacked(signs, len(x)).to(x.dtype), slopes[0])
     dgate = None
     if needed[5]:
         u = _sums_of_dendrites(x, synapse_weight, dendrite_bias, c, round_x)
@@ -134,6 +134,12 @@ def _recorded(
     return dx, dw, dbd, (at_cable * gate).sum(0), dbs, at_cable * cable_weight
 
 
+def _slope_times(grad: torch.Tensor, u: torch.Tensor, slope: float) -> torch.Tensor:
+    """m(u) grad: several times as fast as torch.where, whose branches nothing predicts."""
+    product: torch.Tensor = torch.ops.aten.leaky_relu_backward(grad, u, slope, False)
+    return product
+
+
 def _packed(bits: torch.Tensor) -> torch.Tensor:
     """bool [B, R] -> uint8 [ceil(B / 8), R], bit i of [t, r] from [8 t + i, r]."""
     rows = F.pad(bits.view(torch.uint8), (0, 0, 0, -len(bits) % 8)).unflatten(0, (-1, 8))
@@ -144,7 +150,7 @@ def _packed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _unpacked(packed: torch.Tensor, batch: int) -> torch.Tensor:
-    """bool [batch, R], the inverse of `_packed`."""
+    """uint8 [batch, R] of 0 and 1, the inverse of `_packed`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
     bits: torch.Tensor = (packed.unsqueeze(1) >> shifts) & 1
-    return bits.flatten(0, 1)[:batch].bool()
+    return bits.flatten(0, 1)[:batch]

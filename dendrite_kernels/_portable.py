@@ -114,9 +114,8 @@ class _PortableDendriticLayer(nn.Module):
         self.phi = _activation(layer.activation, layer.negative_slope)
         self.psi = _activation(layer.soma_activation or layer.activation, layer.negative_slope)
 
-    def forward(self, x: torch.Tensor, gate: Maybe = None) -> torch.Tensor:
-        a = self.phi(self.synapses(x))
-        v = self.cable(a if gate is None else a * gate)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = self.cable(self.phi(self.synapses(x)))
         y: torch.Tensor = self.psi(v if self.bias is None else v + self.bias)
         return y
 
@@ -182,7 +181,7 @@ def _portable(name: str, layer: nn.Module) -> nn.Module:
     if hooked(layer):
         raise ValueError(f"Expected layers without hooks, got {where}: remove its hooks first")
     if isinstance(layer, ContextGate):
-        raise ValueError(f"Expected gates as an input of the model, got {where}")
+        raise ValueError(f"Expected layers without gates, got {where}")
     plain: nn.Module
     if isinstance(layer, DendriticTree):
         weight: Any = value(layer, layer.WEIGHT)
