@@ -25,7 +25,8 @@ from . import (
 from .backends import BackendUnavailable, backend_info, use_backend
 from .estimate import MemoryEstimate, estimate_memory
 from .files import load, save
-from .nn import DendriticLayer, SparseLinear
+from .gates import ContextGate
+from .nn import DendriticLayer, KWinners, SparseLinear
 from .signs import Signed
 from .structure import Connectivity
 from .tree import DendriticTree
@@ -46,8 +47,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "Connectivity",
+    "ContextGate",
     "DendriticLayer",
     "DendriticTree",
+    "KWinners",
     "MemoryEstimate",
     "Signed",
     "SparseLinear",

@@ -9,13 +9,14 @@ from torch import nn
 
 from ._modules import computes_as, copied, hooked, value
 from .activations import Activation, function_of
+from .gates import ContextGate
 from .nn import DendriticLayer, SparseLinear
 from .structure import Connectivity
 from .tree import DendriticTree
 
 Maybe = torch.Tensor | None
 
-_OURS = (DendriticLayer, DendriticTree, SparseLinear)
+_OURS = (ContextGate, DendriticLayer, DendriticTree, SparseLinear)
 
 
 @torch.fx.wrap  # symbolic_trace does not know which form x has
@@ -179,6 +180,8 @@ def _portable(name: str, layer: nn.Module) -> nn.Module:
         raise ValueError(f"Expected layers without a forward of their own, got {where}")
     if hooked(layer):
         raise ValueError(f"Expected layers without hooks, got {where}: remove its hooks first")
+    if isinstance(layer, ContextGate):
+        raise ValueError(f"Expected layers without gates, got {where}")
     plain: nn.Module
     if isinstance(layer, DendriticTree):
         weight: Any = value(layer, layer.WEIGHT)
@@ -205,7 +208,8 @@ def portable(model: nn.Module) -> nn.Module:
     float but float64, as under autocast.
 
     Raises:
-        ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own.
+        ValueError: a layer has hooks (but those of torch.nn.utils.prune) or a forward of its own,
+            or is a ContextGate.
 
     Example:
         torch.onnx.export(portable(model), (x,), "model.onnx", dynamic_shapes=...)

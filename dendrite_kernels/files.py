@@ -19,7 +19,8 @@ from torch import nn
 
 from ._modules import hooks_of
 from ._replace import replaced
-from .nn import DendriticLayer, SparseLinear
+from .gates import ContextGate
+from .nn import DendriticLayer, KWinners, SparseLinear, _Sparse
 from .tree import DendriticTree
 
 _KEY = "dendrite_kernels"  # in the header of the file
@@ -45,6 +46,8 @@ _OPTIONS: dict[type[nn.Module], dict[str, Check]] = {
     DendriticLayer: dict.fromkeys(DendriticLayer.OPTIONS, _any),
     SparseLinear: dict.fromkeys(SparseLinear.OPTIONS, _any),
     DendriticTree: dict.fromkeys(DendriticTree.OPTIONS, _any),
+    ContextGate: dict.fromkeys(ContextGate.OPTIONS, _any),
+    KWinners: {"fraction": _any},
     nn.Linear: {"in_features": _SIZE, "out_features": _SIZE},
     nn.Identity: {},
     nn.Flatten: {"start_dim": _SIZE, "end_dim": _SIZE},
@@ -67,9 +70,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network to exactly `path`; a reader never sees half a file.
 
     Args:
-        model: a DendriticLayer, a DendriticTree, a SparseLinear, a network of
-            dendrite_kernels.models, or any nn.Sequential of them, nn.Linear, dropout, flatten and
-            activations without parameters, which may be used several times.
+        model: a DendriticLayer, a DendriticTree, a SparseLinear, a ContextGate, a network of
+            dendrite_kernels.models, or any nn.Sequential of them, nn.Linear, KWinners, dropout,
+            flatten and activations without parameters, which may be used several times.
         path: of the file, which safetensors can read too.
 
     Raises:
@@ -216,7 +219,7 @@ def _layer(
     for key, value in options.items():
         if not checks[key](value):
             raise ValueError(f"Expected an option {key} that {kind} takes, got {value!r}")
-    if issubclass(made, (DendriticLayer, DendriticTree, SparseLinear)):
+    if issubclass(made, _Sparse):
         return made._of_state(state, prefix, options)
     if made is nn.Linear:
         weight, bias = state.get(f"{prefix}weight"), f"{prefix}bias" in state

@@ -1,20 +1,22 @@
-"""The two operations as functions: what they accept, and which path computes them."""
+"""The operations as functions: what they accept, and which path computes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
 
-from . import activations, autograd, operators, transforms
+from . import _gated, activations, autograd, operators, transforms
+from ._validate import check_size
 from .activations import ActivationName
 from .backends.protocol import Maybe
 from .structure import Connectivity
 
 Precision = Literal["bf16"]
+Reduce = Literal["sum", "max", "absmax"]
 
 _EXACT = (torch.float32, torch.float64)  # what kernels compute in
 _LOW = operators.LOW
@@ -134,6 +136,22 @@ def _require_tensor(name: str, tensor: Any) -> torch.Tensor:
     return tensor
 
 
+def _check_gate(given: Any, x: Any, c: Connectivity) -> torch.Tensor:
+    """The gate; an error unless it is a tensor [R], or [..., R] that broadcasts to the samples."""
+    gate, x = _require_tensor("gate", given), _rows_of(x, c)
+    if gate.dtype != x.dtype and (_autocast_dtype(x) is None or gate.dtype == torch.float64):
+        raise TypeError(f"Expected gate of dtype {x.dtype} like x, got {gate.dtype}")
+    if gate.device != x.device:
+        raise ValueError(f"Expected gate on {x.device} like x, got {gate.device}")
+    samples, ours = x.shape[:-1], gate.shape[:-1]
+    fits = gate.dim() and gate.shape[-1] == c.num_dendrites and len(ours) <= len(samples)
+    pairs = zip(reversed(ours), reversed(samples), strict=False)
+    if not fits or any(size not in (1, wanted) for size, wanted in pairs):
+        expected = f"[{c.num_dendrites}] or {[*samples, c.num_dendrites]}"
+        raise ValueError(f"Expected gate of shape {expected}, got {list(gate.shape)}")
+    return gate
+
+
 def _rows_of(x: Any, c: Connectivity) -> torch.Tensor:
     """What the slow path starts with: x as a dense tensor [..., N], images flattened."""
     if not isinstance(c, Connectivity):
@@ -243,6 +261,7 @@ def dendritic_layer(
     negative_slope: float = 0.1,
     soma_activation: ActivationName | None = None,
     precision: Precision | None = None,
+    gate: Maybe = None,
 ) -> torch.Tensor:
     """A dendrosomatic layer: synapses -> dendrites -> cable -> somas.
 
@@ -268,6 +287,9 @@ def dendritic_layer(
             each input is off by at most 2**-8 of itself, so that u is off by at most 2**-8 times
             the sum of |w x|; nothing changes for integers up to 256, such as pixels. Weights, sums
             and the backward pass stay as they are. Not for float64.
+        gate: factors of the dendrites after their activation, a[r] -> gate[r] a[r]: [R], the same
+            for all samples, or [..., R], whose leading dimensions broadcast to those of x. The
+            latter in low precision are computed in float32; see docs/gates.md.
 
     Returns:
         [..., S].
@@ -279,7 +301,11 @@ def dendritic_layer(
     """
     slopes = activations.slopes_of(activation, soma_activation, negative_slope)
     c = connectivity
-    if slopes is not None and precision is None and cable_weight is not None:
+    if gate is not None:
+        gate = _check_gate(gate, x, c)
+        if gate.dim() == 1:  # the same for all samples: a part of the cable
+            cable_weight, gate = _require_tensor("cable_weight", cable_weight) * gate, None
+    if slopes is not None and precision is None and cable_weight is not None and gate is None:
         y = autograd.fast_layer(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slopes
         )
@@ -290,7 +316,8 @@ def dendritic_layer(
     lengths = c.nnz, c.num_dendrites, c.num_dendrites, c.num_somas
     low = _check(x, c, _NAMES, tensors, lengths)
     round_x = precision is not None and _rounds(x, precision)
-    if low is not None and not c.is_dense and (slopes is None or not _takes_low(x)):
+    as_it_is = slopes is not None and gate is None and _takes_low(x)
+    if low is not None and not c.is_dense and not as_it_is:
         wide = partial(
             dendritic_layer,
             connectivity=c,
@@ -298,14 +325,74 @@ def dendritic_layer(
             negative_slope=negative_slope,
             soma_activation=soma_activation,
             precision=precision,
+            gate=None if gate is None else gate.float(),
         )
         return _in_float32(wide, low, x, *tensors)
-    if slopes is None or connectivity.is_dense:
+    if slopes is None or connectivity.is_dense or (gate is not None and not _gated.serves()):
         phi = activations.function_of(activation, negative_slope)
         psi = activations.function_of(soma_activation or activation, negative_slope)
         u = sparse_linear(x, synapse_weight, dendrite_bias, connectivity, precision=precision)
-        a = phi(u)
+        a = phi(u) if gate is None else phi(u) * gate
         y = psi(transforms.cable(a, cable_weight, soma_bias, connectivity))
         return y if low is None else y.to(low)
+    if gate is not None:
+        rows = gate.expand(*x.shape[:-1], -1).reshape(-1, c.num_dendrites)
+        y = _gated.Layer.apply(_flatten(x), *tensors, rows, c, slopes, round_x)
+        return _unflatten(y, x)
     y = autograd.layer(_flatten(x), *tensors, c, slopes, round_x)
     return _unflatten(y if low is None else y.to(low), x)
+
+
+def soma_reduce(
+    u: torch.Tensor, connectivity: Connectivity, op: Reduce
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One number for each soma of those of its dendrites, and the dendrite that it comes from.
+
+    Args:
+        u: [..., R], float64, float32, bfloat16 or float16.
+        connectivity: which dendrites each soma owns; its synapses play no part.
+        op: "sum"; "max"; "absmax": the number of the largest size, with its sign. Of equal ones the
+            dendrite of the lowest number wins. NaN counts as the largest: a soma with one has NaN.
+
+    Returns:
+        values [..., S], 0 for a soma without dendrites. The gradient goes to the winner alone, of a
+            sum to all.
+        winner int32 [..., S], the dendrite's row, from 0 to R - 1. -1 where there is none: for
+            somas without dendrites, and for sums.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit, or another op.
+
+    Source: max over dendrites is DENN (Wu et al. 2018), absmax that of active dendrites (Iyer et
+        al. 2022); docs/gates.md.
+    """
+    check_reduce("op", op)
+    if not isinstance(connectivity, Connectivity):
+        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
+    rows = connectivity.num_dendrites
+    if _require_tensor("u", u).shape[-1:] != (rows,):
+        raise ValueError(f"Expected u of shape [..., {rows}], got {list(u.shape)}")
+    check_dtype("u", u.dtype)
+    return transforms.soma_reduce(u, connectivity, op)
+
+
+def check_reduce(name: str, op: str) -> None:
+    """ValueError unless the reduction has a name."""
+    if op not in get_args(Reduce):
+        raise ValueError(f"Expected {name} of {sorted(get_args(Reduce))}, got {op!r}")
+
+
+def k_winners(x: torch.Tensor, k: SupportsIndex) -> torch.Tensor:
+    """The k largest of x [..., n] stay, the others become 0. Exactly k stay, of equal ones too.
+
+    Which of equal ones is torch.topk's choice; NaN counts as the largest. Gradients go through the
+    winners alone.
+
+    Raises:
+        TypeError, ValueError: k is not an integer from 1 to n, x no tensor with a last dimension.
+    """
+    k = check_size("k", k)
+    if _require_tensor("x", x).dim() == 0 or k > x.shape[-1]:
+        raise ValueError(f"Expected x of shape [..., {k} or more], got {list(x.shape)}")
+    values, winners = x.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(x).scatter(-1, winners, values)

@@ -23,6 +23,7 @@ from torch import nn
 from . import connectivity
 from . import shunting as shunting  # dk.models.shunting
 from ._validate import check_size, image_of
+from .gates import ContextGate
 from .nn import DendriticLayer, Init, SparseLinear, _check_init, glorot_bound
 from .structure import Connectivity
 from .tree import DendriticTree
@@ -203,7 +204,7 @@ def count_dense_parameters(model: nn.Module) -> int:
     """What the same network stores as dense layers under masks."""
     total = 0
     for module in model.modules():
-        if isinstance(module, (DendriticLayer, SparseLinear)):
+        if isinstance(module, (ContextGate, DendriticLayer, SparseLinear)):
             c = module.connectivity
             total += (c.in_features + 1) * c.num_dendrites
             if isinstance(module, DendriticLayer):

@@ -12,6 +12,7 @@ from torch import nn
 from . import activations, functional, operators
 from ._modules import current, ordinary
 from ._subset import Amount, largest, subset
+from ._winners import KWinners as KWinners  # beside the layers, for whom it is made
 from .activations import ActivationName
 from .packing import difference, pack, unpack
 from .structure import Connectivity
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         soma_activation: ActivationName | None
         init: Init
         precision: functional.Precision | None
+        reduce: functional.Reduce
 
 
 def _check_init(init: str) -> None:
@@ -350,8 +352,11 @@ class DendriticLayer(_Sparse):
         """For the scale of initial weights."""
         return activations.slope_of(self.activation, self.negative_slope) or 0.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., N] -> [..., S]: the layer that functional.dendritic_layer computes."""
+    def forward(self, x: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., N] -> [..., S]: the layer that functional.dendritic_layer computes.
+
+        `gate` multiplies what dendrites send: [R], or [..., R] with one for each sample.
+        """
         return functional.dendritic_layer(
             x,
             self.synapse_weight,
@@ -363,6 +368,7 @@ class DendriticLayer(_Sparse):
             negative_slope=self.negative_slope,
             soma_activation=self.soma_activation,
             precision=self.precision,
+            gate=gate,
         )
 
     def dendrites(self, x: torch.Tensor) -> torch.Tensor:  # [..., N] -> [..., R]

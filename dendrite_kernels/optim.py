@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from . import _adam
 from ._modules import check_shapes
-from .nn import DendriticLayer, SparseLinear
+from .nn import _Sparse
 from .shunting import Conductance
-from .tree import DendriticTree
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
@@ -58,7 +57,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     """Those of a module's parameters that decay, without those of its children."""
-    if isinstance(module, (DendriticLayer, DendriticTree, SparseLinear)):
+    if isinstance(module, _Sparse):
         named = [(_stem(name), p) for name, p in module.named_parameters()]
         return [
             p

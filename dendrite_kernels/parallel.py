@@ -99,8 +99,10 @@ class ShardedDendriticLayer(DendriticLayer):
         values: torch.Tensor = parameter.to_local()
         return values[: count[_COUNTED_BY[name]]]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's somas of x [..., N], gathered or sharded as the style asks."""
+    def forward(self, x: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's somas of x [..., N], gathered or sharded as the style asks; no gate."""
+        if gate is not None:
+            raise RuntimeError("Expected no gate in a sharded layer, got one")
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [self.style.input_layouts], run_check=False)
         # Each rank's gradient of x counts its own somas only: their sum is the gradient.

@@ -174,13 +174,13 @@ class Rewirer:
         (seed,) = np.random.SeedSequence(self._seeds, spawn_key=key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
 
-    def _watch(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _watch(self, x: torch.Tensor, y: torch.Tensor, options: dict[str, Any]) -> None:
         """Have the backward pass from y add up the gradients of candidates."""
         if y.requires_grad:
-            add = functools.partial(self._add, x.detach())
+            add = functools.partial(self._add, x.detach(), options)
             y.register_hook(lambda grad: untraced(functools.partial(add, grad)))
 
-    def _add(self, x: torch.Tensor, grad: torch.Tensor) -> None:
+    def _add(self, x: torch.Tensor, options: dict[str, Any], grad: torch.Tensor) -> None:
         layer, c = self.layer, self.layer.connectivity
         if self._union is None or self._union[0] is not c:
             generator = self._generator("candidates")
@@ -191,7 +191,7 @@ class Rewirer:
         weight = present.new_zeros(union.nnz)
         weight[~is_new.to(weight.device)] = present
         with torch.enable_grad():
-            y = _output(layer, x, weight.requires_grad_(), union)
+            y = _output(layer, x, weight.requires_grad_(), union, options)
         (found,) = torch.autograd.grad(y, weight, grad.to(y.dtype))
         self._scores = found if self._scores is None else self._scores + found
 
@@ -208,13 +208,18 @@ class _Hook:
     def __call__(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
         rewirer = self.rewirer()
         if rewirer is not None and rewirer._due:
-            rewirer._watch(args[0] if args else named["x"], y)
+            x, gate = args[0] if args else named["x"], named.get("gate")
+            rewirer._watch(x, y, {} if gate is None else {"gate": gate.detach()})
 
 
 def _output(
-    layer: Layer, x: torch.Tensor, weight: torch.Tensor, connectivity: Connectivity
+    layer: Layer,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    connectivity: Connectivity,
+    options: dict[str, Any],
 ) -> torch.Tensor:
-    """Of the layer with other synapses; only `weight` gets a gradient."""
+    """Of the layer with other synapses and options of its call; only `weight` gets a gradient."""
     values = {name: p.detach() for name, p in layer.named_parameters()}
     if isinstance(layer, SparseLinear):
         bias = values.get("bias")
@@ -230,4 +235,5 @@ def _output(
         negative_slope=layer.negative_slope,
         soma_activation=layer.soma_activation,
         precision=layer.precision,
+        **options,
     )

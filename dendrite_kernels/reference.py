@@ -53,9 +53,14 @@ def dendritic_layer(
     activation: ActivationName = "leaky_relu",
     negative_slope: float = 0.1,
     soma_activation: ActivationName | None = None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = psi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer."""
+    """y = psi(C phi(x W^T + bd) + bs): x [..., N] -> [..., S]; see functional.dendritic_layer.
+
+    A gate [R] or [..., R] multiplies phi.
+    """
     phi = function_of(activation, negative_slope)
     psi = function_of(soma_activation or activation, negative_slope)
     a = phi(sparse_linear(x, synapse_weight, dendrite_bias, connectivity))  # [..., R]
+    a = a if gate is None else a * gate
     return psi(cable(a, cable_weight, soma_bias, connectivity))

@@ -192,6 +192,36 @@ def cable(
     return v if soma_bias is None else v + soma_bias
 
 
+def soma_reduce(
+    u: torch.Tensor, connectivity: Connectivity, op: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """u [..., R] -> values [..., S], winner int32 [..., S]; see functional.soma_reduce."""
+    per_soma, somas, rows = connectivity.dendrites_per_soma, connectivity.num_somas, u.shape[-1]
+    if op == "sum":
+        wide = u.float() if u.dtype in operators.LOW else u  # rounded once
+        if per_soma is not None:
+            sums = wide.unflatten(-1, (somas, per_soma)).sum(-1)
+        else:
+            sums = _sums(wide, _soma_of(connectivity, u), somas)
+        none = torch.full_like(sums, -1, dtype=torch.int32, requires_grad=False)
+        return sums.to(u.dtype), none
+    rank = u.detach().abs() if op == "absmax" else u.detach()
+    if per_soma is not None:
+        first = torch.arange(0, rows, per_soma, device=u.device)  # [S]
+        winner = rank.unflatten(-1, (somas, per_soma)).argmax(-1) + first
+        return u.gather(-1, winner), winner.int()
+    owner = _soma_of(connectivity, u).expand(u.shape)  # [..., R]
+    shape = (*u.shape[:-1], somas)
+    best = rank.new_full(shape, -torch.inf).scatter_reduce(-1, owner, rank, "amax")
+    leads = (rank == best.gather(-1, owner)) | rank.isnan()
+    row = torch.arange(rows, device=u.device).expand(u.shape)
+    last = torch.full(shape, rows, device=u.device)
+    winner = last.scatter_reduce(-1, owner, row.where(leads, rows), "amin")  # rows: none
+    has_one = winner < rows
+    values = u.gather(-1, winner.clamp(max=rows - 1))
+    return values.where(has_one, 0), winner.where(has_one, -1).int()
+
+
 # ---- the layer ----
 
 
@@ -233,7 +263,8 @@ def layer_backward(
 ) -> tuple[torch.Tensor, ...]:
     """What the fused backward computes, of operations that differentiate; recomputes u [B, R].
 
-    The masks have no derivative: the activation is piecewise linear.
+    The masks have no derivative: the activation is piecewise linear. Samples may have a cable each:
+    then cable_weight and its gradient are [B, R].
     """
     if x.dtype in operators.LOW:  # in float32, rounded once
         dendrite_bias = None if dendrite_bias is None else dendrite_bias.float()
@@ -246,6 +277,6 @@ def layer_backward(
     grad_v = torch.where(y > 0, grad, slopes[1] * grad)
     spread = grad_v.index_select(1, _soma_of(connectivity, grad))  # [B, R]
     q = torch.where(u > 0, spread, slopes[0] * spread)
-    dc = (q * u).sum(0)
+    dc = q * u
     dx, dw, dbd = LinearBackward.apply(q * cable_weight, x, synapse_weight, connectivity, need_x)
-    return dx, dw, dbd, dc, grad_v.sum(0)
+    return dx, dw, dbd, dc if cable_weight.dim() > 1 else dc.sum(0), grad_v.sum(0)

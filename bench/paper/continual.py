@@ -74,10 +74,10 @@ NETWORKS = (
 
 def tasks(data: ImageData, scenario: Scenario, count: int, seed: int) -> list[Task]:
     """The tasks in the order in which they are learned."""
-    return list(_permuted(data, count, seed) if scenario == "permuted" else _split(data, count))
+    return list(permuted(data, count, seed) if scenario == "permuted" else _split(data, count))
 
 
-def _permuted(data: ImageData, count: int, seed: int) -> Iterator[Task]:
+def permuted(data: ImageData, count: int, seed: int) -> Iterator[Task]:
     rng, pixels = np.random.default_rng(seed), data.x_train.shape[1]
     classes = torch.arange(data.classes)
     for i in range(count):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import dendrite_kernels as dk
 from bench.environment import describe_run, write_json
 from bench.paper import datasets
-from bench.questions.tree import _error, _results, train
+from bench.questions.tree import relative_error, results, train
 from bench.speed.run import RESULTS
 from dendrite_kernels.benchmark.timing import Task, interleave, ratio
 from dendrite_kernels.benchmark.training_step import TrainingStep
@@ -111,8 +111,8 @@ def speed(somas: int, dendrites: int, seconds: float, kind: type[Task]) -> dict[
         network = nn.Sequential(layer, nn.Linear(somas, CLASSES))
         network[1].load_state_dict(head)
         steps[name] = TrainingStep(network, 1e-3)
-    found = {name: _results(step, x, y) for name, step in steps.items()}
-    error = max(map(_error, found["shunting, dense"], found["shunting"]))
+    found = {name: results(step, x, y) for name, step in steps.items()}
+    error = max(map(relative_error, found["shunting, dense"], found["shunting"]))
     if not error <= LARGEST_ERROR:
         raise RuntimeError(f"Expected equal results of ours and of dense layers, got {error}")
     tasks = {name: kind(partial(step, x, y)) for name, step in steps.items()}

@@ -57,11 +57,12 @@ class MaskedTree(nn.Sequential):
             with torch.no_grad():
                 layer.weight.zero_()[mask] = weight
                 layer.bias.copy_(bias)
-            layer.weight.register_post_accumulate_grad_hook(partial(_keep, mask.float()))
+            layer.weight.register_post_accumulate_grad_hook(partial(keep, mask.float()))
             self.extend([layer, nn.LeakyReLU(tree.negative_slope)])
 
 
-def _keep(mask: Tensor, weight: Tensor) -> None:
+def keep(mask: Tensor, weight: Tensor) -> None:
+    """A hook of a dense weight: no gradient where the mask is 0."""
     assert weight.grad is not None
     weight.grad.mul_(mask)
 
@@ -110,9 +111,9 @@ def speed(seconds: float) -> dict[str, Any]:
         network = nn.Sequential(layer, nn.Linear(SOMAS, CLASSES))
         network[1].load_state_dict(head)
         steps[name] = TrainingStep(network, 1e-3)
-    found = {name: _results(step, x, y) for name, step in steps.items()}
+    found = {name: results(step, x, y) for name, step in steps.items()}
     errors = {
-        kind: max(map(_error, found[f"{kind}, dense masks"], found[kind]))
+        kind: max(map(relative_error, found[f"{kind}, dense masks"], found[kind]))
         for kind in ("flat", "tree")
     }
     if max(errors.values()) > LARGEST_ERROR:
@@ -127,7 +128,7 @@ def speed(seconds: float) -> dict[str, Any]:
     }
 
 
-def _results(step: TrainingStep, x: Tensor, y: Tensor) -> list[Tensor]:
+def results(step: TrainingStep, x: Tensor, y: Tensor) -> list[Tensor]:
     """Logits, and the gradient of the output layer's weight, after a few steps of training."""
     for _ in range(5):
         step(x, y)
@@ -139,7 +140,7 @@ def _results(step: TrainingStep, x: Tensor, y: Tensor) -> list[Tensor]:
     return [logits.detach(), gradient.clone()]
 
 
-def _error(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
