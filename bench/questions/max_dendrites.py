@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dendrite_kernels as dk
 from bench.environment import describe_run, write_json
 from bench.paper import datasets
-from bench.questions.tree import random, train
+from bench.questions.dense_twins import random, train
 from bench.speed.run import RESULTS
 from dendrite_kernels.models import count_parameters
 
