@@ -54,6 +54,8 @@ def _gradient_is_ours(weight: torch.Tensor, optimizer: Optimizer, accumulate: An
     """Whether this pass takes a gradient to the optimizer and to no one else."""
     if type(optimizer) not in _EXACT or len(optimizer.param_groups) != 1:
         return False
+    if torch.is_anomaly_enabled():  # looks for NaN in gradients
+        return False
     if weight.grad is not None or weight.dtype not in (torch.float32, torch.float64):
         return False
     hooks = (
@@ -71,16 +73,16 @@ def _gradient_is_ours(weight: torch.Tensor, optimizer: Optimizer, accumulate: An
         return False
 
 
-def begin(weight: torch.Tensor, step: AdamStep) -> None:
-    """Count the step that the backward pass takes next.
+def count(weight: torch.Tensor, step: AdamStep) -> None:
+    """Note that the backward pass has taken a step.
 
-    Layers that share the weight must not read it afterwards, and autograd will notice.
+    What else reads the weight in this pass is too late, and autograd will notice.
     """
     step.step.add_(1)
     torch.autograd.graph.increment_version(weight)
     _stepped[weight] = torch._C._current_graph_task_id()
 
 
-def begun(weight: torch.Tensor) -> bool:
+def counted(weight: torch.Tensor) -> bool:
     """Whether the backward pass that runs has stepped it."""
     return bool(_stepped.get(weight) == torch._C._current_graph_task_id())

@@ -45,6 +45,9 @@ def grow(c: Connectivity, new: Connectivity) -> Connectivity:
             f"Expected dendrites of {sizes[0][1]} somas on {sizes[0][0]} inputs, "
             f"got {sizes[1][1]} on {sizes[1][0]}"
         )
+    images = {(part.in_shape, part.channels_first) for part in (c, new) if part.in_shape}
+    if len(images) > 1:
+        raise ValueError(f"Expected dendrites on images {c.in_shape}, got {new.in_shape}")
     is_new = np.zeros(c.num_dendrites + new.num_dendrites, np.bool_)
     is_new[new_rows(c, new)] = True
     order = np.empty(is_new.size, np.int64)  # of dendrites, those of `new` numbered after all of c

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from torch.optim import Optimizer
 from . import operators
 from ._combine import new_rows
 from ._pattern import synapses_of
-from ._rewire import Optimizers, _connect, numbers_of, trainers, weight_of
+from ._rewire import Optimizers, _connect, frozen, numbers_of, trainers, weight_of
 from ._validate import Array, integers
 from .nn import DendriticLayer
 from .structure import Connectivity
 
 
+@torch.inference_mode(False)  # tensors made in that mode could never train
 @torch.no_grad()
 def grow(
     layer: DendriticLayer,
@@ -122,6 +124,8 @@ def correlation(
     if not isinstance(connectivity, Connectivity):
         raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
     sizes = connectivity.num_dendrites, connectivity.num_somas
+    if not (isinstance(a, torch.Tensor) and isinstance(err, torch.Tensor)):
+        raise TypeError(f"Expected tensors, got {type(a).__name__} and {type(err).__name__}")
     if a.dim() != 2 or err.dim() != 2 or len(a) != len(err) or (a.shape[1], err.shape[1]) != sizes:
         raise ValueError(
             f"Expected a [B, {sizes[0]}] and err [B, {sizes[1]}], "
@@ -142,8 +146,8 @@ def freeze(
     """Keep the synapse weights and biases of some dendrites as they are, bit for bit.
 
     Their gradients become 0, and what an optimizer changes nevertheless, by momentum or weight
-    decay, is put back after its step. The dendrites stay frozen when the layer grows or is rewired
-    (which exchanges their synapses, too). Copies of the layer, and layers from a file, are not.
+    decay, is put back after its step. The dendrites stay frozen when the layer grows, and rewiring
+    leaves them alone. Copies of the layer, and layers from a file, are not frozen.
 
     Args:
         layer: see `grow`.
@@ -182,6 +186,7 @@ class Frozen:
         self._index: dict[str, torch.Tensor] = {}
         self._before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._handles: list[Any] = []
+        frozen.setdefault(layer, WeakSet()).add(self)
         for name in trained:
             parameter = layer.get_parameter(name)
             if parameter.requires_grad:
@@ -199,6 +204,7 @@ class Frozen:
 
     def remove(self) -> None:
         """Let them train again."""
+        frozen[self._layer].discard(self)
         for handle in self._handles:
             handle.remove()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from . import operators
@@ -17,6 +19,9 @@ from .nn import DendriticLayer, SparseLinear, _saved_connectivity
 from .optim import StepInBackward
 from .packing import difference
 from .structure import Connectivity
+
+# Handles of plasticity.freeze, each with the `rows` of dendrites that keep their synapses.
+frozen: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 Layer: TypeAlias = DendriticLayer | SparseLinear
 Optimizers: TypeAlias = Optimizer | StepInBackward | None
@@ -35,10 +40,10 @@ def rewire(
     """Each dendrite drops its synapses of least |weight| and grows as many others, of weight 0.
 
     A dendrite of K synapses exchanges max(1, round(fraction * K)) of them (half to even), or as
-    many as there are places to grow. What it drops it does not grow again at once. Kept synapses
-    keep their weights and the optimizer's numbers bit for bit; those of new ones are 0, as are
-    gradients. `layer.connectivity` becomes another object; no other layer may share the weight.
-    Rewire between a step and the next forward.
+    many as there are places to grow; a frozen one (`freeze`) none. What it drops it does not grow
+    again at once. Kept synapses keep their weights and the optimizer's numbers bit for bit; those
+    of new ones are 0, as are gradients. `layer.connectivity` becomes another object; no other layer
+    may share the weight. Rewire between a step and the next forward.
 
     Args:
         layer: a DendriticLayer or SparseLinear.
@@ -72,6 +77,8 @@ def rewire(
     counts = np.diff(c.crow_indices.numpy())
     wanted = np.maximum(np.rint(fraction * counts), fraction > 0).astype(np.int64)
     wanted = np.minimum(np.minimum(wanted, counts), free.counts)
+    for handle in frozen.get(layer, ()):
+        wanted[handle.rows.numpy()] = 0
     kept = without_smallest(c, weight, wanted)
     if not wanted.any():
         return c
@@ -113,6 +120,8 @@ def candidates(
     Raises:
         TypeError, ValueError: count is not a positive integer, or a region of another size.
     """
+    if not isinstance(connectivity, Connectivity):
+        raise TypeError(f"Expected a Connectivity, got {type(connectivity).__name__}")
     count = check_size("count", count)
     check_region(connectivity, region)
     free = places(connectivity, region)

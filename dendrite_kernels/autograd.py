@@ -74,26 +74,28 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
                 needed[0],
             )  # fmt: skip
     else:
+        tensors = grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight
         if _adam.optimizers and needed[1]:  # of no layer, for most
-            step = _step_of(ctx, x, synapse_weight)
-        gradients = operators.backward(
-            grad, x, y, signs, synapse_weight, dendrite_bias, cable_weight, *indices,
-            *slopes, needed[0], step=step,
-        )  # fmt: skip
+            step = _step_of(ctx, tensors)
+        gradients = operators.backward(*tensors, *indices, *slopes, needed[0], step=step)
+        if step is not None:
+            _adam.count(synapse_weight, step)
     wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
     if step is not None:
         wanted[1] = None
     return *wanted, *(None,) * (len(needed) - len(wanted))
 
 
-def _step_of(ctx: Any, x: torch.Tensor, synapse_weight: torch.Tensor) -> AdamStep | None:
+def _step_of(ctx: Any, tensors: tuple[Maybe, ...]) -> AdamStep | None:
     """The step of Adam that this backward pass takes in place of a gradient."""
-    if not x.shape[0] or not backends.select(x.device).STEPS or operators.observed():
+    grad, weight = tensors[0], tensors[4]
+    assert grad is not None
+    assert weight is not None
+    if not grad.shape[0] or not backends.select(grad.device).STEPS:
         return None
-    step = _adam.due(synapse_weight, ctx.next_functions[1][0])
-    if step is not None:
-        _adam.begin(synapse_weight, step)
-    return step
+    if operators.needs_dispatch(*tensors):
+        return None
+    return _adam.due(weight, ctx.next_functions[1][0])
 
 
 # ---- the operator, eager and compiled ----

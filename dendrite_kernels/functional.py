@@ -289,7 +289,8 @@ def dendritic_layer(
             and the backward pass stay as they are. Not for float64.
         gate: factors of the dendrites after their activation, a[r] -> gate[r] a[r]: [R], the same
             for all samples, or [..., R], whose leading dimensions broadcast to those of x. The
-            latter in low precision are computed in float32; see docs/gates.md.
+            latter in low precision are computed in float32, and products with the cable of the
+            former are rounded; see docs/gates.md.
 
     Returns:
         [..., S].
@@ -303,8 +304,9 @@ def dendritic_layer(
     c = connectivity
     if gate is not None:
         gate = _check_gate(gate, x, c)
+        _check(_rows_of(x, c), c, _NAMES[2:3], (cable_weight,), (c.num_dendrites,))
         if gate.dim() == 1:  # the same for all samples: a part of the cable
-            cable_weight, gate = _require_tensor("cable_weight", cable_weight) * gate, None
+            cable_weight, gate = cable_weight * gate, None
     if slopes is not None and precision is None and cable_weight is not None and gate is None:
         y = autograd.fast_layer(
             x, synapse_weight, dendrite_bias, cable_weight, soma_bias, c, slopes

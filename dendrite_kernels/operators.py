@@ -260,7 +260,7 @@ def _function_mode() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _needs_dispatch(*tensors: Maybe) -> bool:
+def needs_dispatch(*tensors: Maybe) -> bool:
     """Whether a call must not skip the dispatcher, whose way costs as much as a small kernel:
     something observes it, or a tensor is of a subclass or without memory (on meta, or a ZeroTensor,
     which the dispatcher fills).
@@ -279,7 +279,7 @@ def _needs_dispatch(*tensors: Maybe) -> bool:
 
 def forward(*args: Any) -> Two:
     """The operator `forward`, below autograd. Arguments as in its schema."""
-    if not _needs_dispatch(*args[:5]):
+    if not needs_dispatch(*args[:5]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         both: Two = _forward_op(*args)
@@ -291,7 +291,7 @@ def backward(*args: Any, step: AdamStep | None = None) -> Gradients:
 
     With a step, which no operator takes, the synapse weight is stepped in place and dw is [0].
     """
-    if step is not None or not _needs_dispatch(*args[:7]):
+    if step is not None or not needs_dispatch(*args[:7]):
         return _backward(*(*args, step))
     gradients: Gradients = _backward_op(*args)
     return gradients

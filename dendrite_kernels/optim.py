@@ -225,7 +225,7 @@ def _step(reference: weakref.ref[Optimizer]) -> Callable[[torch.Tensor], None]:
                 "Expected an optimizer of one parameter, got a group added to it: make another "
                 "StepInBackward for the new parameters"
             )
-        if parameter.grad is not None and _adam.begun(parameter):
+        if parameter.grad is not None and _adam.counted(parameter):
             raise RuntimeError(
                 "Expected the gradient of a weight from its layer alone, got more from elsewhere "
                 "after the kernel's step: make its optimizer with fused=False"

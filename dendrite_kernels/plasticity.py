@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import functional
+from . import functional, transforms
 from ._new_dendrites import Frozen, correlation, freeze, grow
 from ._rewire import (
     Layer,
@@ -109,13 +110,23 @@ class Rewirer:
         self.every, self.end = check_size("every", every), check_size("end", end)
         self.fraction, self.region = fraction, region
         self.candidates = check_size("candidates", candidates)
-        self._seeds = np.random.SeedSequence(seed).entropy  # TypeError, ValueError if it is none
+        self._seeds = np.random.SeedSequence(operator.index(seed)).entropy  # ValueError below 0
         self.steps = 0
         self._due = self._is_due()  # a flag: compiled code would look at `steps` at each step
         self._union: tuple[Connectivity, Connectivity, torch.Tensor] | None = None
         self._scores: torch.Tensor | None = None  # [union.nnz]
+        self._handle = None
         if rule == "rigl":
-            layer.register_forward_hook(_Hook(self), with_kwargs=True)
+            self._handle = layer.register_forward_hook(_Hook(self), with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook off the layer: nothing is rewired any more."""
+        self._due, self.end = False, 0
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("Expected no copy of a Rewirer: make another, and load its state_dict")
 
     def step(self) -> bool:
         """Count a step of training, and rewire if it is time. Whether synapses may have moved.
@@ -176,22 +187,38 @@ class Rewirer:
 
     def _watch(self, x: torch.Tensor, y: torch.Tensor, options: dict[str, Any]) -> None:
         """Have the backward pass from y add up the gradients of candidates."""
+        if transforms.active():
+            raise RuntimeError(
+                "Expected no transform of torch.func in a step that rewires by 'rigl', got one"
+            )
         if y.requires_grad:
-            add = functools.partial(self._add, x.detach(), options)
+            kind = x.device.type  # backward runs outside of autocast
+            cast = torch.autocast(
+                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            )
+            values = {name: p.detach() for name, p in self.layer.named_parameters()}
+            again = functools.partial(_output, self.layer, x.detach(), values, options)
+            add = functools.partial(self._add, again, values[self.layer.WEIGHT], cast)
             y.register_hook(lambda grad: untraced(functools.partial(add, grad)))
 
-    def _add(self, x: torch.Tensor, options: dict[str, Any], grad: torch.Tensor) -> None:
-        layer, c = self.layer, self.layer.connectivity
+    def _add(
+        self,
+        again: Callable[[torch.Tensor, Connectivity], torch.Tensor],
+        present: torch.Tensor,
+        cast: torch.autocast,
+        grad: torch.Tensor,
+    ) -> None:
+        """`again`: the call of the layer, of other synapses; `present`: its weights in it."""
+        c = self.layer.connectivity
         if self._union is None or self._union[0] is not c:
             generator = self._generator("candidates")
             union, is_new = candidates(c, self.candidates, region=self.region, generator=generator)
             self._union, self._scores = (c, union, is_new), None
         _, union, is_new = self._union
-        present = weight_of(layer).detach()
         weight = present.new_zeros(union.nnz)
         weight[~is_new.to(weight.device)] = present
-        with torch.enable_grad():
-            y = _output(layer, x, weight.requires_grad_(), union, options)
+        with torch.enable_grad(), cast:
+            y = again(weight.requires_grad_(), union)
         (found,) = torch.autograd.grad(y, weight, grad.to(y.dtype))
         self._scores = found if self._scores is None else self._scores + found
 
@@ -215,12 +242,12 @@ class _Hook:
 def _output(
     layer: Layer,
     x: torch.Tensor,
+    values: dict[str, torch.Tensor],  # of its parameters
+    options: dict[str, Any],  # of its call
     weight: torch.Tensor,
     connectivity: Connectivity,
-    options: dict[str, Any],
 ) -> torch.Tensor:
-    """Of the layer with other synapses and options of its call; only `weight` gets a gradient."""
-    values = {name: p.detach() for name, p in layer.named_parameters()}
+    """Of the layer with other synapses; only `weight` gets a gradient."""
     if isinstance(layer, SparseLinear):
         bias = values.get("bias")
         return functional.sparse_linear(x, weight, bias, connectivity, precision=layer.precision)

@@ -60,7 +60,7 @@ struct WeightArgs {
 template <class A>
 struct AdamArgs {
   A *weight, *exp_avg, *exp_avg_sq;  // [nnz]; null: no step, the gradient is stored
-  const float* steps;                // [] taken, with this one
+  const float* steps;                // [] taken before this one
   A lr, decay;                       // decay of the weight, before the step: 1 - lr * weight_decay
   A l2;                              // weight_decay of Adam, which joins the gradient
   A beta2, rest1, rest2;             // rest: 1 - beta, which has few digits left in float

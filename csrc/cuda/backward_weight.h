@@ -183,8 +183,9 @@ __global__ void __launch_bounds__(256, 1) finish_weight(const FinishArgs<A> args
   const int64_t end = __ldg(synapses.steps + bundle + 1) * step;
   A correction1 = 1, correction2 = 1;
   if constexpr (ADAM) {
-    correction1 = correction(args.adam.log_beta1, A(*args.adam.steps));
-    correction2 = correction(args.adam.log_beta2, A(*args.adam.steps));
+    const A steps = A(*args.adam.steps) + 1;
+    correction1 = correction(args.adam.log_beta1, steps);
+    correction2 = correction(args.adam.log_beta2, steps);
   }
   for (int64_t slot = __ldg(synapses.steps + bundle) * step + lane; slot < end; slot += 32) {
     const int64_t to = args.source ? args.source[slot] : slot;

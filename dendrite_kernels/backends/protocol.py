@@ -36,7 +36,7 @@ class AdamStep(NamedTuple):
 
     exp_avg: torch.Tensor  # [nnz], contiguous, of the weight's dtype
     exp_avg_sq: torch.Tensor  # like it
-    step: torch.Tensor  # float32 []: steps taken, with this one
+    step: torch.Tensor  # float32 []: steps taken before this one; the caller counts it
     lr: float
     beta1: float
     beta2: float

@@ -159,7 +159,7 @@ def run(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     results = [y, *gradients, u, *cuda.backward(grad_u, x, None, None, linear, True)[:3]]
     averages = [t.to(device) for t in averages_of(case, c.nnz)]
     weight = weight.to(averages[0].dtype, copy=True)  # sums' own: other weights are not stepped
-    step = torch.tensor(4.0, device=device)
+    step = torch.tensor(3.0, device=device)
     of_sums = [None if t is None else t.to(weight.dtype) for t in (dendrite_bias, cable)]
     operands = Operands(weight, *of_sums, None, c, case.slope, case.soma_slope)
     stepped = cuda.backward(

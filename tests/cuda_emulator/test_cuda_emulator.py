@@ -54,8 +54,8 @@ MUTANTS = {
     "no tail": ("tile.h", "out[j] = n + j < inputs ? row[n + j] : T{};",
                 "out[j] = n + 3 < inputs ? row[n + j] : T{};"),
     # Adam counts one step too few.
-    "late correction": ("backward_weight.h", "-expm1(log_beta * steps)",
-                        "-expm1(log_beta * (steps - 1))"),
+    "late correction": ("backward_weight.h", "A(*args.adam.steps) + 1",
+                        "A(*args.adam.steps)"),
     # The gradient of the cable sees the weight behind the step.
     "early step": ("backward_weight.h", "    dot += weight * sum;\n    if constexpr (ADAM)\n"
                    "      step_adam(args.adam, to, weight, cable * sum, correction1, correction2);",

@@ -368,6 +368,10 @@ def test_what_a_gate_must_be() -> None:
             layer(x, gate=anything)
     with pytest.raises(TypeError, match="Expected cable_weight to be a"):
         LAYER(x, layer.synapse_weight, None, None, None, layer.connectivity, gate=torch.ones(48))
+    weight, gate = layer.synapse_weight, torch.ones(48)
+    for cable in (torch.ones(1), torch.ones(3), torch.tensor(1.0), torch.ones(48).half()):
+        with pytest.raises((TypeError, ValueError), match="Expected cable_weight of"):
+            LAYER(x, weight, None, cable, None, layer.connectivity, gate=gate)
 
 
 @pytest.mark.parametrize("of_samples", [False, True])

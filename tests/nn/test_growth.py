@@ -345,3 +345,14 @@ def test_copies_and_others_on_the_same_connectivity_are_left_alone() -> None:
     torch.save(layer, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), layer(x))
+
+
+def test_growth_in_inference_mode_leaves_a_layer_that_trains() -> None:
+    layer = dk.DendriticLayer(dk.connectivity.random(20, 4, 2, 5, seed=0))
+    optimizer = torch.optim.Adam(layer.parameters())
+    new = dk.connectivity.random(20, 4, 1, 5, seed=1)
+    with torch.inference_mode():
+        grow(layer, optimizer, new)
+    layer(torch.randn(3, 20)).sum().backward()
+    optimizer.step()
+    assert layer.connectivity.num_dendrites == 12

@@ -473,6 +473,61 @@ def test_rewirers_refuse_what_they_cannot_do() -> None:
     assert layer.connectivity is c
 
 
+def test_a_rewirer_is_not_copied_and_can_be_removed() -> None:
+    layer = made(dk.SparseLinear)
+    sgd = torch.optim.SGD(layer.parameters(), 0.1)
+    with pytest.raises(TypeError, match="NoneType"):
+        Rewirer(layer, sgd, end=9, seed=None)  # type: ignore[arg-type]
+    rewirer = Rewirer(layer, sgd, rule="rigl", every=1, end=10, seed=0)
+    with pytest.raises(TypeError, match="Expected no copy of a Rewirer"):
+        copy.deepcopy(rewirer)
+    rewirer.remove()
+    layer(torch.ones(2, N).double()).sum().backward()
+    assert not layer._forward_hooks
+    assert not rewirer.step()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@KINDS
+def test_candidates_in_mixed_precision(kind: Any, gated: bool) -> None:
+    """Backward runs outside of autocast, and x of a later layer has the lower precision."""
+    if gated and kind is dk.SparseLinear:
+        pytest.skip("has no gates")
+    layer = kind(network())
+    rewirer = Rewirer(
+        layer, torch.optim.SGD(layer.parameters(), 0.1), rule="rigl", end=10, every=1, seed=0
+    )
+    x = torch.randn(BATCH, N)
+    named = {"gate": torch.rand(layer.connectivity.num_dendrites).bfloat16()} if gated else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(x.bfloat16(), **named).float().square().mean()
+    loss.backward()
+    found, weight = rewirer._scores, layer.get_parameter(layer.WEIGHT)
+    assert found is not None
+    assert rewirer._union is not None
+    is_new = rewirer._union[2]
+    torch.testing.assert_close(found[~is_new], weight.grad, rtol=1e-2, atol=1e-4)
+    assert rewirer.step()
+
+
+def test_candidates_of_a_call_with_other_weights() -> None:
+    layer = made(dk.SparseLinear)
+    rewirer = Rewirer(layer, None, rule="rigl", end=10, every=1, seed=0)
+    x = oracle.drawn(BATCH, N, seed=0, dtype=torch.float64)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, others, (x,))
+    y.square().sum().backward()
+    assert rewirer._scores is not None
+    assert rewirer._union is not None
+    torch.testing.assert_close(rewirer._scores[~rewirer._union[2]], others["weight"].grad)
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"Expected no transform of torch\.func in a step"):
+        torch.func.grad(loss)({name: p.detach() for name, p in others.items()})
+
+
 def test_the_schedule() -> None:
     layer = made(dk.SparseLinear)
     rewirer = Rewirer(layer, None, every=4, fraction=1.0, end=16, seed=0)

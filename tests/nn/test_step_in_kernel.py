@@ -40,7 +40,7 @@ def take(step: AdamStep, weight: torch.Tensor, grad: torch.Tensor) -> None:
             grad = grad + step.weight_decay * weight
         step.exp_avg.mul_(step.beta1).add_((1 - step.beta1) * grad)
         step.exp_avg_sq.mul_(step.beta2).add_((1 - step.beta2) * grad**2)
-        t = float(step.step)
+        t = float(step.step) + 1
         mean, square = step.exp_avg / (1 - step.beta1**t), step.exp_avg_sq / (1 - step.beta2**t)
         weight -= step.lr * mean / (square.sqrt() + step.eps)
 
@@ -214,7 +214,7 @@ def test_gradients_that_are_asked_for_are_given(taken: list[AdamStep]) -> None:
     assert all(torch.equal(w, v) for w, v in zip(weights, values, strict=True))
 
 
-@pytest.mark.parametrize("way", ["profiler", "create_graph", "no samples", "removed"])
+@pytest.mark.parametrize("way", ["profiler", "anomaly", "create_graph", "no samples", "removed"])
 def test_who_looks_at_gradients_or_has_none_sees_the_usual_way(
     taken: list[AdamStep], way: str
 ) -> None:
@@ -224,6 +224,9 @@ def test_who_looks_at_gradients_or_has_none_sees_the_usual_way(
     state = trainer.optimizers[0].state[ours.get_parameter("0.synapse_weight")]
     if way == "profiler":
         with torch.profiler.profile():
+            ours(data()).square().mean().backward()
+    elif way == "anomaly":
+        with torch.autograd.detect_anomaly():
             ours(data()).square().mean().backward()
     elif way == "create_graph":
         ours(data()).square().mean().backward(create_graph=True)
@@ -275,3 +278,31 @@ def test_models_and_optimizers_are_freed(taken: list[AdamStep]) -> None:
     del ours, trainer
     gc.collect()
     assert [each() for each in gone] == [None] * 3
+
+
+def test_a_gradient_without_memory_goes_to_the_dispatcher(taken: list[AdamStep]) -> None:
+    """Such as the gradient of what does not depend on y."""
+    layer = model()[0]
+    trained(layer)
+    before, y = len(taken), layer(data())
+    y.backward(torch._efficientzerotensor(y.shape, dtype=y.dtype))
+    assert len(taken) == before
+
+
+def test_a_pass_that_fails_counts_no_step(
+    taken: list[AdamStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = model()[0]
+    trainer = trained(layer)
+    state = trainer.optimizers[0].state[layer.get_parameter("synapse_weight")]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp, "backward", fail)
+        with pytest.raises(MemoryError):
+            layer(data()).square().mean().backward()
+    assert state["step"] == 2
+    layer(data()).square().mean().backward()
+    assert state["step"] == 3

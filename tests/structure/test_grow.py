@@ -77,9 +77,9 @@ def test_labels_and_images() -> None:
     assert a.grow(plain).labels == Labels(("x", "y", "z"), None, ("s", "t"))
     assert plain.grow(a).labels is None
     image = Connectivity.from_csr([0, 1], [0], 4, in_shape=(1, 2, 2), channels_first=True)
-    other = Connectivity.from_csr([0, 1], [3], 4, in_shape=(4, 1))
-    assert (image.grow(other).in_shape, image.grow(other).channels_first) == ((1, 2, 2), True)
-    assert other.grow(image).in_shape == (4, 1)
+    flat = Connectivity.from_csr([0, 1], [3], 4)
+    assert (image.grow(flat).in_shape, image.grow(flat).channels_first) == ((1, 2, 2), True)
+    assert flat.grow(image).in_shape is None
 
 
 def test_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +90,9 @@ def test_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         c.grow(Connectivity.from_csr([0, 1, 2, 3], [0, 0, 0], 4))
     with pytest.raises(ValueError, match="Expected dendrites of 2 somas on 4 inputs, got 2 on 5"):
         c.grow(Connectivity.from_csr([0, 1, 2], [0, 0], 5))
+    tall, wide = (Connectivity.from_csr([0, 1], [3], 4, in_shape=s) for s in [(4, 1), (1, 4)])
+    with pytest.raises(ValueError, match=r"Expected dendrites on images \(4, 1\), got \(1, 4\)"):
+        tall.grow(wide)
     monkeypatch.setattr(structure, "SIZE_LIMIT", 10)
     with pytest.raises(ValueError, match=r"Expected fewer than 2\*\*31 synapses, got 10"):
         c.grow(c)
