@@ -193,7 +193,8 @@ class _Sparse(nn.Module):
             state: of a layer, or of a model in which its keys begin with `prefix`, say "0.".
             prefix: see state.
             options: what a state does not hold: activation, negative_slope, soma_activation, init,
-                precision. Device, dtype and whether there is a bias are those of the state.
+                precision, or reduce of a ContextGate. Device, dtype and whether there is a bias are
+                those of the state.
 
         Raises:
             ValueError: no such state, or a damaged one.
