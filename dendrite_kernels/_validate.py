@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
@@ -124,7 +125,7 @@ def image_shape(
         return None
     sizes = tuple(check_size("every size in in_shape", size) for size in shape)
     allowed = (3,) if channels_first else (2, 3)
-    if len(sizes) not in allowed or np.prod(sizes, dtype=np.int64) != in_features:
+    if len(sizes) not in allowed or math.prod(sizes) != in_features:
         expected = "(C, H, W)" if channels_first else "(H, W) or (H, W, C)"
         raise ValueError(f"Expected in_shape {expected} with product {in_features}, got {sizes}")
     return sizes
