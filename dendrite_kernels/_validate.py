@@ -136,6 +136,8 @@ def soma_pointer(rows: int, soma_ptr: Any, dendrites_per_soma: SupportsIndex | N
         if dendrites_per_soma is not None:
             raise ValueError("Expected soma_ptr or dendrites_per_soma, got both")
         return soma_ptr
+    if rows >= SIZE_LIMIT:
+        raise ValueError(f"Expected fewer than 2**31 dendrites, got {rows}")
     step = 1 if dendrites_per_soma is None else check_size("dendrites_per_soma", dendrites_per_soma)
     if rows % step:
         raise ValueError(f"Expected dendrites_per_soma to divide {rows} dendrites, got {step}")

@@ -210,6 +210,7 @@ class _Sparse(nn.Module):
         weight, packed = map(state.get, names)
         if not isinstance(weight, torch.Tensor) or packed is None:
             raise ValueError(f"Expected a state with {list(names)}, got keys {sorted(map(str, state))[:8]}")
+        check_numbers(names[0], weight)
         try:
             connectivity = _saved_connectivity(packed, weight.numel())
         except (TypeError, KeyError, RuntimeError) as error:
@@ -247,6 +248,18 @@ class _Sparse(nn.Module):
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def check_numbers(name: str, weight: torch.Tensor) -> None:
+    """ValueError unless each synapse has a number: an expanded tensor in a file of a few bytes would
+    make a layer of any size.
+    """
+    strided = weight.layout is torch.strided and weight.dim() == 1
+    if not strided or (weight.stride(0) == 0 and weight.numel() > 1):
+        raise ValueError(
+            f"Expected {name} of one dimension, with a number for each synapse, "
+            f"got {list(weight.shape)}, expanded or of another layout"
         )
 
 

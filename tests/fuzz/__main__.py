@@ -39,6 +39,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for data in target.seeds():
         (folder / hashlib.sha1(data).hexdigest()).write_bytes(data)
+
+    def run(data: bytes) -> None:
+        try:
+            target.run(data)
+        except BaseException:  # libFuzzer may not come to write it down
+            print(f"failing input: {data!r}", flush=True)
+            raise
+
     checksum: Any = zipfile.ZipExtFile
     checksum._update_crc = lambda *_: None  # it would stop the fuzzer before our code
     options = [
@@ -48,9 +56,9 @@ def main() -> None:
         f"-timeout={LONGEST_RUN}",
         f"-artifact_prefix={folder}/",
         "-print_final_stats=1",
-        "-max_len=8192",
+        "-max_len=65536",
     ]
-    atheris.Setup([sys.argv[0], *options, str(folder)], target.run)
+    atheris.Setup([sys.argv[0], *options, str(folder)], run)
     atheris.Fuzz()
 
 
