@@ -10,8 +10,8 @@ import torch
 from torch.optim import LBFGS, Optimizer
 
 from . import operators
-from ._modules import ordinary
 from ._growth import best, drawn, merged, places
+from ._modules import ordinary
 from ._subset import without_smallest
 from ._validate import Array, check_size
 from .nn import DendriticLayer, SparseLinear, _saved_connectivity

@@ -209,7 +209,9 @@ class _Sparse(nn.Module):
         names = prefix + cls.WEIGHT, prefix + "_extra_state"
         weight, packed = map(state.get, names)
         if not isinstance(weight, torch.Tensor) or packed is None:
-            raise ValueError(f"Expected a state with {list(names)}, got keys {sorted(map(str, state))[:8]}")
+            raise ValueError(
+                f"Expected a state with {list(names)}, got keys {sorted(map(str, state))[:8]}"
+            )
         check_numbers(names[0], weight)
         try:
             connectivity = _saved_connectivity(packed, weight.numel())
@@ -252,8 +254,8 @@ class _Sparse(nn.Module):
 
 
 def check_numbers(name: str, weight: torch.Tensor) -> None:
-    """ValueError unless each synapse has a number: an expanded tensor in a file of a few bytes would
-    make a layer of any size.
+    """ValueError unless each synapse has a number of its own in memory: a file of a few bytes may
+    hold an expanded tensor, which would make a layer of any size.
     """
     strided = weight.layout is torch.strided and weight.dim() == 1
     if not strided or (weight.stride(0) == 0 and weight.numel() > 1):

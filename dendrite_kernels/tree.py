@@ -220,7 +220,9 @@ class DendriticTree(_Sparse):
         packed = state.get(f"{prefix}_extra_state")
         if packed is None or not depth or not all(isinstance(w, torch.Tensor) for w in weights):
             names = [f"{prefix}{name}" for name in ("synapse_weight", "cable.0", "_extra_state")]
-            raise ValueError(f"Expected a state with {names}, got keys {sorted(map(str, state))[:8]}")
+            raise ValueError(
+                f"Expected a state with {names}, got keys {sorted(map(str, state))[:8]}"
+            )
         for weight in weights:
             check_numbers(f"each weight of {prefix}", weight)
         try:

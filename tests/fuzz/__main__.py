@@ -21,8 +21,8 @@ LONGEST_RUN = 30  # seconds for one input
 with atheris.instrument_imports(include=["ast", "json", "tokenize", "zipfile"]):
     import zipfile
 
-import numpy  # noqa: F401
-import torch  # noqa: F401
+import numpy  # noqa: E402, F401
+import torch  # noqa: E402, F401
 
 with atheris.instrument_imports(include=["dendrite_kernels"]):
     from tests.fuzz.targets import TARGETS

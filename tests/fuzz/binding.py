@@ -1,4 +1,4 @@
-"""Fuzz target: the C++ binding gets tensors and numbers that do not fit. It computes if they fit."""
+"""Fuzz target: the C++ binding gets tensors that do not fit, and refuses them, or computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity
-from dendrite_kernels.backends import _order, cpp
+from dendrite_kernels.backends import cpp
 from tests import oracle
 from tests.fuzz.source import Source
 from tests.networks import small
@@ -208,7 +208,9 @@ def oracle_of(kind: str, c: Connectivity, call: Named, results: list[str]) -> li
         y = oracle.dendritic_layer(x, weight, dendrite_bias, cable, soma_bias, c, *slopes)
     if kind == "forward":
         return [y.detach()]
-    leaves = dict(zip(RESULTS["backward"], (x, weight, dendrite_bias, cable, soma_bias), strict=True))
+    leaves = dict(
+        zip(RESULTS["backward"], (x, weight, dendrite_bias, cable, soma_bias), strict=True)
+    )
     wanted = [leaves[name] for name in results]
     return list(torch.autograd.grad(y, wanted, call["grad"].detach().double()))
 

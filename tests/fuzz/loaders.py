@@ -88,7 +88,9 @@ def packed(data: bytes) -> None:
     if len(body) >= 24:
         struct.pack_into("<q", body, 16, zlib.crc32(body[24:]))
     with contextlib.suppress(ValueError):
-        check(packing.unpack(torch.frombuffer(body or bytearray(1), dtype=torch.uint8), *nnz or [0]))
+        check(
+            packing.unpack(torch.frombuffer(body or bytearray(1), dtype=torch.uint8), *nnz or [0])
+        )
 
 
 def packed_seed(c: Connectivity) -> bytes:

@@ -111,7 +111,8 @@ def table(data: bytes) -> None:
         values += [source.pick(LABELS) for _ in range(source.below(4))]
         as_is: tuple[Callable[[Any], Any], ...] = (
             list, tuple, iter, lambda v: np.array(v, object), lambda v: np.array(list(map(str, v))),
-            lambda v: torch.arange(len(v)), lambda v: np.arange(len(v), dtype=source.pick(("i4", "u1", "f4"))),
+            lambda v: torch.arange(len(v)),
+            lambda v: np.arange(len(v), dtype=source.pick(("i4", "u1", "f4"))),
             lambda v: None, str, len,
         )  # fmt: skip
         return source.pick(as_is)(values)

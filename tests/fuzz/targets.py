@@ -45,7 +45,9 @@ TARGETS = {
     "packed": Target(loaders.packed, lambda: map(loaders.packed_seed, some())),
     "names": Target(loaders.names, lambda: iter([b'{"inputs": ["a", 1], "somas": null}'])),
     "pickled": Target(loaders.pickled, lambda: map(loaders.pickled_seed, [*some(), {"a": [1]}])),
-    "keras": Target(loaders.keras, lambda: map(loaders.keras_seed, ("keras 2 model", "keras 3 numbered"))),
+    "keras": Target(
+        loaders.keras, lambda: map(loaders.keras_seed, ("keras 2 model", "keras 3 numbered"))
+    ),
     "state": Target(states.state, choices),
     "table": Target(states.table, choices),
     "binding": Target(binding.binding, choices),

@@ -60,9 +60,9 @@ def test_no_layer_of_weights_without_numbers(value: str) -> None:
         dk.DendriticLayer.from_state_dict(state)
 
 
-INDICES = {
-    name: getattr(small(), name) for name in ("crow_indices", "col_indices", "soma_ptr")
-} | {"in_features": torch.tensor(4)}
+INDICES = {name: getattr(small(), name) for name in ("crow_indices", "col_indices", "soma_ptr")} | {
+    "in_features": torch.tensor(4)
+}
 EXTRA: dict[str, Any] = {
     "inputs without end": INDICES | {"in_features": torch.tensor(float("inf"))},
     "many inputs": INDICES | {"in_features": 2**70},

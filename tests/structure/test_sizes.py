@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import dendrite_kernels as dk
 from dendrite_kernels import Connectivity, _pattern, transposed
 from dendrite_kernels.backends import cpp
 from dendrite_kernels.backends.protocol import Operands
 from tests.marks import needs_cpp
-from tests.networks import ragged, small
+from tests.networks import ragged
 from tests.nn.test_hostile_files import little_memory
 
 
