@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 import tokenize
@@ -99,11 +98,9 @@ def _array(data: bytes) -> Array:
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"it holds an array of version {version}")
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file, _LONGEST_HEADER)
-    begin = file.tell()
-    if by_column or math.prod(shape) * dtype.itemsize != len(data) - begin:
-        raise ValueError(f"it holds {len(data) - begin} bytes for an array {shape} of {dtype}")
-    return np.frombuffer(data, dtype, offset=begin).reshape(shape)  # which takes no objects
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file, _LONGEST_HEADER)
+    values: Array = np.frombuffer(data, dtype, offset=file.tell())  # which takes no objects
+    return values.reshape(shape)
 
 
 def _arguments(arrays: dict[str, Array]) -> dict[str, Any]:
