@@ -191,9 +191,6 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "columns below 0": lambda: archived(entries(col_indices=np.array([-1, 3, 0, 1, 2]))),
     "columns past 2**32": lambda: archived(entries(col_indices=np.array([1, 2**32 + 3, 0, 1, 2]))),
     "structured columns": lambda: archived(entries(col_indices=np.zeros(5, [("a", "i4")]))),
-    "an image whose product is 2**64 + 4": lambda: archived(
-        entries(in_shape=np.array([2**31 - 4, 2**31 - 4, 4]), in_features=np.array(64))
-    ),
     "names of no JSON": lambda: archived(entries(labels=np.frombuffer(b"\xff{", np.uint8))),
     "names as a huge number": lambda: archived(
         entries(labels=np.frombuffer(b'{"inputs": [' + b"9" * 5000 + b"]}", np.uint8))
