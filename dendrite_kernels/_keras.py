@@ -5,22 +5,29 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ._replace import check_regular
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Dense = tuple[str, Array, Array | None]  # name, kernel [inputs, outputs], bias [outputs]
 _KERAS_3 = ("layers", "_layer_checkpoint_dependencies")  # where its weight files hold layers
 _HARMLESS = ("InputLayer", "Flatten", "Dropout")
+_FLOATS = (np.float16, np.float32, np.float64)
+_MOST_PACKED = 100  # times as large as its file may a model be: masked kernels pack well
 _UNREADABLE = (
-    AttributeError, KeyError, OSError, RuntimeError, TypeError, json.JSONDecodeError,
-    zipfile.BadZipFile,
+    AttributeError, EOFError, KeyError, OSError, OverflowError, RuntimeError, TypeError,
+    json.JSONDecodeError, lzma.LZMAError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -33,7 +40,8 @@ def read_dense(path: str | os.PathLike[str], negative_slope: float) -> list[Dens
 
     Raises:
         ImportError: h5py is missing.
-        ValueError: no such file, or layers that a chain of dense layers does not stand for.
+        ValueError: no such file, or layers that a chain of dense layers does not stand for; arrays
+            that lie in other files, or are together 100 times as large as this one.
     """
     try:
         import h5py
@@ -42,15 +50,18 @@ def read_dense(path: str | os.PathLike[str], negative_slope: float) -> list[Dens
     try:
         source: Any = os.fspath(path)
         config: Any = None
+        check_regular(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-                source = io.BytesIO(archive.read("model.weights.h5"))
+                config = json.loads(_unpacked(archive, "config.json", path))
+                source = io.BytesIO(_unpacked(archive, "model.weights.h5", path))
         with h5py.File(source, "r") as file:
+            read = _Arrays(file, os.path.getsize(path))
             config = json.loads(file.attrs.get("model_config", "null")) or config
             order = [] if config is None else _dense_names(config, negative_slope)
             root = file.get("model_weights", file)
-            found = list(_keras_2(root) if "layer_names" in root.attrs else _keras_3(root, order))
+            is_2 = "layer_names" in root.attrs
+            found = list(_keras_2(root, read) if is_2 else _keras_3(root, order, read))
     except _UNREADABLE as error:
         expected = f"Expected a .keras or HDF5 file of Keras, got {os.fspath(path)}"
         raise ValueError(f"{expected}: {error!r}") from error
@@ -63,6 +74,35 @@ def read_dense(path: str | os.PathLike[str], negative_slope: float) -> list[Dens
                 f"got {above.shape[0]} for {name}"
             )
     return found
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str, path: str | os.PathLike[str]) -> bytes:
+    """An entry, if it is no zip bomb."""
+    size, most = archive.getinfo(name).file_size, _MOST_PACKED * os.path.getsize(path)
+    if size > most:
+        raise ValueError(f"Expected at most {most} bytes in {name} of {path}, got {size}")
+    return archive.read(name)
+
+
+class _Arrays:
+    """Reads arrays of numbers. A dataset may claim any size, or name another file."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self.file, self.left = file, _MOST_PACKED * size
+
+    def __call__(self, name: str, item: Any) -> Array:
+        if item.file != self.file or item.external or item.is_virtual:
+            raise ValueError(f"Expected the arrays of {name} in the file, got one in another")
+        if item.dtype not in _FLOATS:
+            raise ValueError(f"Expected arrays of floats for {name}, got {item.dtype}")
+        self.left -= item.nbytes
+        if self.left < 0:
+            raise ValueError(
+                f"Expected arrays at most {_MOST_PACKED} times as large as the file, "
+                f"got {list(item.shape)} for {name}"
+            )
+        array: Array = item[()]
+        return array
 
 
 def _dense_names(config: Any, negative_slope: float) -> list[str]:
@@ -116,16 +156,16 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _keras_2(root: Any) -> Iterator[Dense]:
+def _keras_2(root: Any, read: _Arrays) -> Iterator[Dense]:
     for name in map(_text, root.attrs["layer_names"]):
         group = root[name]
         labels = list(map(_text, group.attrs["weight_names"]))
         kinds = [label.rpartition("/")[2].partition(":")[0] for label in labels]
         if labels:
-            yield _as_dense(name, kinds, [group[label][()] for label in labels])
+            yield _as_dense(name, kinds, [group[label] for label in labels], read)
 
 
-def _keras_3(root: Any, order: list[str]) -> Iterator[Dense]:
+def _keras_3(root: Any, order: list[str], read: _Arrays) -> Iterator[Dense]:
     holder: Any = next((root[name] for name in _KERAS_3 if name in root), {})
     stored = {name: _variables(holder[name]) for name in holder}
     names = [name for name in stored if re.fullmatch(r"dense(_\d+)?", name)]  # of class Dense
@@ -135,16 +175,16 @@ def _keras_3(root: Any, order: list[str]) -> Iterator[Dense]:
         raise ValueError(f"Expected dense layers, got weights of {others}")
     for name in names:
         kinds = [{"vars/0": "kernel", "vars/1": "bias"}.get(key, key) for key in stored[name]]
-        yield _as_dense(name, kinds, list(stored[name].values()))
+        yield _as_dense(name, kinds, list(stored[name].values()), read)
 
 
-def _variables(group: Any) -> dict[str, Array]:
-    """What a layer holds, by place, but the generators of dropout."""
-    found: dict[str, Array] = {}
+def _variables(group: Any) -> dict[str, Any]:
+    """The datasets that a layer holds, by place, but the generators of dropout."""
+    found: dict[str, Any] = {}
 
     def visit(place: str, item: Any) -> None:
         if hasattr(item, "dtype") and not place.startswith("seed_generator/"):
-            found[place] = item[()]
+            found[place] = item
 
     group.visititems(visit)
     return found
@@ -160,10 +200,10 @@ def _by_number(names: Any) -> list[str]:
     return sorted(names, key=lambda name: (number(name), name))
 
 
-def _as_dense(name: str, kinds: list[str], weights: list[Array]) -> Dense:
+def _as_dense(name: str, kinds: list[str], weights: list[Any], read: _Arrays) -> Dense:
     shapes = [list(weight.shape) for weight in weights]
     if kinds not in (["kernel"], ["kernel", "bias"]) or len(shapes[0]) != 2:
         raise ValueError(f"Expected dense layers, got {name} with {kinds} of shapes {shapes}")
     if shapes[1:] not in ([], [shapes[0][1:]]):
         raise ValueError(f"Expected a bias {shapes[0][1:]} for {name}, got {shapes[1]}")
-    return name, weights[0], weights[1] if len(weights) > 1 else None
+    return name, read(name, weights[0]), read(name, weights[1]) if len(weights) > 1 else None

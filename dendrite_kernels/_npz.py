@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from ._replace import replaced
+from ._replace import check_regular, replaced
 from ._validate import Array
 from .labels import Labels, from_json, to_json
 
@@ -25,9 +27,10 @@ _NAMES = {
     "format", "version", "in_features", "in_shape", "channels_first", "crow_indices", "col_indices",
     "soma_ptr", "labels",
 }  # fmt: skip
+_LONGEST_HEADER = 1000  # of an array, in characters; numpy writes about 120, and parses them
 _UNREADABLE = (
-    EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
-    zipfile.BadZipFile, zlib.error,
+    EOFError, KeyError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -54,30 +57,62 @@ def write(c: Connectivity, path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str], build: Callable[..., T]) -> T:
     """What `build` makes of the arguments of a Connectivity; see `Connectivity.load`."""
+    check_regular(path)
     with open(path, "rb") as file:
         try:
-            archive = np.load(file, allow_pickle=False)
-            found = str(archive["format"]), int(archive["version"])
-            if found[0] != _FORMAT or found[1] > _FORMAT_VERSION:
+            arrays = _arrays(file)
+            found = str(arrays["format"]), int(arrays["version"])
+            if found != (_FORMAT, _FORMAT_VERSION):
                 raise ValueError(f"its format is {found[0]!r}, version {found[1]}")
-            if not set(archive.files) <= _NAMES:  # a damaged name: what it names would be lost
-                raise ValueError(f"it holds {sorted(set(archive.files) - _NAMES)}")
-            return build(**_arguments(archive))
+            if not arrays.keys() <= _NAMES:  # a damaged name: what it names would be lost
+                raise ValueError(f"it holds {sorted(arrays.keys() - _NAMES)}")
+            return build(**_arguments(arrays))
         except _UNREADABLE as error:
             expected = "Expected a file written by Connectivity.save"
             raise ValueError(f"{expected}, got {os.fspath(path)}: {error}") from error
 
 
-def _arguments(archive: Any) -> dict[str, Any]:
+def _arrays(file: BinaryIO) -> dict[str, Array]:
+    """All of an archive, in memory no larger than the file.
+
+    numpy's reader takes compressed entries and makes room for what a header claims: a small file
+    could fill the memory.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename.removesuffix(".npy") for entry in entries]
+        if len(set(names)) < len(names):
+            raise ValueError("it holds several arrays of one name")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its arrays are compressed")
+        if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its arrays are larger than the file")
+        return {
+            name: _array(archive.read(entry)) for name, entry in zip(names, entries, strict=True)
+        }
+
+
+def _array(data: bytes) -> Array:
+    """The array of an .npy file, without a copy."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"it holds an array of version {version}")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file, _LONGEST_HEADER)
+    values: Array = np.frombuffer(data, dtype, offset=file.tell())  # which takes no objects
+    return values.reshape(shape)
+
+
+def _arguments(arrays: dict[str, Array]) -> dict[str, Any]:
     return {
-        "crow_indices": archive["crow_indices"],
-        "col_indices": archive["col_indices"],
-        "soma_ptr": archive["soma_ptr"],
-        "in_features": int(archive["in_features"]),
-        "in_shape": archive["in_shape"].tolist() or None,
+        "crow_indices": arrays["crow_indices"],
+        "col_indices": arrays["col_indices"],
+        "soma_ptr": arrays["soma_ptr"],
+        "in_features": arrays["in_features"].item(),
+        "in_shape": arrays["in_shape"].tolist() or None,
         # older files have none
-        "channels_first": "channels_first" in archive and bool(archive["channels_first"]),
-        "labels": from_json(archive["labels"].tobytes().decode()) if "labels" in archive else None,
+        "channels_first": "channels_first" in arrays and bool(arrays["channels_first"]),
+        "labels": from_json(arrays["labels"].tobytes().decode()) if "labels" in arrays else None,
     }
 
 

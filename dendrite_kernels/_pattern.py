@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from ._validate import Array, Duplicates, as_numpy, check_duplicates, check_size
+from ._validate import SIZE_LIMIT, Array, Duplicates, as_numpy, check_duplicates, check_size
 
 if TYPE_CHECKING:
     from .structure import Connectivity
@@ -47,6 +47,8 @@ def of_mask(mask: Any, in_features: SupportsIndex | None) -> Pattern:
         _check_inputs(array.shape, check_size("in_features", in_features))
     crow = np.zeros(array.shape[0] + 1, np.int64)
     np.cumsum(np.count_nonzero(array, axis=1), out=crow[1:])
+    if crow[-1] >= SIZE_LIMIT:
+        raise ValueError(f"Expected fewer than 2**31 synapses, got {crow[-1]}")
     return crow, np.nonzero(array)[1], array.shape[1]
 
 

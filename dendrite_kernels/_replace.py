@@ -1,4 +1,4 @@
-"""Files that a reader never sees half-written."""
+"""Files that a reader never sees half-written, and files that have an end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,15 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def _mode(target: Path) -> int | None:
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """OSError about `path` for what is there and no regular file: a pipe or a device has no end."""
+    try:
+        _mode(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _mode(target: str | os.PathLike[str]) -> int | None:
     """The permissions of a regular file, None where there is nothing; OSError for anything else."""
     try:
         mode = os.stat(target).st_mode

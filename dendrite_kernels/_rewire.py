@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from . import operators
 from ._growth import best, drawn, merged, places
+from ._modules import ordinary
 from ._subset import without_smallest
 from ._validate import Array, check_size
 from .nn import DendriticLayer, SparseLinear, _saved_connectivity
@@ -152,13 +153,19 @@ def adopt(layer: Layer, state: Mapping[str, Any], prefix: str = "") -> None:
     weight, c = weight_of(layer), layer.connectivity
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     expected = {name: list(p.shape) for name, p in layer.named_parameters()}
-    got = {name: list(value.shape) for name, value in own.items() if name != "_extra_state"}
+    got = {
+        name: list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        for name, value in own.items()
+        if name != "_extra_state"
+    }
     if got != expected or "_extra_state" not in own:
         raise ValueError(f"Expected _extra_state and {expected} in the state, got {got}")
+    for name in expected:
+        ordinary(name, own[name])
     try:
         saved = _saved_connectivity(own["_extra_state"], weight.numel())
-    except KeyError as error:
-        raise ValueError(f"Expected the state of a layer, got one without {error}") from error
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"Expected the state of a layer, got {error!r}") from error
     same_sizes = saved.in_features == c.in_features and saved.crow_indices.equal(c.crow_indices)
     if not same_sizes or not saved.soma_ptr.equal(c.soma_ptr):
         raise ValueError(f"Expected a state of this layer rewired. {difference(c, saved)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
@@ -124,7 +125,7 @@ def image_shape(
         return None
     sizes = tuple(check_size("every size in in_shape", size) for size in shape)
     allowed = (3,) if channels_first else (2, 3)
-    if len(sizes) not in allowed or np.prod(sizes, dtype=np.int64) != in_features:
+    if len(sizes) not in allowed or math.prod(sizes) != in_features:
         expected = "(C, H, W)" if channels_first else "(H, W) or (H, W, C)"
         raise ValueError(f"Expected in_shape {expected} with product {in_features}, got {sizes}")
     return sizes
@@ -135,6 +136,8 @@ def soma_pointer(rows: int, soma_ptr: Any, dendrites_per_soma: SupportsIndex | N
         if dendrites_per_soma is not None:
             raise ValueError("Expected soma_ptr or dendrites_per_soma, got both")
         return soma_ptr
+    if rows >= SIZE_LIMIT:
+        raise ValueError(f"Expected fewer than 2**31 dendrites, got {rows}")
     step = 1 if dendrites_per_soma is None else check_size("dendrites_per_soma", dendrites_per_soma)
     if rows % step:
         raise ValueError(f"Expected dendrites_per_soma to divide {rows} dendrites, got {step}")

@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ._modules import hooks_of
-from ._replace import replaced
+from ._replace import check_regular, replaced
 from .gates import ContextGate
 from .nn import DendriticLayer, KWinners, SparseLinear, _Sparse
 from .tree import DendriticTree
 
 _KEY = "dendrite_kernels"  # in the header of the file
 _VERSION = 2
-_UNREADABLE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError)
+_UNREADABLE = (
+    AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, SafetensorError,
+)  # fmt: skip
 
 Check = Callable[[object], bool]
 
@@ -126,6 +128,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
         RuntimeError and the like: of torch, where there is no such device.
     """
     device = torch.device(device)
+    check_regular(path)
     with open(path, "rb"):
         pass  # FileNotFoundError and the like, before safetensors words them its own way
     try:

@@ -215,10 +215,13 @@ class _Sparse(nn.Module):
         names = prefix + cls.WEIGHT, prefix + "_extra_state"
         weight, packed = map(state.get, names)
         if not isinstance(weight, torch.Tensor) or packed is None:
-            raise ValueError(f"Expected a state with {list(names)}, got keys {sorted(state)[:8]}")
+            raise ValueError(
+                f"Expected a state with {list(names)}, got keys {sorted(map(str, state))[:8]}"
+            )
+        check_numbers(names[0], weight)
         try:
             connectivity = _saved_connectivity(packed, weight.numel())
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, RuntimeError) as error:
             raise ValueError(f"Expected the state of a {cls.__name__}: {error}") from error
         make: Any = cls  # each layer has options of its own
         bias = state.get(prefix + cls.BIAS) is not None
@@ -256,12 +259,24 @@ class _Sparse(nn.Module):
         )
 
 
+def check_numbers(name: str, weight: torch.Tensor) -> None:
+    """ValueError unless each synapse has a number of its own in memory: a file of a few bytes may
+    hold an expanded tensor, which would make a layer of any size.
+    """
+    strided = weight.layout is torch.strided and weight.dim() == 1
+    if not strided or (weight.stride(0) == 0 and weight.numel() > 1):
+        raise ValueError(
+            f"Expected {name} of one dimension, with a number for each synapse, "
+            f"got {list(weight.shape)}, expanded or of another layout"
+        )
+
+
 def _saved_connectivity(state: Any, nnz: int) -> Connectivity:
     """The connectivity in an extra state, also of version 0.1, where it was a dict."""
     if not isinstance(state, dict):
         return unpack(state, nnz)
-    size, soma_ptr = int(state["in_features"]), state["soma_ptr"]
-    return Connectivity.from_csr(state["crow_indices"], state["col_indices"], size, soma_ptr)
+    names = "crow_indices", "col_indices", "in_features", "soma_ptr"
+    return Connectivity.from_csr(*map(state.__getitem__, names))
 
 
 class DendriticLayer(_Sparse):

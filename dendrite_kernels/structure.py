@@ -452,7 +452,8 @@ def _from_bytes(crow: bytes, col: bytes, soma_ptr: bytes, *others: Any) -> Conne
     return Connectivity(crow_array, col_array, soma_array, *others)
 
 
-torch.serialization.add_safe_globals([Connectivity, _from_bytes])  # torch.load(weights_only=True)
+# For torch.load(weights_only=True). Not the class: a file could then set attributes unchecked.
+torch.serialization.add_safe_globals([_from_bytes])
 
 
 def _tensors(*arrays: Array) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from ._validate import Array
+from ._validate import SIZE_LIMIT, Array
 
 # Dendrites per block, measured on AVX-512: with fewer synapses in a column, reading x and dx takes
 # longer than all else; more dendrites than the most do not leave their q in L2; fewer than the
@@ -98,7 +98,7 @@ def build_transposed_plan(crow: Array, columns: Array, block_rows: int) -> Trans
         found = list(pool.map(rank, blocks))
         columns_of, counts = [part for part, _ in found], [count for _, count in found]
         in_fours = sum(int(((count + 3) // 4).sum(dtype=np.int64)) for count in counts) * 4
-        group = 4 if in_fours <= _MOST_PADDED * nnz else 1
+        group = 4 if in_fours <= min(_MOST_PADDED * nnz, SIZE_LIMIT - 1) else 1
         groups = [(count + (group - 1)) // group for count in counts]
         totals = [int(part.sum(dtype=np.int64)) * group for part in groups]
         slot_ptr = _offsets([-(-total // 16) * 16 for total in totals])

@@ -15,7 +15,7 @@ from . import activations, functional, operators
 from ._validate import Array, check_size, pointer_array
 from .activations import ActivationName
 from .connectivity import chain
-from .nn import Init, _init_rows, _Sparse, _uniform, glorot_bound
+from .nn import Init, _init_rows, _Sparse, _uniform, check_numbers, glorot_bound
 from .packing import difference, pack_all, unpack_all
 from .structure import Connectivity
 
@@ -220,10 +220,14 @@ class DendriticTree(_Sparse):
         packed = state.get(f"{prefix}_extra_state")
         if packed is None or not depth or not all(isinstance(w, torch.Tensor) for w in weights):
             names = [f"{prefix}{name}" for name in ("synapse_weight", "cable.0", "_extra_state")]
-            raise ValueError(f"Expected a state with {names}, got keys {sorted(state)[:8]}")
+            raise ValueError(
+                f"Expected a state with {names}, got keys {sorted(map(str, state))[:8]}"
+            )
+        for weight in weights:
+            check_numbers(f"each weight of {prefix}", weight)
         try:
             c, *rest = unpack_all(packed, [weight.numel() for weight in weights])
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise ValueError(f"Expected the state of a {cls.__name__}: {error}") from error
         synapses = dict(zip(levels, rest[depth:], strict=True))
         make: Any = cls

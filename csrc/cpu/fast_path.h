@@ -38,7 +38,7 @@ inline bool borrowed(pybind11::handle object, DLTensorAbi* t) {
     PyErr_Clear();
     return false;
   }
-  if (!t->data && !is_empty(*t)) return false;
+  if (!has_memory(*t)) return false;
   PyObject* const pending = PyObject_CallOneArg(torch.is_neg, object.ptr());
   if (!pending) PyErr_Clear();
   Py_XDECREF(pending);  // still comparable: Py_False is never freed

@@ -85,9 +85,13 @@ inline bool is_contiguous(const DLTensorAbi& t) {
   return contiguous || is_empty(t);
 }
 
+// False for torch's ZeroTensor.
+inline bool has_memory(const DLTensorAbi& t) { return t.data || is_empty(t); }
+
 // Whether t is a contiguous CPU tensor of exactly this type and shape.
 inline bool fits(const DLTensorAbi& t, Type type, std::initializer_list<int64_t> shape) {
-  return t.device_type == kCpu && has_type(t, type) && has_shape(t, shape) && is_contiguous(t);
+  return t.device_type == kCpu && has_type(t, type) && has_shape(t, shape) && is_contiguous(t) &&
+         has_memory(t);
 }
 
 // Throws the reason why t does not fit.
@@ -102,6 +106,8 @@ inline bool fits(const DLTensorAbi& t, Type type, std::initializer_list<int64_t>
     throw pybind11::value_error(std::string(name) + ": Expected shape " +
                                 shape_text(shape.begin(), int64_t(shape.size())) + ", got " +
                                 shape_text(t.shape, t.ndim));
+  if (!has_memory(t))
+    throw pybind11::value_error(std::string(name) + ": Expected a tensor in memory, got none");
   throw pybind11::value_error(std::string(name) +
                               ": Expected a contiguous tensor, got a strided one");
 }

@@ -176,6 +176,10 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "int64": (lambda t: t.long(), TypeError, "Expected dtype .* got"),
     "uint8": (lambda t: t.to(torch.uint8), TypeError, "Expected dtype .* got"),
     "meta": (lambda t: t.to("meta"), RuntimeError, "meta"),
+    "without memory": (
+        lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+        ValueError, "Expected a tensor in memory, got none",
+    ),
     "numpy": (lambda t: t.numpy(), (TypeError, RuntimeError), "numpy.ndarray"),  # type: ignore[dict-item]
     "list": (lambda t: t.tolist(), TypeError, "Expected a torch.Tensor, got list"),
 }  # fmt: skip

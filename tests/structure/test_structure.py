@@ -406,7 +406,7 @@ def test_load_rejects_other_files(tmp_path: Path) -> None:
     write(format="something.else")
     rejected("something.else")
     write(crow_indices=np.array([{"a": 1}], object))
-    rejected("allow_pickle")
+    rejected("OBJECT")
     write(col_indices=np.array([1, 3, 0, 1, 9]))
     rejected(r"columns in \[0, 4\), got 9 in row 2")
     np.savez(path, **{name: array for name, array in good.items() if name != "soma_ptr"})
