@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 import dendrite_kernels as dk
 from tests.properties import layers, states, structures
+from tests.properties.stateful import LayerMachine
 from tests.properties.strategies import Draw
 
 BACKENDS = "cpp", "numba", "reference"
 
 
 class Entry(NamedTuple):
-    holds: Callable[[Draw], None]  # AssertionError, where the property does not
+    """A property, which raises where it does not hold, or a machine whose steps do."""
+
+    holds: Callable[[Draw], None] | type[RuleBasedStateMachine]
     share: int
     computes: bool = True  # on a backend
 
@@ -43,6 +47,7 @@ ENTRIES = {
     "from_pruned, convert": Entry(states.pruned_linear, 1),
     "prune": Entry(states.pruned, 1, computes=False),
     "candidates, rewire, adopt": Entry(states.rewired, 2),
+    "the life of a layer": Entry(LayerMachine, 2),
 }
 
 
@@ -63,23 +68,36 @@ def run(name: str, total: int, seed: int) -> Counter[str]:
     return counts
 
 
-def _tried(holds: Callable[[Draw], None], cases: int, seed: str) -> int:
+def _tried(holds: Any, cases: int, seed: str) -> int:
     ran = 0
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
+    settings = hypothesis.settings(
         max_examples=cases,
+        stateful_step_count=20,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
+
+    @hypothesis.seed(seed)
+    @settings
     @given(st.data())
     def try_one(data: st.DataObject) -> None:
         nonlocal ran
         holds(data.draw)
         ran += 1
 
-    if cases:
+    @hypothesis.seed(seed)
+    def machine() -> RuleBasedStateMachine:
+        nonlocal ran
+        ran += 1
+        made: RuleBasedStateMachine = holds()
+        return made
+
+    if not cases:
+        return 0
+    if isinstance(holds, type):
+        run_state_machine_as_test(machine, settings=settings)
+    else:
         try_one()
     return ran

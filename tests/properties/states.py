@@ -195,6 +195,14 @@ def pruned(draw: Draw) -> None:
         assert left.get_parameter(name).requires_grad == p.requires_grad
 
 
+def moving(c: Connectivity, free: Tensor, fraction: float) -> list[int]:
+    """How many synapses each dendrite exchanges, where it may grow in `free` [R, N]."""
+    return [
+        min(max(round(fraction * k), int(fraction > 0)), k, places)
+        for k, places in zip(c.crow_indices.diff().tolist(), free.sum(1).tolist(), strict=True)
+    ]
+
+
 def by_place(c: Connectivity, values: Tensor) -> Tensor:
     """[R, N] of numbers [nnz], NaN where there is no synapse."""
     matrix = values.new_full((c.num_dendrites, c.in_features), torch.nan)
@@ -224,10 +232,7 @@ def rewired(draw: Draw) -> None:
         region, free = union, extra
         scores = torch.from_numpy(rng.permutation(union.nnz) + 1.0)
     fraction = draw(st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0]))
-    counts = [
-        min(max(round(fraction * k), int(fraction > 0)), k, places)
-        for k, places in zip(c.crow_indices.diff().tolist(), free.sum(1).tolist(), strict=True)
-    ]
+    counts = moving(c, free, fraction)
     gone = by_place(c, smallest(c, weight, counts).double()) == 1
     beside = [weight.grad, optimizer.state[weight]["momentum_buffer"]]
     before = [by_place(c, t.detach()) for t in (weight, *beside)]

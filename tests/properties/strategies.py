@@ -15,14 +15,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dendrite_kernels import Connectivity
+from dendrite_kernels import Connectivity, connectivity
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Lead = tuple[int, ...]
 
 generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 # Kernels have tiles of 16 to 128 samples and words of 32 sign bits.
-batches = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129])
+batches = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 257])
 leads = st.one_of(
     batches.map(lambda b: (b,)),
     st.sampled_from([(), (2, 3), (3, 1, 5), (0, 4), (2, 0, 3), (1, 1), (33, 2)]),
@@ -80,15 +80,41 @@ def _first(rng: np.random.Generator, counts: np.ndarray[Any, Any], n: int) -> np
 
 
 @st.composite
+def large_networks(draw: Draw) -> Connectivity:
+    """What kernels treat differently: columns of int32, long rows, many rows, local fields."""
+    kind = draw(st.sampled_from(["wide", "long rows", "many rows", "fields"]))
+    rng = draw(generators)
+    if kind == "wide":
+        inputs, dendrites = draw(st.tuples(st.integers(65_534, 65_540), st.integers(1, 3)))
+        mask = rng.random((dendrites, inputs)) < rng.choice([0.001, 0.3])
+        return Connectivity.from_mask(mask, soma_ptr=draw(soma_pointers(dendrites)))
+    if kind == "long rows":
+        k, somas = draw(st.tuples(st.integers(120, 400), st.integers(1, 9)))
+        return connectivity.random(400, somas, 3, k, constant_fan_in=draw(st.booleans()), seed=rng)
+    if kind == "many rows":
+        return connectivity.random(40, draw(st.integers(60, 140)), 18, 5, seed=rng)
+    sizes = draw(st.tuples(st.integers(7, 12), st.integers(7, 12)))
+    somas, dendrites, k = draw(
+        st.tuples(st.integers(40, 160), st.integers(1, 4), st.integers(9, 20))
+    )
+    fields = draw(
+        st.sampled_from([connectivity.local_receptive_fields, connectivity.global_receptive_fields])
+    )
+    first = draw(st.booleans())
+    channels = draw(st.sampled_from([1, 1, 3]))
+    return fields(sizes, somas, dendrites, k, channels=channels, channels_first=first, seed=rng)
+
+
+@st.composite
 def networks(draw: Draw, inputs: int | None = None, image: bool = False) -> Connectivity:
-    """Of few inputs, or of so many that columns are int32; `image`: maybe with an in_shape."""
+    """Of `inputs`, or any number; `image`: maybe with an in_shape."""
+    if inputs is None and draw(st.sampled_from([False] * 14 + [True])):
+        return draw(large_networks())
     in_shape, first = None, False
     dendrites = draw(rows)
     if inputs is None and image and draw(st.booleans()):
         in_shape, first = draw(images())
         inputs = math.prod(in_shape)
-    elif inputs is None and draw(st.sampled_from([False] * 24 + [True])):
-        inputs, dendrites = draw(st.integers(65_534, 65_540)), draw(st.integers(1, 3))
     elif inputs is None:
         inputs = draw(st.integers(1, 70))
     return Connectivity.from_mask(

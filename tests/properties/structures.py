@@ -84,9 +84,7 @@ def edges(draw: Draw) -> None:
     with pytest.raises(ValueError, match=r"Expected .* got"):
         Connectivity.from_edges(*twice, inputs=c.in_features)
     both = np.append(weight, 1.0)
-    summed, ours = Connectivity.from_edges(
-        *twice, both, inputs=c.in_features, duplicates="sum"
-    )
+    summed, ours = Connectivity.from_edges(*twice, both, inputs=c.in_features, duplicates="sum")
     assert summed == made
     assert ours.sum().item() == pytest.approx(both.sum(), abs=1e-12 * np.abs(both).sum())
 
