@@ -29,8 +29,13 @@ class Sum(NamedTuple):
     slack: Tensor  # error beside that of rounding
 
     def __matmul__(self, other: Sum) -> Sum:
-        slack = self.slack @ other.size + (self.size + self.slack) @ other.slack
-        return Sum(self.value @ other.value, self.size @ other.size, slack)
+        value, size = self.value @ other.value, self.size @ other.size
+        slack = torch.zeros_like(value)
+        if self.slack.any():
+            slack += self.slack @ other.size
+        if other.slack.any():
+            slack += (self.size + self.slack) @ other.slack
+        return Sum(value, size, slack)
 
     def times(self, other: Sum) -> Sum:
         slack = self.slack * other.size + (self.size + self.slack) * other.slack

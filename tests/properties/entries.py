@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def run(name: str, total: int, seed: int) -> Counter[str]:
     entry = ENTRIES[name]
     report = dk.backend_info()
     backends = [b for b in BACKENDS if report[b]["available"]] if entry.computes else ["any"]
-    cases = total * entry.share // sum(each.share for each in ENTRIES.values())
+    cases = math.ceil(total * entry.share / sum(each.share for each in ENTRIES.values()))
     counts: Counter[str] = Counter()
     for i, backend in enumerate(backends):
         with dk.use_backend(backend if entry.computes else None):

@@ -45,7 +45,7 @@ class LayerMachine(RuleBasedStateMachine):
     twin_optimizer: torch.optim.Optimizer
 
     @initialize(
-        c=strategies.networks(),
+        c=strategies.networks(large=False),
         kind=st.sampled_from([dk.DendriticLayer, dk.SparseLinear]),
         bias=st.booleans(),
         slope=strategies.slopes,

@@ -106,9 +106,11 @@ def large_networks(draw: Draw) -> Connectivity:
 
 
 @st.composite
-def networks(draw: Draw, inputs: int | None = None, image: bool = False) -> Connectivity:
-    """Of `inputs`, or any number; `image`: maybe with an in_shape."""
-    if inputs is None and draw(st.sampled_from([False] * 14 + [True])):
+def networks(
+    draw: Draw, inputs: int | None = None, image: bool = False, large: bool = True
+) -> Connectivity:
+    """Of `inputs`, or any number; `image`: maybe with an in_shape; `large`: maybe a large one."""
+    if large and inputs is None and draw(st.sampled_from([False] * 14 + [True])):
         return draw(large_networks())
     in_shape, first = None, False
     dendrites = draw(rows)
