@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 
 import hypothesis
 import numba
@@ -23,13 +24,14 @@ from tests.properties import entries
 COLUMNS = (*entries.BACKENDS, "any")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if all properties hold."""
     parser = argparse.ArgumentParser(prog="python -m tests.properties", description=__doc__)
     parser.add_argument("--cases", type=int, default=500, help="of all entries together, each seed")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--entry", nargs="+", default=list(entries.ENTRIES))
     parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     poison_memory()
     print(

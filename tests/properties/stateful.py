@@ -176,19 +176,16 @@ class LayerMachine(RuleBasedStateMachine):
         torch.save([old.state_dict(), self.optimizer.state_dict()], buffer)
         buffer.seek(0)
         state, of_optimizer = torch.load(buffer, weights_only=True)
-        kind, options = type(old), options_of(old)
         if way == "file":
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "layer.safetensors")
                 dk.save(old, path)
                 self.layer = dk.load(path)
         elif way == "adopt":
-            bias = getattr(old, old.BIAS) is not None
-            dtype = weight_of(old).dtype
-            self.layer = kind(self.first, bias=bias, dtype=dtype, **options)
+            self.layer = states.like(old, self.first)
             plasticity.adopt(self.layer, state)
         else:
-            self.layer = kind.from_state_dict(state, **options)
+            self.layer = type(old).from_state_dict(state, **options_of(old))
         if way != "file":  # a state dict does not say what is frozen
             for name, p in old.named_parameters():
                 self.layer.get_parameter(name).requires_grad_(p.requires_grad)

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 import dendrite_kernels as dk
 from dendrite_kernels import Connectivity, plasticity
+from tests import oracle
 from tests.properties import layers, strategies, structures
 from tests.properties.strategies import Draw
 from tests.properties.twins import dense, owned
@@ -24,13 +25,13 @@ Ours = dk.DendriticLayer | dk.SparseLinear
 
 
 @st.composite
-def drawn(draw: Draw, kinds: str = "both", image: bool = True) -> Ours:
-    """A layer with random parameters, float64 or of any other dtype."""
-    c = draw(strategies.networks(image=image))
+def drawn(draw: Draw, linear: bool = True) -> Ours:
+    """A layer of any options and dtype with random parameters; `linear`: or a SparseLinear."""
+    c = draw(strategies.networks(image=True))
     one = layers.case(draw, c)
     chosen = layers.options(draw, one.dtype)
     bias = draw(st.booleans())
-    if kinds == "both" and draw(st.booleans()):
+    if linear and draw(st.booleans()):
         del chosen["activation"], chosen["soma_activation"]
         layer: Ours = dk.SparseLinear(c, bias=bias, dtype=one.dtype, **chosen)
     else:
@@ -47,8 +48,14 @@ def weight_of(layer: Ours) -> Tensor:
     return layer.get_parameter(layer.WEIGHT)
 
 
+def like(layer: Ours, c: Connectivity) -> Any:
+    """Another layer of this kind."""
+    bias = layer.state_dict().get(layer.BIAS) is not None
+    return type(layer)(c, bias=bias, dtype=weight_of(layer).dtype, **options_of(layer))
+
+
 def alike(made: Any, layer: Any, frozen: bool = True) -> None:
-    """The same connectivity, values, dtype and options; bit by bit the same output."""
+    """The same connectivity, options and output, and in other memory the same parameters."""
     assert type(made) is type(layer)
     assert made.connectivity == layer.connectivity
     assert options_of(made) == options_of(layer)
@@ -61,7 +68,7 @@ def alike(made: Any, layer: Any, frozen: bool = True) -> None:
         assert not frozen or other[name].requires_grad == p.requires_grad, name
     x = torch.linspace(-1, 1, 3 * layer.connectivity.in_features).reshape(3, -1)
     x = x.to(own[layer.WEIGHT].dtype)
-    assert torch.allclose(made(x), layer(x), rtol=1e-6, atol=0, equal_nan=True)
+    assert oracle.same(made(x), layer(x), "reference")  # dense layers are products of torch
 
 
 def state(draw: Draw) -> None:
@@ -73,8 +80,8 @@ def state(draw: Draw) -> None:
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
     alike(type(layer).from_state_dict(saved, **options_of(layer)), layer, frozen=False)
-    c, bias = layer.connectivity, "bias" in str(list(saved))
-    fresh = type(layer)(c, bias=bias, dtype=weight_of(layer).dtype, **options_of(layer))
+    c = layer.connectivity
+    fresh = like(layer, c)
     fresh.load_state_dict(saved)
     alike(fresh, layer, frozen=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +95,7 @@ def state(draw: Draw) -> None:
         return
     pointer = [0, c.num_dendrites] if c.num_somas > 1 else [0, 1, c.num_dendrites]
     other = Connectivity(c.crow_indices, c.col_indices, pointer, c.in_features)
-    changed = type(layer)(other, bias=bias, dtype=weight_of(layer).dtype, **options_of(layer))
+    changed = like(layer, other)
     before = [p.clone() for p in changed.parameters()]
     with pytest.raises(RuntimeError, match=r"Expected .* got"):
         changed.load_state_dict(saved)
@@ -109,7 +116,7 @@ def tree_state(draw: Draw) -> None:
 
 def masked_dense(draw: Draw) -> None:
     """To two masked layers and back, also where the dendrites of a soma are not together."""
-    layer = draw(drawn("dendritic"))
+    layer: Any = draw(drawn(linear=False))
     c, rng = layer.connectivity, draw(strategies.generators)
     dendrite, mask, soma, soma_mask = dk.interop.to_masked_dense(layer)
     assert mask.equal(c.to_mask())
@@ -257,7 +264,7 @@ def rewired(draw: Draw) -> None:
         now = by_place(new, tensor.detach())
         assert now[kept].equal(was[kept])
         assert not now[grown].any()
-    twin = type(layer)(c, bias="bias" in str(list(saved)), dtype=weight.dtype, **options_of(layer))
+    twin = like(layer, c)
     plasticity.adopt(twin, layer.state_dict())
     alike(twin, layer, frozen=False)
     plasticity.adopt(twin, saved)
