@@ -41,13 +41,16 @@ class Case:
         return self.leaf(size) if self.draw(st.integers(0, 4)) else None
 
     def x(self, c: Connectivity) -> Tensor:
-        """[..., N], or images where the inputs are some; rows of N numbers are no images."""
+        """[..., N], or images where the inputs are some and x can be read in one way only."""
         shape = (c.in_features,)
-        is_image = c.in_shape is not None and c.in_shape[-1] != c.in_features
-        if is_image and self.draw(st.booleans()):
-            assert c.in_shape is not None
-            one_channel = len(c.in_shape) == 2 and len(self.lead) == 1
-            shape = (1, *c.in_shape) if one_channel and self.draw(st.booleans()) else c.in_shape
+        if c.in_shape is not None and self.draw(st.booleans()):
+            gray = len(c.in_shape) == 2
+            looks_like_rows = c.in_shape[-1] == c.in_features
+            looks_like_a_channel = gray and len(self.lead) == 2 and self.lead[1] == 1
+            if not looks_like_rows and not looks_like_a_channel:
+                shape = c.in_shape
+                if gray and len(self.lead) == 1 and self.draw(st.booleans()):
+                    shape = (1, *shape)
         return self.leaf(*self.lead, *shape)
 
 
