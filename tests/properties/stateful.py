@@ -65,11 +65,11 @@ class LayerMachine(RuleBasedStateMachine):
         self.layer = kind(c, bias=bias, negative_slope=slope, dtype=torch.float64)
         for p in self.layer.parameters():
             p.data.copy_(numbers(rng, False, *p.shape))
-        self.first = c  # as long as dendrites keep their numbers of synapses
-        self.begin_anew()
+        self.begin_anew(rng)
 
-    def begin_anew(self) -> None:
-        """Optimizers without a state, for the layer as it is."""
+    def begin_anew(self, rng: np.random.Generator) -> None:
+        """New optimizers for the layer as it is, and a first step, so that they have a state."""
+        self.first = self.layer.connectivity  # until dendrites have other numbers of synapses
         self.compiled: Any = None
         self.mask = self.layer.connectivity.to_mask()
         self.optimizer = self.make(self.layer.parameters())
@@ -78,6 +78,7 @@ class LayerMachine(RuleBasedStateMachine):
             for name, p in self.layer.named_parameters()
         }
         self.twin_optimizer = self.make(self.twin.values())
+        self.train((5,), rng)
 
     def placed(self, name: str, values: Tensor) -> Tensor:
         """As the twin has them."""
@@ -151,8 +152,8 @@ class LayerMachine(RuleBasedStateMachine):
             if tensor.shape == own.shape:
                 tensor *= kept
 
-    @rule(amount=st.sampled_from([0, 1, 0.1, 0.3]))
-    def prune(self, amount: float) -> None:
+    @rule(amount=st.sampled_from([0, 1, 0.1, 0.3]), rng=strategies.generators)
+    def prune(self, amount: float, rng: np.random.Generator) -> None:
         before = self.mask.sum()
         going = states.smallest(
             self.layer.connectivity,
@@ -166,8 +167,7 @@ class LayerMachine(RuleBasedStateMachine):
         self.layer = self.layer.prune(amount)
         assert weight_of(self.layer).equal(expected)
         assert self.layer.connectivity.nnz == before - going.sum()
-        self.first = self.layer.connectivity
-        self.begin_anew()
+        self.begin_anew(rng)
 
     @rule(way=st.sampled_from(["state", "adopt", "file"]))
     def reload(self, way: str) -> None:
