@@ -35,7 +35,7 @@ class Case:
 
     def leaf(self, *shape: int) -> Tensor:
         """Which may need no gradient."""
-        return self.constant(*shape).requires_grad_(self.draw(st.integers(0, 4)) > 0)
+        return self.constant(*shape).requires_grad_(self.draw(st.integers(0, 3)) > 0)
 
     def bias(self, size: int) -> Maybe:
         return self.leaf(size) if self.draw(st.integers(0, 4)) else None
