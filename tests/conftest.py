@@ -67,16 +67,20 @@ def cpp_extension() -> Any:
         return None
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fills uninitialised tensors with NaN, to detect kernels that do not write all results."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
+def poison_memory() -> None:
+    """Fill uninitialised tensors with NaN, to detect kernels that do not write all results."""
     extension = cpp_extension()
     if extension is not None:
         extension.poison_workspaces(True)
-    was_filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    poison_memory()
     yield
     torch.use_deterministic_algorithms(was_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = was_filling

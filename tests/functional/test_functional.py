@@ -23,7 +23,7 @@ FEW = {
     "blocks of many slots": (0, 2, 128),
 }
 F32, F64 = torch.float32, torch.float64
-# Few float64 cases: test_fuzz.py draws sizes and dtypes together, at random.
+# Few float64 cases: tests/properties draws sizes and dtypes together, at random.
 CASES = [(name, b, F32) for name in NETWORKS for b in FEW.get(name, BATCHES)]
 CASES += [(name, b, F64) for name in NETWORKS for b in FEW.get(name, (2, 33, 128))[1:]]
 every_case = pytest.mark.parametrize(
