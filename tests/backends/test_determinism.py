@@ -1,4 +1,4 @@
-"""The same bits again: from call to call, from process to process, and for which numbers of threads.
+"""The same bits again: from call to call, from process to process, for which numbers of threads.
 
 docs/stability.md promises it for one number of threads, and says what else holds.
 """
