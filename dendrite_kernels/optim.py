@@ -112,6 +112,8 @@ class StepInBackward:
     - `torch.amp.GradScaler`: gradients would be used before they are unscaled and checked.
       Its `step` raises; nothing can tell before. bfloat16 needs no scaler.
 
+    Where backward is interrupted, or fails, some parameters have been stepped and others not.
+
     Parameters that take the place of those given, as after `load_state_dict(assign=True)`, are not
     stepped: they keep their gradients, and nothing here can tell. Load without `assign`, or call
     `remove` and make another StepInBackward.
@@ -229,7 +231,11 @@ def _step(reference: weakref.ref[Optimizer]) -> Callable[[torch.Tensor], None]:
                 "Expected the gradient of a weight from its layer alone, got more from elsewhere "
                 "after the kernel's step: make its optimizer with fused=False"
             )
-        optimizer.step()
-        parameter.grad = None
+        try:
+            optimizer.step()
+        finally:
+            parameter.grad = (
+                None  # even where there was no memory: the next backward is another step
+            )
 
     return hook

@@ -17,7 +17,8 @@ from pathlib import Path
 dk.use_backend(BACKEND)
 torch.set_num_threads(1)
 layer = dk.DendriticLayer(dk.connectivity.random(200_000, 30, 4, 16, seed=0))
-x = torch.randn(64, 200_000, requires_grad=True)  # larger, as its tiles, than what the heap has free
+# x and its tiles are larger than what the heap has free.
+x = torch.randn(64, 200_000, requires_grad=True)
 wants = [x, *layer.parameters()]
 
 def mapped():

@@ -55,7 +55,9 @@ TARGETS = {
     "sanitize": Target(HOST, flags=SANITIZE, link=SANITIZE[:1]),
     "threads": Target(HOST, flags=THREADS, link=THREADS[:1]),
     "coverage": Target(HOST, flags=COUNT, link=COUNT[:1]),
-    "valgrind": Target(HOST, emulator=("valgrind", "--quiet", "--error-exitcode=1")),
+    "valgrind": Target(
+        HOST, flags=("-O1", "-g1"), emulator=("valgrind", "--quiet", "--error-exitcode=1")
+    ),
     "neon": Target(
         "aarch64", PREFIX, link=("-static",), emulator=("qemu-aarch64",) if PREFIX else ()
     ),

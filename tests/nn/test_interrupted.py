@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import dendrite_kernels as dk
-from dendrite_kernels import plasticity
+from dendrite_kernels import optim, plasticity
 from tests.exact_cases import outputs, whole_numbers
 from tests.nn.test_plasticity import KINDS, generator, made, network, trained
 from tests.processes import PACKAGE
@@ -212,3 +212,22 @@ def test_the_next_call_is_right(
         assert stopped(partial(outputs, own, *rest), at, events, error)
         found = outputs(own, *rest)
         assert all(a.equal(b) for a, b in zip(found, expected, strict=True)), at
+
+
+def test_a_step_in_backward_that_fails_leaves_no_gradient() -> None:
+    layer = made(dk.DendriticLayer)
+    trainer = optim.StepInBackward(layer.parameters(), lambda p: torch.optim.SGD(p, 1e-2))
+    x = torch.randn(5, 61, dtype=torch.float64)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handles = [one.register_step_pre_hook(fail) for one in trainer.optimizers]
+    with pytest.raises(MemoryError):
+        layer(x).sum().backward()
+    for handle in handles:
+        handle.remove()
+    before = layer.cable_weight.detach().clone()
+    layer(x).sum().backward()
+    assert not layer.cable_weight.equal(before)
+    assert all(p.grad is None for p in layer.parameters())
