@@ -211,7 +211,7 @@ if __name__ == "__main__":
     wanted = expected(dk.connectivity.random(60, 30, 4, 8, seed=0))  # the pool has threads now
     data = Computed(BACKEND)
     for way in WAYS:
-        loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2,
+        loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, timeout=200,
                                              multiprocessing_context=way)
         found = [part for part in loader]
         assert len(found) == 4 and all(torch.equal(part, wanted) for part in found), way
@@ -241,6 +241,7 @@ class Computed(torch.utils.data.Dataset[Tensor]):
         return 4
 
     def __getitem__(self, i: int) -> Tensor:
+        torch.set_num_threads(2)  # the loader gives its workers one
         with dk.use_backend(self.backend):
             return expected(self.connectivity)
 

@@ -16,9 +16,9 @@ import resource, torch, dendrite_kernels as dk
 from pathlib import Path
 dk.use_backend(BACKEND)
 torch.set_num_threads(1)
-layer = dk.DendriticLayer(dk.connectivity.random(200_000, 30, 4, 16, seed=0))
-# x and its tiles are larger than what the heap has free.
-x = torch.randn(64, 200_000, requires_grad=True)
+layer = dk.DendriticLayer(dk.connectivity.random(20_000, 300, 4, 64, seed=0))
+held = [bytearray(60_000) for _ in range(1000)]  # what the heap has free: the rest takes new pages
+x = torch.randn(320, 20_000, requires_grad=True)
 wants = [x, *layer.parameters()]
 
 def mapped():
@@ -40,12 +40,12 @@ def attempt(extra):
 def same(a, b):
     return all(p.equal(q) for p, q in zip(a, b, strict=True))
 
-small = torch.randn(1, 200_000, requires_grad=True)
+small = torch.randn(1, 20_000, requires_grad=True)
 torch.autograd.grad(layer(small).sum(), small)  # all is imported and planned
 if BACKEND == "numba":  # LLVM ends a process where it finds no memory for its code
     call()
     dk.backends.numba._scratch.kept = None
-failed, extras = set(), range(0, 320 << 20, 16 << 20)
+failed, extras = set(), range(0, 96 << 20, 4 << 20)
 first = next(filter(None, map(attempt, extras)))  # there are no workspaces before
 expected = call()
 assert same(first, expected)
@@ -56,11 +56,12 @@ print(*failed, sep="\\n")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 @pytest.mark.parametrize("name", ["cpp", "numba"])
 def test_the_next_call_is_right(name: str) -> None:
     if not dk.backend_info()[name]["available"]:
         pytest.skip(f"backend {name} is unavailable")
-    printed = output(f"BACKEND = {name!r}\n{SCRIPT}")
-    assert "MemoryError" in printed  # of a workspace
+    printed = output(f"BACKEND = {name!r}\n{SCRIPT}", MALLOC_MMAP_THRESHOLD_="65536")
     assert "DefaultCPUAllocator" in printed  # of torch
+    assert name == "cpp" or "MemoryError" in printed  # of the memory in which Numba's kernels work
