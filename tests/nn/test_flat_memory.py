@@ -13,7 +13,7 @@ import torch
 import dendrite_kernels as dk
 from tests import flat_memory
 
-TIMES = 24
+TIMES = 56
 # Python keeps some of these, free or not, for later use.
 KEPT = {"tuple", "ReferenceType", "builtin_function_or_method", "set"}
 
@@ -31,10 +31,10 @@ def test_work_leaves_nothing_behind(kind: str) -> None:
     work = flat_memory.KINDS[kind][0]()
     tracemalloc.start()
     try:
-        for i in range(8):
+        for i in range(16):
             work(i)
         before, size = counted(), tracemalloc.get_traced_memory()[0]
-        for i in range(8, 8 + TIMES):  # a multiple of 8: a growing layer is made anew
+        for i in range(16, 16 + TIMES):  # a multiple of 8: a growing layer is made anew
             work(i)
         after, grown = counted(), tracemalloc.get_traced_memory()[0] - size
     finally:
