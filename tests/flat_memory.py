@@ -2,8 +2,7 @@
 
     python -m tests.flat_memory [--repeats 10000] [--backend cpp]
 
-Each kind of work runs in a process of its own and is repeated ten times a tenth. After the first
-two tenths, in which caches, pools and the allocator fill, the resident memory may grow by MOST.
+Each kind of work runs in a process of its own. After the first two tenths of the repeats, in which caches, pools and the allocator fill, the resident memory may grow by MOST.
 What leaks one object of Python in each repetition leaks 56 bytes and more: 0.4 MiB in 8,000. What
 leaks an array of the small layer here leaks several MiB.
 """
