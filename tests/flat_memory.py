@@ -2,9 +2,10 @@
 
     python -m tests.flat_memory [--repeats 10000] [--backend cpp]
 
-Each kind of work runs in a process of its own. After the first two tenths of the repeats, in which caches, pools and the allocator fill, the resident memory may grow by MOST.
-What leaks one object of Python in each repetition leaks 56 bytes and more: 0.4 MiB in 8,000. What
-leaks an array of the small layer here leaks several MiB.
+Each kind of work runs in a process of its own. After the first two tenths of the repeats, in which
+caches, pools and the allocator fill, the resident memory may grow by MOST. What leaks one object of
+Python in each repetition leaks 56 bytes and more: 0.4 MiB in 8,000. What leaks an array of the
+small layer here leaks several MiB.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def target(request: pytest.FixtureRequest) -> str:
 def test_kernels_match_loops_and_stay_in_bounds(target: str) -> None:
     result = build.run(target)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    digits = 3 if target in ("threads", "valgrind") else 5  # where each case takes long
+    digits = 3 if target == "threads" else 5  # only what several threads do
     assert re.match(rf"base: \d{{{digits},}} cases, all good\n", result.stdout)
     if target == "neon":
         assert re.search(r"^neon: \d{5,} cases, all good$", result.stdout, re.M)
