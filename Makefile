@@ -24,7 +24,7 @@ help:
 	@echo 'make test         run the tests; make test-all: the slow ones too'
 	@echo 'make test-tools   the layers in Lightning, accelerate, transformers, skorch, tensorboard: installs them'
 	@echo 'make test-neon    compile the CPU kernels for ARM, check them in an emulator (g++-aarch64-linux-gnu, qemu-user)'
-	@echo 'make test-sanitize  check the CPU kernels of this machine with the address and undefined-behaviour sanitizers'
+	@echo 'make test-sanitize  check the CPU kernels of this machine with the sanitizers for addresses, undefined behaviour and threads'
 	@echo 'make coverage     count the lines that tests run, in Python and in csrc/cpu: reports/coverage/index.html (g++, gcov)'
 	@echo 'make test-numba   install without a compiler in .venv-numba and run the tests on Numba alone'
 	@echo 'make test-numba-oldest  the tests of the Numba backend on the oldest Numba that pyproject.toml allows'
@@ -75,6 +75,7 @@ test-neon: .venv/.installed-test
 
 test-sanitize: .venv/.installed-test
 	$(VENV_PYTHON) -m tests.cpu_kernels.build sanitize
+	$(VENV_PYTHON) -m tests.cpu_kernels.build threads
 
 coverage: .venv/.installed-coverage
 	$(VENV_PYTHON) -m tests.coverage $(ARGS)

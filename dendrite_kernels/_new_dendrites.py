@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import operators
 from ._combine import new_rows
 from ._pattern import synapses_of
-from ._rewire import Optimizers, _connect, frozen, numbers_of, trainers, weight_of
+from ._rewire import Optimizers, connect, frozen, numbers_of, trainers, weight_of, wholly
 from ._validate import Array, integers
 from .nn import DendriticLayer
 from .structure import Connectivity
@@ -89,11 +89,15 @@ def grow(
         parameters.append((p, _widened(p, where, value), grad))
         for state, key in numbers_of(p, trained[name]):
             states.append((state, key, _widened(state[key], where)))
-    for resized in parameters:
-        _resize(*resized)
-    for state, key, wide in states:
-        state[key] = wide
-    _connect(layer, grown)
+
+    def write() -> None:
+        for resized in parameters:
+            _resize(*resized)
+        for state, key, wide in states:
+            state[key] = wide
+        connect(layer, grown)
+
+    wholly(write)
     return torch.from_numpy(rows)
 
 
@@ -280,8 +284,8 @@ def _resize(parameter: nn.Parameter, value: torch.Tensor, grad: torch.Tensor | N
     # Of another dtype, so that autograd forgets the node that accumulates gradients of the old
     # size. A loss that is still alive would keep it.
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = torch.empty_like(value)
-    parameter.copy_(value)  # in place: counts as a change, which backward of an old loss refuses
+    parameter.data = value
+    torch.autograd.graph.increment_version(parameter)  # backward of an old loss refuses the change
     parameter.grad = grad
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -92,9 +92,13 @@ def rewire(
     is_new = place < 0
     place = place.clamp(min=0)
     moved = [tensor[place].masked_fill(is_new, 0) for tensor in tensors]
-    for tensor, values in zip(tensors, moved, strict=True):
-        tensor.copy_(values)
-    _connect(layer, connectivity)
+
+    def write() -> None:
+        for tensor, values in zip(tensors, moved, strict=True):
+            tensor.copy_(values)
+        connect(layer, connectivity)
+
+    wholly(write)
     return connectivity
 
 
@@ -153,11 +157,7 @@ def adopt(layer: Layer, state: Mapping[str, Any], prefix: str = "") -> None:
     weight, c = weight_of(layer), layer.connectivity
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     expected = {name: list(p.shape) for name, p in layer.named_parameters()}
-    got = {
-        name: list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        for name, value in own.items()
-        if name != "_extra_state"
-    }
+    got = {name: _shape(value) for name, value in own.items() if name != "_extra_state"}
     if got != expected or "_extra_state" not in own:
         raise ValueError(f"Expected _extra_state and {expected} in the state, got {got}")
     for name in expected:
@@ -171,14 +171,35 @@ def adopt(layer: Layer, state: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(f"Expected a state of this layer rewired. {difference(c, saved)}")
     image = c.in_shape, c.channels_first
     columns = saved.col_indices
-    _connect(
-        layer,
-        Connectivity(c.crow_indices, columns, c.soma_ptr, c.in_features, *image, c.labels),
-    )
-    layer.load_state_dict(own)
+    made = Connectivity(c.crow_indices, columns, c.soma_ptr, c.in_features, *image, c.labels)
+
+    def write() -> None:
+        connect(layer, made)
+        layer.load_state_dict(own)
+
+    wholly(write)
 
 
-def _connect(layer: Layer, connectivity: Connectivity) -> None:
+def _shape(value: Any) -> Any:
+    """Of a tensor with values; of anything else what it is."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return "no values" if value.is_meta else list(value.shape)
+
+
+def wholly(write: Callable[[], None]) -> None:
+    """All that `write` writes, even where a signal interrupts it: once more then, from its start.
+
+    It must allocate next to nothing, so that nothing else is likely to stop it.
+    """
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
+
+
+def connect(layer: Layer, connectivity: Connectivity) -> None:
     layer.connectivity = connectivity
     operators.index_tensors(connectivity)  # compiled code cannot mark them
 

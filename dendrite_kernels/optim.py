@@ -113,6 +113,8 @@ class StepInBackward:
     - `DistributedDataParallel`: each process would step by its own gradients, before they are
       averaged, and nothing here can tell.
 
+    Where backward is interrupted, or fails, some parameters have been stepped and others not.
+
     Parameters that take the place of those given, as after `load_state_dict(assign=True)`, are not
     stepped: they keep their gradients, and nothing here can tell. Load without `assign`, or call
     `remove` and make another StepInBackward.
@@ -230,7 +232,9 @@ def _step(reference: weakref.ref[Optimizer]) -> Callable[[torch.Tensor], None]:
                 "Expected the gradient of a weight from its layer alone, got more from elsewhere "
                 "after the kernel's step: make its optimizer with fused=False"
             )
-        optimizer.step()
-        parameter.grad = None
+        try:
+            optimizer.step()
+        finally:  # even where there was no memory: the next backward is another step
+            parameter.grad = None
 
     return hook

@@ -89,7 +89,7 @@ class Connectivity:
     col_indices: torch.Tensor  # int32 [nnz]
     soma_ptr: torch.Tensor  # int32 [S + 1]
     derived: dict[Hashable, Any]  # what `cached` has made, by key
-    _lock: threading.RLock
+    _locks: dict[int, threading.RLock]  # by process
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Connectivity:
             "is_dense": col.size == rows * n,
             **dict(zip(_ARRAYS, _tensors(crow, col, soma), strict=True)),
             "derived": {},
-            "_lock": threading.RLock(),  # re-entrant: a factory may ask for another cached value
+            "_locks": {},
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -319,9 +319,12 @@ class Connectivity:
         """
         value: T = self.derived.get(key, _MISSING)
         if value is _MISSING:
-            with self._lock:
+            # A lock for each process: a thread that held it at a fork never gives it back there.
+            # Re-entrant: a factory may ask for another cached value, and a signal handler that runs
+            # meanwhile for the same one; whose address may be in use, so the first one stays.
+            with self._locks.setdefault(os.getpid(), threading.RLock()):
                 if key not in self.derived:
-                    self.derived[key] = untraced(factory)
+                    self.derived.setdefault(key, untraced(factory))
                 value = self.derived[key]
         return value
 

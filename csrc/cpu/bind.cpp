@@ -344,7 +344,8 @@ py::object fast_forward(const BoundTopology& bound, py::handle x, py::handle wei
 }  // namespace
 }  // namespace dk
 
-PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+// Not py::mod_gil_not_used(): no free-threaded Python has run the tests, so one takes its GIL back.
+PYBIND11_MODULE(_cpu, m) {
   using namespace dk;
   table = pick_table();
   m.def("configure", &configure,

@@ -381,7 +381,7 @@ void pack_weight(const Packed& packed, py::handle weight, py::handle cable, int6
 }  // namespace
 }  // namespace dk
 
-PYBIND11_MODULE(DK_MODULE, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(DK_MODULE, m) {  // not mod_gil_not_used(), as in csrc/cpu/bind.cpp
   using namespace dk;
   m.def("configure", &configure, "Hands over torch's DLPack exchange table.");
 #ifdef DK_EMULATE

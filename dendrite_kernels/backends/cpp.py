@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..structure import Connectivity
-from . import _order, _pool
+from . import _extension, _order, _pool
 from .protocol import Gradients, Maybe, Operands
 
 STORES_LOW = True
@@ -25,13 +25,14 @@ empty_strided = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     """(extension, None), or (None, reason) if it was not built. A broken one raises its error."""
+    built = _extension.is_built("_cpu")
     try:
         from dendrite_kernels import _cpu  # type: ignore[attr-defined]
     except ImportError:
-        if _is_built():
+        if built:
             raise
         return None, f"the extension dendrite_kernels._cpu {_why_absent()}"
-    _cpu.configure(
+    settings = (
         torch.Tensor.__dlpack_c_exchange_api__,
         _pool.address("torch_parallel_for"),
         _pool.address("torch_get_num_threads"),
@@ -39,21 +40,21 @@ def _load() -> tuple[Any, str | None]:
         torch,
         empty_strided,
     )
+    try:
+        _cpu.configure(*settings)
+    except (AttributeError, TypeError) as error:
+        raise ImportError(
+            f"Expected {_cpu.__file__} to be built from the sources of this version, got one of "
+            "others: install the package again, in a checkout by pip install -e ."
+        ) from error
     return _cpu, None
 
 
-_PACKAGE = os.path.dirname(os.path.dirname(__file__))
-
-
-def _is_built() -> bool:
-    return any(name.startswith("_cpu.") for name in os.listdir(_PACKAGE))
-
-
 def _why_absent() -> str:
-    checkout = os.path.dirname(_PACKAGE)
+    checkout = os.path.dirname(_extension.PACKAGE)
     if os.path.exists(os.path.join(checkout, "setup.py")):
         return (
-            f"is not in {_PACKAGE}, which Python found before any installed package: "
+            f"is not in {_extension.PACKAGE}, which Python found before any installed package: "
             f"work in another folder than {checkout}, or pip install -e . there, with a C++ "
             "compiler"
         )

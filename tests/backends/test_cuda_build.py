@@ -29,7 +29,7 @@ def test_a_cuda_tensor_without_the_extension_gets_an_error_that_helps(
 ) -> None:
     monkeypatch.setitem(sys.modules, "dendrite_kernels._cuda", None)  # the import fails
     monkeypatch.delattr(dk, "_cuda", raising=False)
-    monkeypatch.setattr(cuda, "_is_built", lambda: False)
+    monkeypatch.setattr(cuda._extension, "is_built", lambda name: False)
     monkeypatch.setattr(backends, "_selected", {})
     cuda._load.cache_clear()
     try:

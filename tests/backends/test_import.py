@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -129,23 +130,35 @@ with dk.use_backend("reference"):
     )
 
 
-MISSING_SYMBOL = "raise ImportError('_cpu.so: undefined symbol: torch_parallel_for')"
+MISSING_SYMBOL = b"raise ImportError('_cpu.so: undefined symbol: torch_parallel_for')"
+OF_OTHER_SOURCES = b"def configure(exchange_api): pass"
+OURS = f"_cpu{EXTENSION_SUFFIXES[0]}"
+OTHER = "_cpu.cpython-39-x86_64-linux-gnu.so"
+
+
+def cut_short() -> bytes:
+    """The system would load it, and end the process where the file ends."""
+    whole = (PACKAGE / OURS).read_bytes()
+    return whole[: len(whole) // 2]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (f"_cpu{EXTENSION_SUFFIXES[0]}", "no machine code", "_cpu"),
-        ("_cpu.py", MISSING_SYMBOL, "undefined symbol: torch_parallel_for"),
+        (OURS, lambda: b"no machine code", "_cpu"),
+        pytest.param(OURS, cut_short, "which was cut short: install", marks=needs_cpp),
+        (OTHER, lambda: b"", f"Expected {OURS} for this Python, got {OTHER} in"),
+        ("_cpu.py", lambda: MISSING_SYMBOL, "undefined symbol: torch_parallel_for"),
+        ("_cpu.py", lambda: OF_OTHER_SOURCES, "from the sources of this version, got one of"),
     ],
-    ids=["a damaged file", "a missing symbol"],
+    ids=["damaged", "cut short", "another Python", "a missing symbol", "other sources"],
 )
-def test_a_broken_extension_raises_its_own_error(
-    tmp_path: Path, name: str, content: str, message: str
+def test_a_broken_extension_raises_an_error_with_the_cause(
+    tmp_path: Path, name: str, content: Callable[[], bytes], message: str
 ) -> None:
     """A user who built the extension wants it: no other backend may replace it silently."""
     package = copy_package(tmp_path)
-    (package / name).write_text(content)
+    (package / name).write_bytes(content())
     printed = output(
         """
 import dendrite_kernels as dk, torch

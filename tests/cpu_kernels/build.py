@@ -1,6 +1,6 @@
 """Compiles check.cpp with the CPU kernels and runs it, for another processor in an emulator.
 
-    python -m tests.cpu_kernels.build neon|sanitize|native|coverage
+    python -m tests.cpu_kernels.build neon|sanitize|threads|valgrind|native|coverage
 
 Object files are kept and used again for the same sources and flags.
 """
@@ -42,19 +42,24 @@ class Target:
     prefix: str = ""  # of the names of compiler and binutils
     flags: tuple[str, ...] = ()  # in addition to those of setup.py
     link: tuple[str, ...] = ()
-    emulator: str | None = None
+    emulator: tuple[str, ...] = ()  # the program that runs it, with options
 
 
 # -O1, because GCC compiles sanitized code very slowly with -O3.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+THREADS = ("-fsanitize=thread", "-O1", "-g1")
 # Threads count the same lines. -O1 keeps the lines apart that -O3 would move and merge.
 COUNT = ("--coverage", "-fprofile-update=atomic", "-O1")
 TARGETS = {
     "native": Target(HOST),
     "sanitize": Target(HOST, flags=SANITIZE, link=SANITIZE[:1]),
+    "threads": Target(HOST, flags=THREADS, link=THREADS[:1]),
     "coverage": Target(HOST, flags=COUNT, link=COUNT[:1]),
+    "valgrind": Target(
+        HOST, flags=("-O1", "-g1"), emulator=("valgrind", "--quiet", "--error-exitcode=1")
+    ),
     "neon": Target(
-        "aarch64", PREFIX, link=("-static",), emulator="qemu-aarch64" if PREFIX else None
+        "aarch64", PREFIX, link=("-static",), emulator=("qemu-aarch64",) if PREFIX else ()
     ),
 }
 
@@ -66,11 +71,11 @@ def missing(name: str) -> str | None:
         return "no csrc beside the tests"
     if name == "sanitize":
         return cuda_emulator.missing()
-    needed = [f"{target.prefix}g++", f"{target.prefix}nm", *filter(None, [target.emulator])]
+    needed = [f"{target.prefix}g++", f"{target.prefix}nm", *target.emulator[:1]]
     absent = [tool for tool in needed if shutil.which(tool) is None]
     if not absent:
         return None
-    packages = "g++-aarch64-linux-gnu qemu-user" if target.prefix else "g++"
+    packages = "g++-aarch64-linux-gnu qemu-user" if target.prefix else " ".join(absent)
     return f"no {', '.join(absent)} on PATH (on Debian and Ubuntu: apt install {packages})"
 
 
@@ -129,15 +134,13 @@ def _link(name: str, result: str, source: Path, flags: list[str], option: str) -
 def run(name: str) -> subprocess.CompletedProcess[str]:
     """Compile and run the program; its output is captured."""
     program = build(name)
-    return subprocess.run(
-        [*filter(None, [TARGETS[name].emulator]), str(program)], capture_output=True, text=True
-    )
+    return subprocess.run([*TARGETS[name].emulator, str(program)], capture_output=True, text=True)
 
 
 def _compile(name: str, source: Path, flags: list[str]) -> Path:
     target = TARGETS[name]
     command = [f"{target.prefix}g++", *flags, *target.flags, "-c", str(source)]
-    folders = {SOURCES, CHECK.parent}
+    folders = {SOURCES, source.parent}
     headers = [
         path for folder in folders for end in ("h", "inl") for path in folder.glob(f"*.{end}")
     ]

@@ -1,18 +1,27 @@
 // One call of a kernel: its memory, and the comparison of its results with the expected ones.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <limits>
 #include <stdexcept>
 #include <thread>
+#if __has_include(<valgrind/memcheck.h>)
+#include <valgrind/memcheck.h>
+#else
+#define RUNNING_ON_VALGRIND 0
+#define VALGRIND_MAKE_MEM_UNDEFINED(data, bytes)
+#endif
 
 #include "naive.h"
+#include "workspace.h"
 
 namespace {
 
 constexpr int kThreads = 3;
 std::string running;  // the current case, for error messages
-int64_t cases = 0;
+std::atomic<int64_t> cases{0};
+bool together = false;  // several calls at a time, with the workspaces of the package
 
 // ---- what the kernels need from their caller ----
 
@@ -23,7 +32,7 @@ void run_on_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* cont
   for (std::thread& thread : threads) thread.join();
 }
 
-// The memory of one call, of exactly the requested size and full of NaN.
+// The memory of one call, of exactly the requested size and full of NaN; undefined to valgrind.
 struct Workspace {
   static void* get(void* self, int64_t bytes) {
     auto& blocks = static_cast<Workspace*>(self)->blocks;
@@ -31,12 +40,14 @@ struct Workspace {
     if (int64_t(blocks.back().size() * sizeof(Line)) != bytes)
       throw std::runtime_error("Expected workspaces in whole cache lines");
     memset(blocks.back().data(), 0xff, size_t(bytes));
+    VALGRIND_MAKE_MEM_UNDEFINED(blocks.back().data(), size_t(bytes));
     return blocks.back().data();
   }
   struct alignas(64) Line {
     char bytes[64];
   };
   std::vector<Array<Line>> blocks;
+  dk::Workspace of_package;
 };
 
 // The L2 size that kernels are told; they choose the width of tiles by it.
@@ -44,6 +55,8 @@ constexpr int64_t kUsualL2 = 1 << 20, kSmallL2 = 1 << 14;
 int64_t l2_bytes = kUsualL2;
 
 dk::Runtime runtime(int threads, Workspace& workspace) {
+  if (together)
+    return {threads, l2_bytes, run_on_threads, dk::Workspace::get, &workspace.of_package};
   return {threads, l2_bytes, run_on_threads, Workspace::get, &workspace};
 }
 
@@ -56,7 +69,9 @@ const T* pointer(const Array<T>& bias) {
 
 template <class T>
 Array<T> poisoned(int64_t count) {
-  return Array<T>(size_t(count), std::numeric_limits<T>::quiet_NaN());
+  Array<T> values(size_t(count), std::numeric_limits<T>::quiet_NaN());
+  VALGRIND_MAKE_MEM_UNDEFINED(values.data(), values.size() * sizeof(T));
+  return values;
 }
 
 template <class T>

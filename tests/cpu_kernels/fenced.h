@@ -1,5 +1,6 @@
 // Arrays that end at the end of their memory, to detect kernels that read or write past them: with
-// the address sanitizer, or else with a protected page behind the array.
+// the address sanitizer, or else with a protected page behind the array. The thread sanitizer would
+// take long over pages.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +11,7 @@
 #include <new>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 
 template <class T>
 using Array = std::vector<T>;

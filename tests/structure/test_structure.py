@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -266,6 +267,42 @@ def test_cached_keys_objects_and_failures() -> None:
         c.cached("failing", lambda: (_ for _ in ()).throw(RuntimeError("once")))
     assert c.cached("failing", lambda: "then fine") == "then fine"
     assert small().cached("inner", lambda: 7) == 7
+
+
+def test_cached_keeps_what_a_signal_handler_made_meanwhile() -> None:
+    """Numba's plans hold the addresses of cached arrays: one that is in use must not go."""
+    c = small()
+    inner: list[object] = []
+
+    def factory() -> object:
+        if not inner:
+            inner.append(None)
+            inner[0] = c.cached("key", factory)
+        return object()
+
+    assert c.cached("key", factory) is inner[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_cached_in_a_child_forked_while_another_thread_makes_a_value() -> None:
+    c = small()
+    begun, forked = threading.Event(), threading.Event()
+
+    def factory() -> int:
+        begun.set()
+        forked.wait()
+        return 1
+
+    with ThreadPoolExecutor(1) as pool:
+        value = pool.submit(c.cached, "key", factory)
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that waits for the lock
+            os._exit(c.cached("key", lambda: 7))
+        forked.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert value.result() == 1
 
 
 @pytest.mark.parametrize(("inputs", "dtype"), [(65536, np.uint16), (65537, np.int32)])

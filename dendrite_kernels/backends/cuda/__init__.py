@@ -9,13 +9,13 @@ them.
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...structure import Connectivity
+from .. import _extension
 from ..protocol import AdamStep, Gradients, Maybe, Operands
 from . import pack
 from . import plan as planner
@@ -31,10 +31,11 @@ STEPS = True
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     """The extension and None, or None and the reason. A broken extension raises its own error."""
+    built = _extension.is_built("_cuda")
     try:
         from dendrite_kernels import _cuda  # type: ignore[attr-defined]
     except ImportError:
-        if _is_built():
+        if built:
             raise
         return None, (
             "the extension dendrite_kernels._cuda was not built, which a plain install does where"
@@ -44,11 +45,6 @@ def _load() -> tuple[Any, str | None]:
         )
     _cuda.configure(torch.Tensor.__dlpack_c_exchange_api__)
     return _cuda, None
-
-
-def _is_built() -> bool:
-    folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    return any(name.startswith("_cuda.") for name in os.listdir(folder))
 
 
 def unavailable() -> str | None:

@@ -206,7 +206,7 @@ def write_columns(spec, job, begin, end):
 
 _SIGNATURE = types.void(types.int64, types.int64, JOB)
 _compiled: dict[tuple[str, Spec], Any] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # re-entrant: a signal handler may compile, too
 _uncached: str | None = None  # why compiled code is not kept on disk; None: it is, or none yet
 
 
@@ -218,7 +218,8 @@ def address(task: str, spec: Spec) -> int:
             if key not in _compiled:
                 # Numba's cache tells entries apart by their code and what they close over: spec.
                 make = globals()[f"{task}_tasks"]
-                _compiled[key] = compiled(make(replace(spec, build=_fingerprint())), _SIGNATURE)
+                made = compiled(make(replace(spec, build=_fingerprint())), _SIGNATURE)
+                _compiled.setdefault(key, made)  # a plan may hold the address of the first one
     function: int = _compiled[key].address
     return function
 
