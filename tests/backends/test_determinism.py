@@ -55,6 +55,9 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 KINDS = pytest.mark.parametrize("kind", ["random", "ragged", "fields"])
 
 
+@pytest.mark.parametrize(
+    "backend", ["cpp", pytest.param("numba", marks=pytest.mark.slow)], indirect=True
+)
 @KINDS
 def test_a_call_gives_the_same_bits_again(backend: str, kind: str) -> None:
     for count in COUNTS:

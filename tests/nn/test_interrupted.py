@@ -164,7 +164,7 @@ def test_a_state_without_values_is_not_adopted(bad: Action) -> None:
     assert same(state(layer), before)
 
 
-@pytest.mark.parametrize("rule", ["set", "rigl"])
+@pytest.mark.parametrize("rule", ["set", pytest.param("rigl", marks=pytest.mark.slow)])
 def test_a_rewirer_goes_on(rule: Any) -> None:
     """Interrupted in a step, it rewires then or the next time, and the layer fits its optimizer."""
 
@@ -186,6 +186,11 @@ def test_a_rewirer_goes_on(rule: Any) -> None:
         assert shapes == {layer.synapse_weight.shape, torch.Size([])}
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["cpp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("numba", "reference"))],
+    indirect=True,
+)
 @pytest.mark.parametrize("fresh", [False, True], ids=["with plans", "making plans"])
 @pytest.mark.parametrize(
     ("events", "error"),
