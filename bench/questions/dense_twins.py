@@ -1,9 +1,12 @@
-"""What questions about networks and their dense twins share: sizes, and equal results."""
+"""What questions about networks and their dense twins share: sizes, equal results, reports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dendrite_kernels as dk
+from bench.environment import write_json
 from bench.paper.datasets import ImageData
 from dendrite_kernels.benchmark.training_step import TrainingStep
 
@@ -60,3 +64,32 @@ def train(layer: nn.Module, data: ImageData, epochs: int, seed: int, rate: float
     with torch.no_grad():
         predicted = model(torch.from_numpy(data.x_test)).argmax(1)
     return float((predicted == torch.from_numpy(data.y_test)).float().mean())
+
+
+def report_speed(
+    report: dict[str, Any], path: Path, threads: Iterable[int], speed: Callable[[], dict[str, Any]]
+) -> None:
+    """Measure with each number of threads, write and print it."""
+    report["speed"] = []
+    for count in threads:
+        torch.set_num_threads(count)
+        found = speed()
+        report["speed"].append({"threads": count, **found})
+        write_json(path, report, digits=4)
+        print(f"{count} threads")
+        print_speed(found)
+
+
+def print_speed(found: dict[str, Any]) -> None:
+    for name, ms in found["ms"].items():
+        print(f"{name:45s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
+    for name, value in found["ratios"].items():
+        print(f"{name:80s} {value:.2f}", flush=True)
+
+
+def print_accuracies(percent: dict[str, dict[str, float]]) -> None:
+    """Of each network by seed: mean and standard deviation."""
+    for name, done in percent.items():
+        values = list(done.values())
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{name:35s} {statistics.mean(values):.2f} +- {spread:.2f}, {len(values)} seeds")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dendrite_kernels as dk
-from bench.environment import describe_run, write_json
+from bench.environment import describe_run
 from bench.questions.dense_twins import (
     BATCH,
     CLASSES,
@@ -31,6 +31,7 @@ from bench.questions.dense_twins import (
     keep,
     largest_error,
     random,
+    report_speed,
     results,
 )  # fmt: skip
 from bench.speed.run import RESULTS
@@ -130,17 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "gates_speed.json")
     options = parser.parse_args(arguments)
     report = describe_run(parser, arguments, options.threads[0])
-    report["speed"] = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        found = speed(options.seconds)
-        report["speed"].append({"threads": threads, **found})
-        write_json(options.output, report, digits=4)
-        print(f"{threads} threads")
-        for name, ms in found["ms"].items():
-            print(f"{name:45s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
-        for name, value in found["ratios"].items():
-            print(f"{name:80s} {value:.2f}")
+    report_speed(report, options.output, options.threads, partial(speed, options.seconds))
     return 0
 
 

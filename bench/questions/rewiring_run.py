@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import dendrite_kernels as dk
-from bench.environment import describe_run, write_json
+from bench.environment import describe_run
 from bench.questions.dense_twins import (
     BATCH,
     CLASSES,
@@ -32,6 +32,7 @@ from bench.questions.dense_twins import (
     N,
     largest_error,
     random,
+    report_speed,
     results,
 )  # fmt: skip
 from bench.speed.run import RESULTS
@@ -113,7 +114,7 @@ def speed(seconds: float) -> dict[str, Any]:
     pairs = [(f"{rule}, dense masks", rule) for rule in RULES]
     pairs += [(rule, "static") for rule in RULES[1:]]
     return {
-        "ms of a run": {name: task.summary() for name, task in tasks.items()},
+        "ms": {name: task.summary() for name, task in tasks.items()},
         "ratios": {f"{a} / {b}": ratio(tasks[a], tasks[b]) for a, b in pairs},
         "relative_errors": errors,
     }
@@ -126,17 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "rewiring_run.json")
     options = parser.parse_args(arguments)
     report = describe_run(parser, arguments, options.threads[0])
-    report["speed"] = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        found = speed(options.seconds)
-        report["speed"].append({"threads": threads, **found})
-        write_json(options.output, report, digits=4)
-        print(f"{threads} threads, ms of a run")
-        for name, ms in found["ms of a run"].items():
-            print(f"{name:20s} {ms['p50']:8.1f} (p20 {ms['p20']:.1f}, p80 {ms['p80']:.1f})")
-        for name, value in found["ratios"].items():
-            print(f"{name:30s} {value:.2f}")
+    report_speed(report, options.output, options.threads, partial(speed, options.seconds))
     return 0
 
 

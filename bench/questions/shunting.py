@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +35,8 @@ from bench.questions.dense_twins import (
     SOMAS,
     N,
     largest_error,
+    print_accuracies,
+    print_speed,
     random,
     results,
     train,
@@ -162,10 +163,7 @@ def accuracy(report: dict[str, Any], path: Path, options: argparse.Namespace) ->
                 print(
                     f"{name}, {count} parameters, {rate:g}, seed {seed}: {percent:.2f}", flush=True
                 )
-    for name, done in table["percent"].items():
-        values = list(done.values())
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"{name:20s} {statistics.mean(values):.2f} +- {spread:.2f}, {len(values)} seeds")
+    print_accuracies(table["percent"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,10 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
             report["speed"].append({**size, **found})
             write_json(path, report, digits=4)
             print(size)
-            for name, ms in found["ms"].items():
-                print(f"{name:20s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
-            for name, value in found["ratios"].items():
-                print(f"{name:30s} {value:.2f}")
+            print_speed(found)
     return 0
 
 

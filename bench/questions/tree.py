@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +35,9 @@ from bench.questions.dense_twins import (
     N,
     keep,
     largest_error,
+    print_accuracies,
     random,
+    report_speed,
     results,
     train,
 )  # fmt: skip
@@ -143,10 +144,7 @@ def accuracy(report: dict[str, Any], path: Path, options: argparse.Namespace) ->
             write_json(path, report)
             count = count_parameters(layer)
             print(f"{name}, {count} parameters, seed {seed}: {done[str(seed)]:.2f}", flush=True)
-    for name, done in table["percent"].items():
-        values = list(done.values())
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"{name:30s} {statistics.mean(values):.2f} +- {spread:.2f}, {len(values)} seeds")
+    print_accuracies(table["percent"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,17 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         before = json.loads(path.read_text()) if path.exists() else {}
         accuracy({**report, **before}, path, options)
         return 0
-    report["speed"] = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        found = speed(options.seconds)
-        report["speed"].append({"threads": threads, **found})
-        write_json(path, report, digits=4)
-        print(f"{threads} threads")
-        for name, ms in found["ms"].items():
-            print(f"{name:20s} {ms['p50']:8.3f} ms (p20 {ms['p20']:.3f}, p80 {ms['p80']:.3f})")
-        for name, value in found["ratios"].items():
-            print(f"{name:30s} {value:.2f}")
+    report_speed(report, path, options.threads, partial(speed, options.seconds))
     return 0
 
 
