@@ -79,6 +79,7 @@ def outcome(clean: Path, folder: Path, mutant: Mutant, limit: float) -> Outcome:
 def run_tests(folder: Path, tests: Sequence[str], limit: float) -> Outcome:
     """Run tests of `make test` until the first that fails."""
     report = folder / "outcome.xml"
+    report.unlink(missing_ok=True)  # that of the folder this one is a copy of
     options = ["-q", "-x", "-m", QUICK, "-p", "no:cacheprovider", f"--junitxml={report}"]
     environment = {"PYTHONPATH": str(folder), "DENDRITE_KERNELS_REQUIRE": "cpu"}
     try:
