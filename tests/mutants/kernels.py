@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from .plant import Mutant
 
-_FUNCTIONS = "tests/functional/test_functional.py"
-_LONG = "tests/functional/test_long_sums.py"
-_ORDER = "tests/backends/test_visiting_order.py"
-_PRECISION = "tests/nn/test_torch_precision.py"
+_FUZZ = "tests/functional/test_fuzz.py::test_fuzz"
+_THREADS = (
+    "tests/functional/test_functional.py::test_every_thread_count_and_every_strategy_is_exact"
+)
+_ZERO = "tests/functional/test_functional.py::test_derivative_at_zero_is_the_slope"
+_LONG_ROWS = "tests/functional/test_long_sums.py::test_cable_gradients_of_long_rows"
+_LONG_COLUMNS = "tests/functional/test_long_sums.py::test_long_rows_and_columns"
+_ORDER = "tests/backends/test_visiting_order.py::test_results_do_not_depend_on_the_order"
+_PRECISION = "tests/nn/test_torch_precision.py::test_bf16_inputs_equal_rounded_inputs"
 _EXTENSION = "tests/backends/test_extension.py"
 _FAST = "tests/autograd/test_fast_path.py"
 _CONVERSIONS = "tests/functional/test_conversions.py"
@@ -17,28 +22,28 @@ CPU = {
         "csrc/cpu/forward.h",
         "for (; k + BL <= count; k += BL) {",
         "for (; k + BL < count; k += BL) {",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "forward: weights of a long row do not move on": Mutant(
-        "csrc/cpu/forward.h", "      rows.weight[d] += count[d];\n", "", _LONG
+        "csrc/cpu/forward.h", "      rows.weight[d] += count[d];\n", "", _LONG_ROWS
     ),
     "forward of one: the bias of the first dendrites for all": Mutant(
         "csrc/cpu/forward_single.h",
         "? u + load_part(call.dendrite_bias + r, count) : u;",
         "? u + load_part(call.dendrite_bias, count) : u;",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "forward of one: zero counts as positive": Mutant(
         "csrc/cpu/forward_single.h",
         "bits = (u > vec<T>{}) & 1;",
         "bits = (u >= vec<T>{}) & 1;",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "forward of one: only one soma without dendrites at the end": Mutant(
         "csrc/cpu/forward_single.h",
         "while (s < s1) leave_soma();",
         "if (s < s1) leave_soma();",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "forward with an order: bits go where the dendrite is visited": Mutant(
         "csrc/cpu/forward.h",
@@ -50,7 +55,7 @@ CPU = {
         "csrc/cpu/tile.h",
         "return y.vector(row, column) > vec<T>{} ? g : g * splat(slope);",
         "return y.vector(row, column) >= vec<T>{} ? g : g * splat(slope);",
-        _FUNCTIONS,
+        _ZERO,
     ),
     "tile: the last inputs are not rounded to bfloat16": Mutant(
         "csrc/cpu/tile.h",
@@ -59,29 +64,29 @@ CPU = {
         _PRECISION,
     ),
     "tile: a chain is counted again in the next one": Mutant(
-        "csrc/cpu/tile.h", "      chain_ = vec<T>{};\n", "", _LONG
+        "csrc/cpu/tile.h", "      chain_ = vec<T>{};\n", "", _LONG_ROWS
     ),
     "shuffle: a transpose of doubles swaps rows": Mutant(
-        "csrc/cpu/shuffle.h", "q[0] = lo, q[1] = hi;", "q[0] = hi, q[1] = lo;", _FUNCTIONS
+        "csrc/cpu/shuffle.h", "q[0] = lo, q[1] = hi;", "q[0] = hi, q[1] = lo;", _FUZZ
     ),
     "plan: pads have the weight that was there": Mutant(
-        "csrc/cpu/backward_plan.h", "  products[net.crow[r1] - begin] = 0;\n", "", _FUNCTIONS
+        "csrc/cpu/backward_plan.h", "  products[net.crow[r1] - begin] = 0;\n", "", _FUZZ
     ),
     "plan: dx keeps that of the tile before": Mutant(
         "csrc/cpu/backward_plan.h", "q, x, block == 0, first, dx,",
-        "q, x, block == 0 && first, first, dx,", _FUNCTIONS,
+        "q, x, block == 0 && first, first, dx,", _THREADS,
     ),
     "plan: the last inputs without synapses are not cleared": Mutant(
         "csrc/cpu/backward_plan.h",
         "if (clear_dx) memset(dx + next * kTile, 0, size_t(net.in_features - next)",
         "if (clear_dx && !next) memset(dx + next * kTile, 0, size_t(net.in_features - next)",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "plan: sums of other threads with a wrong stride": Mutant(
         "csrc/cpu/backward_plan.h",
         "sums += load_part(G0 + t * net.rows + r, count);",
         "sums += load_part(G0 + t * net.somas + r, count);",
-        _FUNCTIONS,
+        _THREADS,
     ),
     "gradients: the bias is forgotten in that of the cable": Mutant(
         "csrc/cpu/gradients.h",
@@ -93,25 +98,25 @@ CPU = {
         "csrc/cpu/gradients.h",
         "for (int64_t other = 1; other < threads; ++other)",
         "for (int64_t other = 1; other < threads - 1; ++other)",
-        _FUNCTIONS,
+        _THREADS,
     ),
     "rows: the last stretch of dx is lost": Mutant(
         "csrc/cpu/backward_rows.h",
         "    if (dx != sum) add_to(N * kTile, dx, sum);\n  });",
         "  });",
-        _LONG,
+        _LONG_COLUMNS,
     ),
     "samples: no gradient for a soma that two threads share": Mutant(
         "csrc/cpu/samples.h",
         "soma_gradients(s0, first_soma_from(p1), i,",
         "soma_gradients(s0, first_soma_of(p1), i,",
-        _FUNCTIONS,
+        _THREADS,
     ),
     "backward of one: the slope of the soma is forgotten": Mutant(
         "csrc/cpu/backward_single.h",
         "const T inactive = call.slope * active;",
         "const T inactive = call.slope * in.grad[s];",
-        _FUNCTIONS,
+        _FUZZ,
     ),
     "storage: ties go away from zero in bfloat16": Mutant(
         "csrc/cpu/storage.h",
@@ -220,7 +225,7 @@ NUMBA = {
         "dendrite_kernels/backends/numba/kernels.py",
         "stop = min(end, start + CHAIN)",
         "stop = start + CHAIN",
-        f"{_LONG}::test_cable_gradients_of_long_rows",
+        _LONG_ROWS,
     ),
     "Numba: the bias is forgotten in the gradient of the cable": Mutant(
         "dendrite_kernels/backends/numba/kernels.py",
