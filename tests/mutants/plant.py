@@ -109,8 +109,11 @@ def _read(report: Path) -> Outcome | None:
         return None
     if not failed:
         return Outcome("passed", f"{ran - skipped} tests")
-    (case,) = (case for case in suite.iter("testcase") if case.find("failure") is not None)
-    return Outcome("failed", f"{case.get('classname')}::{case.get('name')}")
+    ((case, failure),) = (
+        (case, found) for case in suite.iter("testcase") for found in case.iter("failure")
+    )
+    message = failure.get("message", "").split("\n")[0][:100]
+    return Outcome("failed", f"{case.get('classname')}::{case.get('name')}: {message}")
 
 
 def _build(folder: Path, changed: Sequence[str]) -> None:
