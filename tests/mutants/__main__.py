@@ -5,7 +5,7 @@
 A mutant is caught if a test of `make test` fails, and survives if all named tests pass. It is
 broken if its text is gone, it does not compile, no test ran, or tests ended in another way than by
 failing: by an error of imports or fixtures, a crash or a time-out. The same tests must pass without
-a mutant, first. One after another, on a quiet machine, all take about an hour. Needs g++.
+a mutant, first. Needs g++.
 """
 
 from __future__ import annotations
