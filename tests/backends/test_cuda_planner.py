@@ -82,6 +82,20 @@ def test_shared_memory_is_used_where_a_tile_fits(limits: Limits) -> None:
                 assert work.gathered + 1 <= 65536  # 16-bit indices reach every row
 
 
+def test_a_tile_has_a_row_of_zeros_behind_the_inputs() -> None:
+    work = Work(batch=64, gathered=52, outputs=5, rows=15, synapses=240, itemsize=4)
+    bytes_ = {kind: shared for kind, shared, _ in planner.tiles_that_fit(work, HOPPER)}
+    assert bytes_ == {kind: 53 * kind.samples * 4 for kind in KINDS[4] if kind.shared}
+
+
+@pytest.mark.parametrize(("dendrites", "staged"), [(65536, True), (65537, False)])
+def test_sign_bits_are_staged_while_16_bits_name_every_dendrite(
+    dendrites: int, staged: bool
+) -> None:
+    work = Work(8, 52, 5, 15, 240, 4, sign_rows=dendrites)
+    assert any(each for *_, each in planner.tiles_that_fit(work, HOPPER)) == staged
+
+
 @pytest.mark.parametrize("limits", DEVICES[::3], ids=str)
 def test_partial_sums_stay_small(limits: Limits) -> None:
     for work in works(100):

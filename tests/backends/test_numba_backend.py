@@ -218,9 +218,14 @@ def test_several_python_threads_at_once() -> None:
         assert all(map(equal, results, serial[job]))
 
 
-def test_a_call_between_the_phases_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "within"), [("several blocks", "ragged"), ("ragged", "several blocks")]
+)
+def test_a_call_between_the_phases_of_another(
+    name: str, within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As from a signal handler or a finaliser: it must not take the other's scratch memory."""
-    c, other = NETWORKS["several blocks"](), NETWORKS["ragged"]()
+    c, other = NETWORKS[name](), NETWORKS[within]()  # the larger one writes over all of the other's
     arrays, others = draw(c), draw(other)
     expected, real, depth = run(other, others), _pool.run, 0
 

@@ -132,16 +132,21 @@ def test_gradcheck(backend: str, kind: str, somas: bool) -> None:
     assert torch.autograd.gradcheck(lambda *t: function(*t, c), leaves)
 
 
-def test_derivative_at_zero_is_the_slope(backend: str) -> None:
+@pytest.mark.parametrize("pairs", [1, 40])  # of somas: fewer and more than a vector has lanes
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_derivative_at_zero_is_the_slope(backend: str, pairs: int, batch: int) -> None:
     """PyTorch's convention: u == 0 counts as inactive, in dendrites and in somas."""
-    c = Connectivity.from_csr([0, 1, 2], [0, 0], 1, soma_ptr=[0, 1, 2])
-    x = torch.zeros(3, 1, requires_grad=True)
-    weight, cable = torch.tensor([2.0, -3.0]), torch.tensor([5.0, 7.0])
+    each = range(2 * pairs + 1)
+    c = Connectivity.from_csr(each, [0] * 2 * pairs, 2, soma_ptr=each)
+    assert not c.is_dense  # which would be a matrix product of torch
+    x = torch.zeros(batch, 2, requires_grad=True)
+    weight, cable = torch.tensor([[2.0, -3.0], [5.0, 7.0]]).repeat(1, pairs)
     y = dk.functional.dendritic_layer(x, weight, None, cable, None, c, negative_slope=0.25)
     y.sum().backward()
-    assert torch.equal(y, torch.zeros(3, 2))
+    assert torch.equal(y, torch.zeros(batch, 2 * pairs))
     assert x.grad is not None
-    assert torch.equal(x.grad, torch.full((3, 1), (2 * 5 - 3 * 7) * 0.25 * 0.25))
+    expected = torch.tensor([(2 * 5 - 3 * 7) * 0.25 * 0.25 * pairs, 0.0])
+    assert torch.equal(x.grad, expected.expand(batch, 2))
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0, 2.5])

@@ -590,3 +590,15 @@ def test_data_parallel_processes_rewire_alike(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert dk.plasticity is plasticity
     assert "plasticity" in dk.__all__
+
+
+def test_every_step_draws_anew() -> None:
+    found = []
+    for steps in (0, 1):
+        torch.manual_seed(0)
+        layer = dk.DendriticLayer(dk.connectivity.random(50, 4, 4, 10, seed=0))
+        rewirer = plasticity.Rewirer(layer, None, every=1, end=1000, seed=0)
+        rewirer.load_state_dict({"steps": steps})
+        assert rewirer.step()
+        found.append(layer.connectivity)
+    assert found[0] != found[1]

@@ -33,6 +33,7 @@ MAKERS: dict[str, Make] = {
 
 def take(step: AdamStep, weight: torch.Tensor, grad: torch.Tensor) -> None:
     """By the formulas of Kingma & Ba (2015) and of Loshchilov & Hutter (2019)."""
+    weight = weight.data  # as to a kernel, which writes where autograd does not look
     with torch.no_grad():
         if step.decoupled:
             weight *= 1 - step.lr * step.weight_decay

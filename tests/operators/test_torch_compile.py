@@ -131,6 +131,18 @@ def test_index_tensors_of_no_connectivity_are_validated(backend: str) -> None:
         FORWARD(x, weight, None, None, None, copies[0], columns, copies[2], 1.0, 1.0, False)
 
 
+def test_columns_of_a_connectivity_serve_other_somas(backend: str) -> None:
+    """They lead back to their Connectivity, which is not the one that is meant."""
+    c = dk.Connectivity.from_csr([0, 1, 2, 4], [0, 1, 0, 1], 2, soma_ptr=[0, 1, 3])
+    x, weight, cable = torch.randn(3, 2), torch.randn(4), torch.randn(3)
+    crow, col, own = operators.index_tensors(c)
+    for soma_ptr in (own, torch.tensor([0, 2, 3], dtype=torch.int32)):
+        other = dk.Connectivity.from_csr(crow, col, 2, soma_ptr)
+        expected = dk.reference.dendritic_layer(x, weight, None, cable, None, other)
+        y, _ = FORWARD(x, weight, None, cable, None, crow, col, soma_ptr, 0.1, 0.1, False)
+        torch.testing.assert_close(y, expected)
+
+
 def test_compiled_forward(backend: str, mode: str) -> None:
     model = network()
     compiled = torch.compile(model, fullgraph=True, backend=mode)
@@ -235,6 +247,17 @@ def test_fake_tensors() -> None:
         for tensor in (x, *layer.parameters()):
             assert tensor.grad is not None
             assert tensor.grad.shape == tensor.shape
+
+
+@pytest.mark.parametrize("batch", [0, 1, 31, 32, 33, 64])
+def test_tensors_without_memory_have_the_shapes_of_real_ones(backend: str, batch: int) -> None:
+    """Sign words above all, each of which serves 32 samples."""
+    c = NETWORKS["ragged"]()
+    sizes = (batch, c.in_features), (c.nnz,), (c.num_dendrites,), (c.num_dendrites,), (c.num_somas,)
+    tensors = [*map(torch.randn, sizes), *operators.index_tensors(c)]
+    real = FORWARD(*tensors, 0.1, 0.1, True)
+    empty = FORWARD(*(t.to("meta") for t in tensors), 0.1, 0.1, True)
+    assert [t.shape for t in empty] == [t.shape for t in real]
 
 
 def test_meta_construction_and_materialisation(backend: str) -> None:

@@ -220,6 +220,15 @@ def test_plan_of_blocks_with_many_slots_is_wide() -> None:
         assert_same_plan(plan, naive_plan(c, block_rows))
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(16_380, np.uint16), (16_384, np.int32)])
+def test_plan_of_one_block_at_the_limit_of_16_bits(rows: int, dtype: type) -> None:
+    """Of 65,520 slots, and of 65,536, which 16 bits could number but not count."""
+    c = Connectivity.from_mask(np.ones((rows, 4), np.bool_))
+    plan = build_transposed_plan(c.crow_indices.numpy(), c.columns, rows)
+    assert plan.slot.dtype == plan.synapse.dtype == dtype
+    assert_same_plan(plan, naive_plan(c, rows))
+
+
 @pytest.mark.parametrize(("inputs", "group"), [(2000, 4), (65536, 1), (200_000, 1)])
 def test_plan_of_large_networks_built_by_threads(inputs: int, group: int) -> None:
     c = large(40_000, inputs, 32)

@@ -1,0 +1,1 @@
+"""Bugs of one line, planted one at a time: do the tests notice them? See __main__.py."""
