@@ -91,9 +91,9 @@ def _step_of(ctx: Any, tensors: tuple[Maybe, ...]) -> AdamStep | None:
     grad, weight = tensors[0], tensors[4]
     assert grad is not None
     assert weight is not None
-    if not grad.shape[0] or not backends.select(grad.device).STEPS:
+    if not grad.shape[0] or operators.needs_dispatch(*tensors):
         return None
-    if operators.needs_dispatch(*tensors):
+    if not backends.select(grad.device).STEPS:
         return None
     return _adam.due(weight, ctx.next_functions[1][0])
 

@@ -368,7 +368,7 @@ class DendriticLayer(_Sparse):
         """For the scale of initial weights."""
         return activations.slope_of(self.activation, self.negative_slope) or 0.0
 
-    def forward(self, x: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         """[..., N] -> [..., S]: the layer that functional.dendritic_layer computes.
 
         `gate` multiplies what dendrites send: [R], or [..., R] with one for each sample.

@@ -99,7 +99,7 @@ class ShardedDendriticLayer(DendriticLayer):
         values: torch.Tensor = parameter.to_local()
         return values[: count[_COUNTED_BY[name]]]
 
-    def forward(self, x: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         """This rank's somas of x [..., N], gathered or sharded as the style asks; no gate."""
         if gate is not None:
             raise RuntimeError("Expected no gate in a sharded layer, got one")

@@ -235,7 +235,8 @@ class _Hook:
     def __call__(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
         rewirer = self.rewirer()
         if rewirer is not None and rewirer._due:
-            x, gate = args[0] if args else named["x"], named.get("gate")
+            x = args[0] if args else named["x"]
+            gate = args[1] if len(args) > 1 else named.get("gate")
             rewirer._watch(x, y, {} if gate is None else {"gate": gate.detach()})
 
 

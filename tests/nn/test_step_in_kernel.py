@@ -307,3 +307,11 @@ def test_a_pass_that_fails_counts_no_step(
     assert state["step"] == 2
     layer(data()).square().mean().backward()
     assert state["step"] == 3
+
+
+def test_layers_on_meta_have_no_backend(taken: list[AdamStep]) -> None:
+    ours = model()
+    kept = trained(ours)
+    layer = model()[0].to("meta")
+    layer(torch.empty(3, 30, device="meta")).sum().backward()
+    assert len(kept.optimizers) == 6
