@@ -250,7 +250,7 @@ class Computed(torch.utils.data.Dataset[Tensor]):
 @pytest.mark.parametrize(
     "ways", [["fork"], pytest.param(["spawn", "forkserver"], marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", ["cpp", "numba"])
+@pytest.mark.parametrize("name", ["cpp", pytest.param("numba", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(name: str, ways: list[str]) -> None:
     if not dk.backend_info()[name]["available"]:
         pytest.skip(f"backend {name} is unavailable")

@@ -55,10 +55,9 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 KINDS = pytest.mark.parametrize("kind", ["random", "ragged", "fields"])
 
 
-@pytest.mark.parametrize(
-    "backend", ["cpp", pytest.param("numba", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow
 @KINDS
+@kernels
 def test_a_call_gives_the_same_bits_again(backend: str, kind: str) -> None:
     for count in COUNTS:
         torch.set_num_threads(count)
@@ -98,6 +97,7 @@ def digest(backend: Any) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 @kernels
 def test_another_process_gives_the_same_bits(backend: str) -> None:
     torch.set_num_threads(3)

@@ -20,7 +20,7 @@ import torch
 import dendrite_kernels as dk
 from dendrite_kernels import optim, plasticity
 from tests.exact_cases import outputs, whole_numbers
-from tests.nn.test_plasticity import KINDS, generator, made, network, trained
+from tests.nn.test_plasticity import generator, made, network, trained
 from tests.processes import PACKAGE
 
 Action = Callable[..., Any]
@@ -126,7 +126,9 @@ def check_all_or_nothing(layer: Any, change: Action) -> None:
     assert counts[True] > 5  # a line for each tensor that is written
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "kind", [dk.DendriticLayer, pytest.param(dk.SparseLinear, marks=pytest.mark.slow)]
+)
 def test_rewiring_is_done_or_not(kind: Any) -> None:
     def change(layer: Any, optimizer: Any) -> None:
         plasticity.rewire(layer, optimizer, fraction=0.3, generator=generator())
@@ -164,7 +166,8 @@ def test_a_state_without_values_is_not_adopted(bad: Action) -> None:
     assert same(state(layer), before)
 
 
-@pytest.mark.parametrize("rule", ["set", pytest.param("rigl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["set", "rigl"])
 def test_a_rewirer_goes_on(rule: Any) -> None:
     """Interrupted in a step, it rewires then or the next time, and the layer fits its optimizer."""
 
